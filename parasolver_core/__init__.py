@@ -1,0 +1,49 @@
+"""ParaSolver: parallel-in-time sampling of diffusion and flow models.
+
+The core is framework-agnostic: it imports NumPy and array-api-compat, and works on any array library that the latter
+knows. ``solve`` is the front door.
+"""
+
+from parasolver_core.denoiser import DenoiserFn, clip_sample
+from parasolver_core.errors import (
+    ConvergenceError,
+    NondeterministicDenoiserError,
+    NonFiniteError,
+    SolverError,
+)
+from parasolver_core.linearization import Identity, Linearization, Secant
+from parasolver_core.methods import Method
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.schedules import NoiseSchedule
+from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
+from parasolver_core.solver import ParallelIntegralSolver, SequentialSolver, solve, solve_sequential
+from parasolver_core.step_rules import DDIM, DDPM, DPMSolver, Euler, StepRule
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "ConvergenceError",
+    "DPMSolver",
+    "DenoiserFn",
+    "Euler",
+    "Identity",
+    "Linearization",
+    "Method",
+    "NoiseSchedule",
+    "NonFiniteError",
+    "NondeterministicDenoiserError",
+    "ParallelIntegralSolver",
+    "Recurrence",
+    "RoundRecord",
+    "SampleRecord",
+    "Secant",
+    "SequentialSolver",
+    "Solution",
+    "SolverError",
+    "Stats",
+    "Status",
+    "StepRule",
+    "solve",
+    "solve_sequential",
+]
+__version__ = "0.1.0"

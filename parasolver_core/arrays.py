@@ -1,0 +1,48 @@
+"""The few array operations that the array API standard leaves open."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import array_api_compat
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any  # an array of any library that array-api-compat knows
+
+
+def to_host(array: Array) -> NDArray[Any]:
+    """A NumPy copy of ``array``; waits for the device."""
+    if array_api_compat.is_torch_array(array):
+        return array.detach().cpu().numpy()
+    if array_api_compat.is_cupy_array(array):
+        return array.get()
+    return np.asarray(array)
+
+
+def assign(target: Array, index: Any, value: Array) -> Array:
+    """``target[index] = value``; returns the array to go on with (a new one where arrays are immutable, as in JAX)."""
+    if array_api_compat.is_jax_array(target):
+        return target.at[index].set(value)
+    target[index] = value
+    return target
+
+
+def increment(target: Array, index: Any, value: Array) -> Array:
+    """``target[index] += value`` for a slice or integer index; returns the array to go on with."""
+    if array_api_compat.is_jax_array(target):
+        return target.at[index].add(value)
+    view = target[index]
+    view += value
+    return target
+
+
+def working_dtype(xp: Any, dtype: Any) -> Any:
+    """The dtype of states and sums: at least float32, whatever the network's is."""
+    return dtype if xp.finfo(dtype).bits >= 32 else xp.float32
+
+
+def no_grad(xp: Any) -> Any:
+    """A context in which the library records no gradients; does nothing where there are none."""
+    return xp.no_grad() if array_api_compat.is_torch_namespace(xp) else nullcontext()

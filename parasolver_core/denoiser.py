@@ -1,0 +1,143 @@
+"""Calling the user's network: in chunks, checked, and with the seconds counted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import array_api_compat
+import numpy as np
+
+from parasolver_core.arrays import Array
+from parasolver_core.recurrence import predicted_sample_coefficients
+from parasolver_core.schedules import NoiseSchedule
+
+
+class DenoiserFn(Protocol):
+    """``denoiser(x, t) -> prediction``, the network in the form in which the solver calls it.
+
+    ``x`` is (rows, *event), where the rows are the time steps and samples of one round in any number and order; ``t``
+    is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
+    shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
+    same prediction (evaluation mode, no dropout).
+    """
+
+    def __call__(self, x: Array, t: Array, /) -> Array: ...
+
+
+class Evaluator:
+    """A denoiser with its contract checked at every call.
+
+    Args:
+        denoiser: the user's network.
+        x_T: gives dtype, device and array library of what the network sees.
+        timesteps: (N,), on the host.
+        max_rows: the most rows in one call; a larger round is split. None: no limit.
+    """
+
+    def __init__(self, denoiser: DenoiserFn, x_T: Array, timesteps: np.ndarray, max_rows: int | None) -> None:
+        if not callable(denoiser):
+            raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
+        self._xp = xp = array_api_compat.array_namespace(x_T)
+        self._denoiser, self._max_rows = denoiser, max_rows
+        self._dtype, self._device = x_T.dtype, array_api_compat.device(x_T)
+        self._event = tuple(x_T.shape[1:])
+        integral = np.issubdtype(timesteps.dtype, np.integer)
+        self._t = xp.asarray(
+            timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device
+        )
+        self._host_t = timesteps
+        self.calls = 0
+        self.seconds = 0.0
+
+    def __call__(self, x: Array, nodes: np.ndarray) -> Array:
+        """Predictions for rows ``x`` (rows, *event) at ``nodes`` (rows,), indices into the timesteps."""
+        xp, rows = self._xp, x.shape[0]
+        chunk = min(self._max_rows or rows, rows)
+        x = xp.astype(x, self._dtype, copy=False)
+        t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
+        started = time.perf_counter()
+        try:
+            parts = [
+                self._call(x[i : i + chunk, ...], t[i : i + chunk], nodes[i : i + chunk])
+                for i in range(0, rows, chunk)
+            ]
+        finally:
+            self.seconds += time.perf_counter() - started
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+    def _call(self, x: Array, t: Array, nodes: np.ndarray) -> Array:
+        self.calls += 1
+        try:
+            prediction = self._denoiser(x, t)
+        except Exception as error:
+            first, last = nodes.min(), nodes.max()
+            error.add_note(
+                f"raised by the denoiser in call {self.calls}, given {len(nodes)} rows of event shape {self._event} at "
+                f"steps {first}..{last}, timesteps {self._host_t[first]}..{self._host_t[last]}"
+            )
+            raise
+        self._check(prediction, x)
+        return prediction
+
+    def _check(self, prediction: Array, x: Array) -> None:
+        expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {self._device}"
+        if not array_api_compat.is_array_api_obj(prediction) or type(prediction) is not type(x):
+            hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
+            raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
+        got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)
+        if got != (tuple(x.shape), x.dtype, self._device):
+            raise ValueError(
+                f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
+                "one prediction a row, in the dtype and on the device of x"
+            )
+
+
+@dataclass(frozen=True)
+class ClippedDenoiser:
+    """A denoiser whose predicted clean sample is clipped to ``[-clip_range, clip_range]``; see :func:`clip_sample`."""
+
+    denoiser: DenoiserFn
+    schedule: NoiseSchedule
+    prediction_type: str
+    clip_range: float = 1.0
+
+    def __call__(self, x: Array, t: Array, /) -> Array:
+        xp = array_api_compat.array_namespace(x)
+        host_t = np.asarray(array_api_compat.to_device(t, "cpu"))
+        alpha, sigma = (level[:-1] for level in self.schedule.levels(host_t))
+        p, q = (
+            xp.reshape(xp.asarray(c, dtype=x.dtype, device=array_api_compat.device(x)), (-1,) + (1,) * (x.ndim - 1))
+            for c in predicted_sample_coefficients(self.prediction_type, alpha, sigma)
+        )
+        sample = xp.clip(p * x + q * self.denoiser(x, t), -self.clip_range, self.clip_range)
+        return (sample - p * x) / q
+
+
+def clip_sample(
+    denoiser: DenoiserFn,
+    schedule: NoiseSchedule,
+    prediction_type: str | None = None,
+    clip_range: float = 1.0,
+) -> DenoiserFn:
+    """Clip the predicted clean sample, as pixel-space models do; the result predicts what ``denoiser`` predicts.
+
+    Clipping is not linear, so it belongs to the network and not to the step rule. The noise direction is derived
+    from the clipped sample, as DDPM and DPM-Solver++ do and as diffusers' DDIM does with
+    ``use_clipped_model_output=True``.
+
+    Args:
+        denoiser: the network.
+        schedule: the path that relates its prediction to the clean sample.
+        prediction_type: what it predicts; the schedule's default if None.
+        clip_range: the largest absolute value kept, in the units of the data.
+    """
+    if not clip_range > 0:
+        raise ValueError(f"clip_range: expected a number > 0, got {clip_range}")
+    return ClippedDenoiser(denoiser, schedule, prediction_type or schedule.default_prediction_type, clip_range)
+
+
+def _time_dtype(xp: Any, dtype: Any) -> Any:
+    """Continuous times keep at least float32: bfloat16 cannot tell neighbouring timesteps apart."""
+    return dtype if xp.finfo(dtype).bits >= 32 else xp.float32

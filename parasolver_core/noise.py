@@ -1,0 +1,98 @@
+"""The noise of stochastic step rules: known in advance, so that parallel and sequential sampling follow one path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from parasolver_core.arrays import Array
+
+NoiseFn: TypeAlias = Callable[[int, int], Array]
+Seed: TypeAlias = int | Sequence[int]
+
+_STREAM = 0x5041524153  # separates this use of a seed from others, for example the user's own draw of x_T
+
+
+class NoiseSource:
+    """Standard normal noise ``z`` of every (step, sample), each drawn once and kept until it is no longer needed.
+
+    Args:
+        like: ``x_T``, (batch, *event): gives shape, device and array library.
+        dtype: dtype of the noise handed out.
+        steps: number of steps of the recurrence.
+        seed: one integer, or one for each sample; see :func:`draw`.
+        noise: instead of a seed, an array (steps, batch, *event) or a function ``noise(step, sample) -> (*event)``.
+    """
+
+    def __init__(
+        self, like: Array, dtype: Any, steps: int, seed: Seed | None, noise: Array | NoiseFn | None
+    ) -> None:
+        self._xp = array_api_compat.array_namespace(like)
+        self._like, self._dtype = like, dtype
+        batch = like.shape[0]
+        if seed is not None and noise is not None:
+            raise ValueError("noise: give either seed or noise, not both; noise already fixes every draw")
+        if noise is not None and not callable(noise):
+            expected = (steps, batch, *like.shape[1:])
+            shape = tuple(getattr(noise, "shape", ()))
+            if shape != expected:
+                raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
+        self._noise = noise
+        self._keys = _sample_keys(0 if seed is None else seed, batch)
+        self._kept: dict[tuple[int, int], Array] = {}
+
+    def __call__(self, step: int, sample: int) -> Array:
+        """``z`` of one step and sample, shape (*event)."""
+        at = (step, sample)
+        if at not in self._kept:
+            self._kept[at] = self._draw(step, sample)
+        return self._kept[at]
+
+    def forget(self, step: int, sample: int) -> None:
+        """Free the noise of a step that is final."""
+        self._kept.pop((step, sample), None)
+
+    def _draw(self, step: int, sample: int) -> Array:
+        event = tuple(self._like.shape[1:])
+        if self._noise is None:
+            z = draw(*self._keys[sample], step, event)
+        elif callable(self._noise):
+            z = self._noise(step, sample)
+            if tuple(z.shape) != event:
+                raise ValueError(
+                    f"noise: noise({step}, {sample}) must return the event shape {event}, got {tuple(z.shape)}"
+                )
+        else:
+            z = self._noise[step, sample, ...]
+        device = array_api_compat.device(self._like)
+        if array_api_compat.is_array_api_obj(z) and type(z) is type(self._like):
+            return array_api_compat.to_device(self._xp.astype(z, self._dtype), device)
+        return self._xp.asarray(np.asarray(z), dtype=self._dtype, device=device)
+
+
+def draw(seed: int, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise keyed by (seed, sample, step), float64, shape ``event``; the same on every machine.
+
+    Each key starts its own stream of the counter-based generator Philox, so no draw depends on how many came
+    before it (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """
+    generator = np.random.Philox(key=[seed, _STREAM], counter=[0, 0, sample, step])
+    return np.random.Generator(generator).standard_normal(event)
+
+
+def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
+    """(seed, sample) of each sample: one seed numbers the samples, a list gives each sample a stream of its own."""
+    if isinstance(seed, (int, np.integer)):
+        keys = [(int(seed), sample) for sample in range(batch)]
+    else:
+        keys = [(int(one), 0) for one in seed]
+        if len(keys) != batch:
+            raise ValueError(
+                f"seed: expected one integer, or {batch} of them (one for each sample), got {len(keys)}"
+            )
+    if any(not 0 <= key < 2**64 for key, _ in keys):
+        raise ValueError(f"seed: expected integers in [0, 2**64), got {seed}")
+    return keys

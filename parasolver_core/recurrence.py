@@ -1,0 +1,159 @@
+"""The table that a step rule becomes: equation (1) of the theory page.
+
+A sampler is a causal linear recurrence around a nonlinear network,
+
+    x_{i+1} = sum_k a[i, k] x_{i-k} + sum_k b[i, k] m_{i-k} + c[i] z_i ,      m_i = denoiser(x_i, t_i).
+
+Sequential sampling, the fill-in of new nodes and the parallel correction all read this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """Coefficients of a sampler on one grid, all float64 on the host; N is the number of network calls.
+
+    Args:
+        timesteps: (N,), passed to the denoiser as they are.
+        a: (N, P), ``a[i, k]`` multiplies the state ``x_{i-k}``; zero where ``k > i``.
+        b: (N, Q), ``b[i, k]`` multiplies the network's output at node ``i - k``; zero where ``k > i``.
+        c: (N,), scale of the standard normal noise added by step i; all zero for an ODE sampler.
+        held: (N, 2), rows ``(p, q)``: the quantity ``p x_i + q m_i`` is held constant when a node is filled in before
+            its first evaluation. For diffusion it is the predicted clean sample. ``q`` is not 0.
+        slope: (N,), a first guess of the slope ``dm/dx``, used before a node has been evaluated twice.
+        identity_slope: (N,), the slope that makes a step's Jacobian the identity (Picard iteration).
+    """
+
+    timesteps: NDArray[Any]
+    a: Float64
+    b: Float64
+    c: Float64
+    held: Float64
+    slope: Float64
+    identity_slope: Float64
+
+    def __post_init__(self) -> None:
+        n = len(self.timesteps)
+        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
+        shapes |= {"slope": (n,), "identity_slope": (n,)}
+        for name, shape in shapes.items():
+            table = getattr(self, name)
+            if table.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape} for {n} timesteps, got {table.shape}")
+            if not np.all(np.isfinite(table)):
+                row = int(np.argmin(np.isfinite(table).reshape(n, -1).all(axis=1)))
+                raise ValueError(
+                    f"{name}: coefficient of step {row} (timestep {self.timesteps[row]}) is not finite; the step rule "
+                    "is not defined there (for example epsilon prediction where alphas_cumprod is 0)"
+                )
+        for name in ("a", "b"):
+            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
+                raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def memory(self) -> int:
+        """How many nodes, the current one included, a step reads."""
+        return max(self.a.shape[1], self.b.shape[1])
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool(np.any(self.c))
+
+    def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
+        """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.
+
+        The only place where a state is computed from a node's final values, so that sequential and parallel
+        sampling agree to the last bit. Terms are added in the order of the table.
+        """
+        total = x[0] * float(self.a[i, 0])
+        for k in range(1, self.a.shape[1]):
+            if self.a[i, k] != 0:
+                total = total + x[k] * float(self.a[i, k])
+        for k in range(self.b.shape[1]):
+            if self.b[i, k] != 0:
+                total = total + m[k] * float(self.b[i, k])
+        if z is not None and self.c[i] != 0:
+            total = total + z * float(self.c[i])
+        return total
+
+
+def from_sample_form(
+    timesteps: NDArray[Any],
+    a: Float64,
+    b: Float64,
+    c: Float64,
+    levels: tuple[Float64, Float64],
+    prediction_type: str,
+    sigma_data: float,
+) -> Recurrence:
+    """Turn a table for the predicted clean sample into one for what the network predicts.
+
+    With ``x_0 = p x + q m`` (:func:`predicted_sample_coefficients`) the recurrence stays linear: ``b p`` joins ``a``
+    and ``b`` is scaled by ``q``.
+
+    Args:
+        timesteps, c: as in :class:`Recurrence`.
+        a, b: (N, K), the table for the predicted sample; both of the same width.
+        levels: alpha and sigma at the nodes and at the end, each (N + 1,).
+        prediction_type: what the network predicts.
+        sigma_data: standard deviation of the data; the slope's first guess is the posterior slope of Gaussian data,
+            ``alpha s^2 / (alpha^2 s^2 + sigma^2)``.
+    """
+    n = len(timesteps)
+    alpha, sigma = levels[0][:n], levels[1][:n]
+    p, q = predicted_sample_coefficients(prediction_type, alpha, sigma)
+    gaussian = alpha * sigma_data**2 / (alpha**2 * sigma_data**2 + sigma**2)
+    identity = (1 - a.sum(axis=1)) / b.sum(axis=1)
+    node = np.maximum(np.arange(n)[:, None] - np.arange(b.shape[1]), 0)  # b is 0 where this would be below 0
+    with np.errstate(invalid="ignore"):  # what is not finite is refused by Recurrence, which names the step
+        return Recurrence(
+            timesteps=timesteps,
+            a=_trim(a + b * p[node]),
+            b=_trim(b * q[node]),
+            c=c,
+            held=np.stack([p, q], axis=1),
+            slope=(gaussian - p) / q,
+            identity_slope=(identity - p) / q,
+        )
+
+
+def predicted_sample_coefficients(
+    prediction_type: str, alpha: Float64, sigma: Float64
+) -> tuple[Float64, Float64]:
+    """``(p, q)`` of ``x_0 = p x + q m`` on the path ``x = alpha x_0 + sigma eps``.
+
+    ``epsilon`` predicts eps; ``sample`` predicts x_0; ``v_prediction`` predicts ``(alpha eps - sigma x_0) / n`` with
+    ``n = sqrt(alpha^2 + sigma^2)`` (Salimans and Ho, 2022, on a path of unit variance); ``flow`` predicts
+    ``eps - x_0`` (Lipman et al., 2023).
+    """
+    n = np.sqrt(alpha**2 + sigma**2)
+    with np.errstate(divide="ignore"):
+        table = {
+            "sample": (np.zeros_like(alpha), np.ones_like(alpha)),
+            "epsilon": (1 / alpha, -sigma / alpha),
+            "v_prediction": (alpha / n**2, -sigma / n),
+            "flow": (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+        }
+    if prediction_type not in table:
+        raise ValueError(f"prediction_type: expected one of {', '.join(table)}, got {prediction_type!r}")
+    return table[prediction_type]
+
+
+def _trim(table: Float64) -> Float64:
+    """Without the trailing columns that are zero everywhere; the first is kept."""
+    used = np.flatnonzero(np.any(table, axis=0))
+    return table[:, : (used[-1] + 1 if used.size else 1)]

@@ -1,0 +1,257 @@
+"""Noise schedules: how much signal and how much noise a sample holds at each time.
+
+Every schedule describes a Gaussian path ``x_t = alpha(t) x_0 + sigma(t) eps``. A step rule needs nothing else of it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float64 = NDArray[np.float64]
+Spacing = Literal["trailing", "leading", "linspace"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
+
+
+class NoiseSchedule(ABC):
+    """A Gaussian path ``x_t = alpha(t) x_0 + sigma(t) eps``; build one with the class methods.
+
+    ============================  ==========================================  =======================
+    constructor                   path                                        time given to the network
+    ============================  ==========================================  =======================
+    :meth:`linear`                variance preserving, discrete                integers ``train_steps-1 .. 0``
+    :meth:`scaled_linear`         the same, Stable Diffusion's betas           integers
+    :meth:`squared_cosine`        the same, improved DDPM's betas              integers
+    :meth:`from_alphas_cumprod`   the same, any table                          integers
+    :meth:`karras`                variance exploding, ``alpha = 1``            the noise level ``sigma``
+    :meth:`flow_matching`         linear, ``alpha = 1 - t``, ``sigma = t``     ``t`` in (0, 1]
+    ============================  ==========================================  =======================
+    """
+
+    default_prediction_type: PredictionType
+    sigma_data: float
+
+    @abstractmethod
+    def timesteps(self, num_inference_steps: int, **options: Any) -> NDArray[Any]:
+        """The times of ``num_inference_steps`` network calls, from noise to data, shape (num_inference_steps,)."""
+
+    @abstractmethod
+    def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
+        """``(alpha, sigma)`` at each timestep and at the clean end, each of shape (len(timesteps) + 1,)."""
+
+    @staticmethod
+    def linear(
+        beta_start: float = 1e-4, beta_end: float = 0.02, train_steps: int = 1000, **options: Any
+    ) -> DiscreteSchedule:
+        """Betas linear in t (Ho et al., 2020, section 4)."""
+        return DiscreteSchedule.from_betas(np.linspace(beta_start, beta_end, train_steps), **options)
+
+    @staticmethod
+    def scaled_linear(
+        beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000, **options: Any
+    ) -> DiscreteSchedule:
+        """Square roots of the betas linear in t (Rombach et al., 2022: latent and Stable Diffusion)."""
+        return DiscreteSchedule.from_betas(
+            np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2, **options
+        )
+
+    @staticmethod
+    def squared_cosine(train_steps: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteSchedule:
+        """``alphas_cumprod`` follows a squared cosine (Nichol and Dhariwal, 2021, equation 17)."""
+        t = np.arange(train_steps + 1) / train_steps
+        bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return DiscreteSchedule.from_betas(np.minimum(1 - bar[1:] / bar[:-1], max_beta), **options)
+
+    @staticmethod
+    def from_alphas_cumprod(alphas_cumprod: ArrayLike, **options: Any) -> DiscreteSchedule:
+        """Any variance preserving table, index 0 the cleanest; ``options`` as in :class:`DiscreteSchedule`."""
+        return DiscreteSchedule(np.asarray(alphas_cumprod, dtype=np.float64), **options)
+
+    @staticmethod
+    def karras(
+        sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **options: Any
+    ) -> KarrasSchedule:
+        """Continuous noise levels of EDM (Karras et al., 2022, equation 5)."""
+        return KarrasSchedule(sigma_min, sigma_max, rho, **options)
+
+    @staticmethod
+    def flow_matching(shift: float = 1.0, **options: Any) -> FlowSchedule:
+        """The linear path of flow matching and rectified flow (Lipman et al., 2023; Liu et al., 2023)."""
+        return FlowSchedule(shift, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteSchedule(NoiseSchedule):
+    """A variance preserving table: ``alpha = sqrt(alphas_cumprod)``, ``sigma = sqrt(1 - alphas_cumprod)``.
+
+    Args:
+        alphas_cumprod: shape (train_steps,), strictly decreasing, within (0, 1); the last entry may be 0.
+        final_alpha_cumprod: the value after the last step. 1 (a clean sample) by default; ``alphas_cumprod[0]`` is
+            what diffusers takes with ``set_alpha_to_one=False``.
+        sigma_data: standard deviation of the data, used only as a first guess of the network's slope.
+    """
+
+    alphas_cumprod: Float64
+    final_alpha_cumprod: float = 1.0
+    sigma_data: float = 0.5
+    default_prediction_type: PredictionType = field(default="epsilon", repr=False)
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.ndim != 1 or table.size == 0:
+            raise ValueError(f"alphas_cumprod: expected a non-empty 1-D table, got shape {table.shape}")
+        valid = np.all(np.isfinite(table)) and np.all(np.diff(table) < 0) and 0 <= table[-1] and table[0] < 1
+        if not valid:
+            raise ValueError(
+                "alphas_cumprod: expected finite values in [0, 1), strictly decreasing from index 0 (clean) to the "
+                f"last (noise), got a table from {table[0]:.6g} to {table[-1]:.6g}"
+            )
+        if not table[0] <= self.final_alpha_cumprod <= 1:
+            raise ValueError(
+                f"final_alpha_cumprod: expected a value in [alphas_cumprod[0], 1], got {self.final_alpha_cumprod}"
+            )
+        _check_positive("sigma_data", self.sigma_data)
+
+    @classmethod
+    def from_betas(cls, betas: Float64, **options: Any) -> DiscreteSchedule:
+        """``alphas_cumprod = cumprod(1 - betas)``."""
+        return cls(np.cumprod(1.0 - betas), **options)
+
+    @property
+    def train_steps(self) -> int:
+        """Number of entries of the table."""
+        return len(self.alphas_cumprod)
+
+    def timesteps(
+        self, num_inference_steps: int, spacing: Spacing = "trailing", steps_offset: int = 0
+    ) -> NDArray[np.int64]:
+        """Decreasing integer timesteps (Lin et al., 2024, table 2, as diffusers' DDIM spaces them).
+
+        Args:
+            num_inference_steps: between 1 and ``train_steps``.
+            spacing: "trailing" ends on the noisiest step, "leading" starts at the cleanest, "linspace" has both ends.
+            steps_offset: added to the timesteps of "leading" (Stable Diffusion uses 1).
+        """
+        n, total = _check_steps(num_inference_steps), self.train_steps
+        if n > total:
+            raise ValueError(
+                f"num_inference_steps: got {n}, but the schedule has only {total} timesteps; take at most {total}"
+            )
+        if spacing == "trailing":
+            grid = np.round(np.arange(total, 0, -total / n))[:n] - 1
+        elif spacing == "leading":
+            grid = (np.arange(n) * (total // n))[::-1] + steps_offset
+        elif spacing == "linspace":
+            grid = np.round(np.linspace(0, total - 1, n))[::-1]
+        else:
+            raise ValueError(f'spacing: expected "trailing", "leading" or "linspace", got {spacing!r}')
+        return grid.astype(np.int64)
+
+    def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
+        index = np.asarray(timesteps)
+        if not np.array_equal(index, np.round(index)):
+            raise ValueError(
+                f"timesteps: this schedule is a table, so timesteps are integers; got {_first(index % 1 != 0, index)}. "
+                "Use schedule.timesteps(n), or a continuous schedule (karras, flow_matching)"
+            )
+        outside = (index < 0) | (index >= self.train_steps)
+        if np.any(outside):
+            raise ValueError(
+                f"timesteps: expected values in 0..{self.train_steps - 1}, got {_first(outside, index)}"
+            )
+        bar = np.append(self.alphas_cumprod[index.astype(np.int64)], self.final_alpha_cumprod)
+        return np.sqrt(bar), np.sqrt(1 - bar)
+
+
+@dataclass(frozen=True)
+class KarrasSchedule(NoiseSchedule):
+    """Variance exploding path, ``alpha = 1``; the network is given ``sigma`` (Karras et al., 2022, section 3).
+
+    ``x_T`` is noise of standard deviation ``sigma_max``, not 1.
+
+    Args:
+        sigma_min, sigma_max: ends of the default grid, ``0 < sigma_min < sigma_max``.
+        rho: curvature of the grid, equation 5; 7 in the paper.
+        sigma_data: standard deviation of the data.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 0.5
+    default_prediction_type: PredictionType = field(default="sample", repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("sigma_min", "sigma_max", "rho", "sigma_data"):
+            _check_positive(name, getattr(self, name))
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min: expected less than sigma_max={self.sigma_max}, got {self.sigma_min}")
+
+    def timesteps(self, num_inference_steps: int) -> Float64:
+        """``sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho``."""
+        ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return np.linspace(*ends, _check_steps(num_inference_steps)) ** self.rho
+
+    def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
+        sigma = np.append(np.asarray(timesteps, dtype=np.float64), 0.0)
+        if np.any(sigma[:-1] <= 0):
+            raise ValueError(
+                "timesteps: noise levels must be > 0 (the step to 0 is implied by the last), "
+                f"got {_first(sigma[:-1] <= 0, sigma)}"
+            )
+        return np.ones_like(sigma), sigma
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """Linear path ``x_t = (1 - t) x_0 + t eps``, t from 1 (noise) to 0 (data); the network is given ``t``.
+
+    Args:
+        shift: moves the grid towards noise, ``t <- shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, section 5.3.2).
+        sigma_data: standard deviation of the data.
+    """
+
+    shift: float = 1.0
+    sigma_data: float = 1.0
+    default_prediction_type: PredictionType = field(default="flow", repr=False)
+
+    def __post_init__(self) -> None:
+        _check_positive("shift", self.shift)
+        _check_positive("sigma_data", self.sigma_data)
+
+    def timesteps(self, num_inference_steps: int) -> Float64:
+        """A uniform grid on (0, 1], shifted; the step from the last of them to 0 is implied."""
+        n = _check_steps(num_inference_steps)
+        t = np.arange(n, 0, -1) / n
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
+        t = np.append(np.asarray(timesteps, dtype=np.float64), 0.0)
+        outside = (t[:-1] <= 0) | (t[:-1] > 1)
+        if np.any(outside):
+            raise ValueError(
+                f"timesteps: expected values in (0, 1] (the step to 0 is implied), got {_first(outside, t[:-1])}; "
+                "for a network trained on 0..1000, divide the timesteps and multiply t in the denoiser"
+            )
+        return 1 - t, t
+
+
+def _first(wrong: NDArray[np.bool_], values: NDArray[Any]) -> str:
+    at = int(np.argmax(wrong))
+    return f"{values[at]} at index {at}"
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def _check_steps(n: int) -> int:
+    if int(n) != n or n < 1:
+        raise ValueError(f"num_inference_steps: expected an integer of at least 1, got {n}")
+    return int(n)

@@ -1,0 +1,146 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parasolver_core.arrays import Array
+
+
+class Status(Enum):
+    """How a run, or one sample of it, ended."""
+
+    RUNNING = "running"
+    CONVERGED = "converged"
+    MAX_ROUNDS = "max_rounds"
+    NONFINITE_MODEL = "nonfinite_model"
+    NONFINITE_SOLVER = "nonfinite_solver"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One sample in one round.
+
+    Args:
+        sample: index in the batch.
+        first: first node of the window.
+        accepted: how many nodes became final.
+        residuals: (window,), relative RMS move of each node's input: the size of the correction.
+        defects: (window,), RMS of the network's output less its prediction.
+        error: estimated RMS error of the last final state.
+    """
+
+    sample: int
+    first: int
+    accepted: int
+    residuals: NDArray[np.float64]
+    defects: NDArray[np.float64]
+    error: float
+
+    @property
+    def window(self) -> int:
+        """Number of nodes in the window."""
+        return len(self.residuals)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    Args:
+        round: 1, 2, ...
+        evaluations: rows given to the network.
+        samples: one record for each sample that took part.
+        seconds_denoiser: seconds in the denoiser (on a device that works in the background: until it returned).
+        seconds: seconds of the whole round.
+    """
+
+    round: int
+    evaluations: int
+    samples: tuple[SampleRecord, ...]
+    seconds_denoiser: float
+    seconds: float
+
+    @property
+    def accepted(self) -> int:
+        """Nodes that became final in this round, over all samples."""
+        return sum(record.accepted for record in self.samples)
+
+    @property
+    def window(self) -> int:
+        """The largest window of any sample."""
+        return max((record.window for record in self.samples), default=0)
+
+    @property
+    def residual(self) -> float:
+        """The largest relative move of any node."""
+        return max((float(np.max(record.residuals)) for record in self.samples), default=0.0)
+
+
+@dataclass
+class Stats:
+    """What a run cost.
+
+    Args:
+        rounds: batched network calls made one after another; what the user waits for.
+        evaluations: rows given to the network, over all samples.
+        calls: calls of the denoiser; more than ``rounds`` where ``max_rows`` splits a round.
+        seconds_denoiser, seconds: as in :class:`RoundRecord`, summed.
+        history: one record a round.
+    """
+
+    rounds: int = 0
+    evaluations: int = 0
+    calls: int = 0
+    seconds_denoiser: float = 0.0
+    seconds: float = 0.0
+    history: list[RoundRecord] = field(default_factory=list)
+
+    def add(self, record: RoundRecord) -> None:
+        """Count one more round."""
+        self.rounds += 1
+        self.evaluations += record.evaluations
+        self.seconds_denoiser += record.seconds_denoiser
+        self.seconds += record.seconds
+        self.history.append(record)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a run.
+
+    Args:
+        sample: (batch, *event), like ``x_T`` in dtype, device and array library. For a sample that is not converged:
+            the best estimate, or the last final state where the network gave NaN.
+        status: CONVERGED if every sample is, else the first other status.
+        message: one sentence that says what happened and, after a failure, what to do.
+        statuses: one status a sample.
+        steps: (batch,), how many steps of each sample are final.
+        error_estimate: (batch,), estimated RMS distance to the sequential sample, relative to the sample's RMS.
+        stats: what it cost.
+        trajectory: (N + 1, batch, *event) with ``save="trajectory"``: all states, ``x_T`` first and the sample last;
+            NaN where a state is not final. Else None.
+        states: the last final state of each sample, (batch, *event).
+    """
+
+    sample: Array
+    status: Status
+    message: str
+    statuses: tuple[Status, ...]
+    steps: tuple[int, ...]
+    error_estimate: NDArray[np.float64]
+    stats: Stats
+    trajectory: Array | None
+    states: Array
+
+    @property
+    def success(self) -> bool:
+        """Whether every sample converged."""
+        return self.status is Status.CONVERGED

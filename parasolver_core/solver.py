@@ -1,0 +1,596 @@
+"""The solver: rounds of one batched network call and one correction each, until every sample is final."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import array_api_compat
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from parasolver_core.arrays import Array, no_grad, to_host, working_dtype
+from parasolver_core.correction import fetch
+from parasolver_core.denoiser import DenoiserFn, Evaluator
+from parasolver_core.errors import (
+    ConvergenceError,
+    NondeterministicDenoiserError,
+    NonFiniteError,
+    SolverError,
+)
+from parasolver_core.methods import Method, get_method
+from parasolver_core.noise import NoiseFn, NoiseSource, Seed
+from parasolver_core.progress import meter
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
+from parasolver_core.step_rules import StepRule
+from parasolver_core.validation import check_count, check_start, check_timesteps, check_tolerance
+from parasolver_core.window import SampleWindow
+
+Save = Literal["sample", "trajectory"]
+Callback = Callable[["SolverState"], Any]
+
+
+class SolverState(ABC):
+    """A run in progress, as :meth:`Solver.step` advances it and as callbacks see it."""
+
+    def __init__(
+        self,
+        denoiser: DenoiserFn,
+        x_T: Array,
+        timesteps: ArrayLike,
+        step_rule: StepRule,
+        *,
+        seed: Seed | None,
+        noise: Array | NoiseFn | None,
+        save: Save,
+        max_rows: int | None,
+    ) -> None:
+        if save not in ("sample", "trajectory"):
+            raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
+        if not isinstance(step_rule, StepRule):
+            raise TypeError(
+                f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}"
+            )
+        check_start(x_T)
+        grid = check_timesteps(timesteps)
+        self.x_T, self.save = x_T, save
+        self.xp = array_api_compat.array_namespace(x_T)
+        self.dtype = working_dtype(self.xp, x_T.dtype)
+        self.recurrence: Recurrence = step_rule.recurrence(grid)
+        self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
+        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows)
+        self.stats = Stats()
+        self.halted: Status | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return int(self.x_T.shape[0])
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """How many steps of each sample are final."""
+
+    @property
+    @abstractmethod
+    def statuses(self) -> tuple[Status, ...]:
+        """How each sample stands."""
+
+    @abstractmethod
+    def estimate(self) -> Array:
+        """The best estimate of the sample so far, (batch, *event): a preview while the run goes on."""
+
+    @property
+    @abstractmethod
+    def states(self) -> Array:
+        """The last final state of each sample, (batch, *event)."""
+
+    @abstractmethod
+    def failure(self) -> tuple[int, int]:
+        """``(sample, node)`` of the first sample whose status is not finite."""
+
+    @abstractmethod
+    def trajectory(self) -> Array | None:
+        """All final states if they were to be saved, (N + 1, batch, *event)."""
+
+    @abstractmethod
+    def errors(self) -> NDArray[np.float64]:
+        """Estimated RMS error of each sample's last final state, relative to the state's RMS."""
+
+    def halt(self, status: Status) -> None:
+        """End the run for all samples that are not final."""
+        self.halted = status
+
+
+class ParallelState(SolverState):
+    """A parallel run: a sliding window for each sample."""
+
+    def __init__(self, *args: Any, method: Method, width: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        xp, batch, n = self.xp, self.batch, len(self.recurrence)
+        flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (batch, -1))
+        on_cpu = str(array_api_compat.device(self.x_T)).lower().startswith("cpu")
+        self.windows = [
+            SampleWindow(
+                xp,
+                sample,
+                flat[sample, :],
+                self.recurrence,
+                method,
+                min(width, n),
+                lambda step, sample=sample: xp.reshape(self.noise(step, sample), (-1,)),
+                self.save == "trajectory",
+                on_cpu,
+            )
+            for sample in range(batch)
+        ]
+        self.first_prediction: Array | None = None
+
+    @property
+    def running(self) -> list[SampleWindow]:
+        return [window for window in self.windows if window.running]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(window.lo for window in self.windows)
+
+    @property
+    def statuses(self) -> tuple[Status, ...]:
+        return tuple(window.status for window in self.windows)
+
+    def estimate(self) -> Array:
+        return self._stack([window.estimate() for window in self.windows])
+
+    @property
+    def states(self) -> Array:
+        return self._stack([window.state for window in self.windows])
+
+    def failure(self) -> tuple[int, int]:
+        window = next(window for window in self.windows if window.failed_node >= 0)
+        return window.index, window.failed_node
+
+    def trajectory(self) -> Array | None:
+        if self.save != "trajectory":
+            return None
+        missing = self.xp.full_like(self.windows[0].state, float("nan"))
+        rows = [
+            self._stack([w.kept[i] if i < len(w.kept) else missing for w in self.windows])  # type: ignore[arg-type,index]
+            for i in range(len(self.recurrence) + 1)
+        ]
+        return self.xp.stack(rows)
+
+    def errors(self) -> NDArray[np.float64]:
+        norms = self.xp.sqrt(
+            self.xp.mean(self.xp.stack([window.state for window in self.windows]) ** 2, axis=1)
+        )
+        carried = np.array([window.carried for window in self.windows])
+        return carried / np.maximum(to_host(norms), np.finfo(np.float64).tiny)
+
+    def _stack(self, rows: list[Array]) -> Array:
+        stacked = self.xp.reshape(self.xp.stack(rows), self.x_T.shape)
+        return self.xp.astype(stacked, self.x_T.dtype, copy=False)
+
+
+class SequentialState(SolverState):
+    """The plain loop: all samples at one step."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.step = 0
+        x = self.xp.astype(self.x_T, self.dtype, copy=True)
+        self.xs, self.ms = [x], []
+        self.kept = [x] if self.save == "trajectory" else None
+        self.failed: dict[int, int] = {}  # sample: node
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(self.failed.get(sample, self.step) for sample in range(self.batch))
+
+    @property
+    def statuses(self) -> tuple[Status, ...]:
+        done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
+        return tuple(
+            Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch)
+        )
+
+    def estimate(self) -> Array:
+        return self.states
+
+    @property
+    def states(self) -> Array:
+        return self.xp.astype(self.xs[0], self.x_T.dtype, copy=False)
+
+    def failure(self) -> tuple[int, int]:
+        return next(iter(self.failed.items()))
+
+    def trajectory(self) -> Array | None:
+        if self.kept is None:
+            return None
+        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (
+            len(self.recurrence) + 1 - len(self.kept)
+        )
+        return self.xp.astype(self.xp.stack([*self.kept, *missing]), self.x_T.dtype, copy=False)
+
+    def errors(self) -> NDArray[np.float64]:
+        return np.zeros(self.batch)
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """The loop around any way of sampling: it alone knows of rounds, callbacks, interrupts and errors.
+
+    A solver holds choices and no state; one solver may serve many runs, also at the same time.
+    """
+
+    step_rule: StepRule
+    max_rounds: int | None = field(default=None, kw_only=True)
+    max_rows: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_count("max_rounds", self.max_rounds, optional=True)
+        check_count("max_rows", self.max_rows, optional=True)
+
+    @abstractmethod
+    def init(
+        self,
+        denoiser: DenoiserFn,
+        x_T: Array,
+        timesteps: ArrayLike,
+        *,
+        seed: Seed | None = None,
+        noise: Array | NoiseFn | None = None,
+        save: Save = "sample",
+    ) -> SolverState:
+        """A run that has not begun; no network call is made. Arguments as in :func:`solve`."""
+
+    @abstractmethod
+    def _round(self, state: Any) -> tuple[int, list[SampleRecord]]:
+        """Advance by one round; the number of rows evaluated and a record of each sample that took part."""
+
+    def step(self, state: SolverState) -> None:
+        """One round."""
+        started, before = time.perf_counter(), state.evaluator.seconds
+        with no_grad(state.xp):
+            evaluations, records = self._round(state)
+        state.stats.calls = state.evaluator.calls
+        state.stats.add(
+            RoundRecord(
+                round=state.stats.rounds + 1,
+                evaluations=evaluations,
+                samples=tuple(records),
+                seconds_denoiser=state.evaluator.seconds - before,
+                seconds=time.perf_counter() - started,
+            )
+        )
+
+    def done(self, state: SolverState) -> bool:
+        """Whether every sample has ended, the run was halted or ``max_rounds`` are used up."""
+        if state.halted is None and self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
+            if Status.RUNNING in state.statuses:
+                state.halt(Status.MAX_ROUNDS)
+        return state.halted is not None or Status.RUNNING not in state.statuses
+
+    def result(self, state: SolverState) -> Solution:
+        """The solution so far; complete once :meth:`done` is true."""
+        end = state.halted or Status.RUNNING
+        statuses = tuple(end if status is Status.RUNNING else status for status in state.statuses)
+        status = next((one for one in statuses if one is not Status.CONVERGED), Status.CONVERGED)
+        with no_grad(state.xp):
+            return Solution(
+                sample=state.estimate(),
+                status=status,
+                message=_message(status, state),
+                statuses=statuses,
+                steps=state.steps,
+                error_estimate=state.errors(),
+                stats=state.stats,
+                trajectory=state.trajectory(),
+                states=state.states,
+            )
+
+    def solve(
+        self,
+        denoiser: DenoiserFn,
+        x_T: Array,
+        timesteps: ArrayLike,
+        *,
+        seed: Seed | None = None,
+        noise: Array | NoiseFn | None = None,
+        save: Save = "sample",
+        callback: Callback | None = None,
+        progress: bool = False,
+        throw: bool = True,
+    ) -> Solution:
+        """Run to the end; arguments as in the function :func:`solve`."""
+        state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save)
+        try:
+            with meter(progress, len(state.recurrence) * state.batch) as show:
+                while not self.done(state):
+                    self.step(state)
+                    show(sum(state.steps), state.stats.rounds)
+                    if callback is not None and not _call_back(callback, state):
+                        state.halt(Status.STOPPED)
+        except BaseException as error:
+            state.halt(Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED)
+            error.solution = self.result(state)  # type: ignore[attr-defined]
+            raise
+        solution = self.result(state)
+        if throw:
+            _raise_for(solution)
+        return solution
+
+
+@dataclass(frozen=True)
+class SequentialSolver(Solver):
+    """The plain loop, one step after another: the truth that parallel sampling is measured against."""
+
+    def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
+        options = {"seed": None, "noise": None, "save": "sample"} | options
+        return SequentialState(
+            denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options
+        )
+
+    def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
+        xp, i, recurrence = state.xp, state.step, state.recurrence
+        m = state.evaluator(state.xs[0], np.full(state.batch, i))
+        memory = recurrence.memory
+        state.ms = [xp.astype(m, state.dtype, copy=False), *state.ms[: memory - 1]]
+        z = None
+        if recurrence.c[i] != 0:
+            z = xp.stack([state.noise(i, sample) for sample in range(state.batch)])
+        x = recurrence.advance(i, state.xs, state.ms, z)
+        finite = to_host(xp.all(xp.reshape(xp.isfinite(x), (state.batch, -1)), axis=1))
+        for sample in np.flatnonzero(~finite):
+            state.failed.setdefault(int(sample), i)
+        if state.failed:  # a sample that failed keeps its last final state; the others go on
+            kept = xp.asarray([sample not in state.failed for sample in range(state.batch)])
+            kept = array_api_compat.to_device(kept, array_api_compat.device(x))
+            x = xp.where(xp.reshape(kept, (-1,) + (1,) * (x.ndim - 1)), x, state.xs[0])
+        state.xs = [x, *state.xs[: memory - 1]]
+        state.step += 1
+        if state.kept is not None:
+            state.kept.append(x)
+        for sample in range(state.batch):
+            state.noise.forget(i, sample)
+        nothing = np.zeros(1)
+        records = [SampleRecord(sample, i, 1, nothing, nothing, 0.0) for sample in range(state.batch)]
+        return state.batch, records
+
+
+@dataclass(frozen=True)
+class ParallelIntegralSolver(Solver):
+    """Finds the sequential trajectory in parallel rounds.
+
+    Args:
+        step_rule: the sampler.
+        window: nodes evaluated in one round, of each sample; 1 is the sequential sampler.
+        tolerance: wanted relative RMS distance to the sequential sample; 0 means exact.
+        method: a preset's name or a :class:`~parasolver_core.methods.Method`.
+        warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
+        check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
+        max_rounds: give up after so many; by default as many as there are steps, which always suffice.
+        max_rows: the most rows in one call of the network.
+
+    Example, by hand::
+
+        solver = ParallelIntegralSolver(DDIM(schedule), window=16)
+        state = solver.init(denoiser, x_T, schedule.timesteps(50))
+        while not solver.done(state):
+            solver.step(state)
+        solution = solver.result(state)
+    """
+
+    window: int = 5
+    tolerance: float = field(default=1e-2, kw_only=True)
+    method: str | Method = field(default="secant", kw_only=True)
+    warmup_steps: int = field(default=0, kw_only=True)
+    check: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("window", self.window)
+        check_count("warmup_steps", self.warmup_steps, minimum=0)
+        check_tolerance(self.tolerance)
+        get_method(self.method)
+
+    def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> ParallelState:
+        options = {"seed": None, "noise": None, "save": "sample"} | options
+        return ParallelState(
+            denoiser,
+            x_T,
+            timesteps,
+            self.step_rule,
+            method=get_method(self.method),
+            width=self.window,
+            max_rows=self.max_rows,
+            **options,
+        )
+
+    def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
+        running = state.running
+        outputs, evaluations = self._evaluate(state, running)
+        packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
+        counts = [len(window.nodes) for window in running]
+        records = []
+        for window, D, moments in zip(running, outputs, fetch(state.xp, packed, counts), strict=True):
+            width = 1 if window.hi <= self.warmup_steps else self.window
+            first = window.lo
+            records.append(window.correct(D, moments, self.tolerance, width))
+            for step in range(first, window.lo):
+                state.noise.forget(step, window.index)
+        return evaluations, records
+
+    def _evaluate(self, state: ParallelState, running: list[SampleWindow]) -> tuple[list[Array], int]:
+        """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
+        xp, event = state.xp, tuple(state.x_T.shape[1:])
+        inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
+        repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
+        if repeat:
+            inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
+            nodes.append(np.zeros(1, dtype=np.int64))
+        x = inputs[0] if len(inputs) == 1 else xp.concat(inputs, axis=0)
+        rows = xp.reshape(x, (x.shape[0], *event))
+        if len(inputs) == 1:  # rows of our own buffer: the denoiser gets a copy, as it may work in place
+            rows = xp.asarray(rows, copy=True)
+        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes)), x.shape)
+        if repeat:
+            self._compare(state, D[-1, :])
+            state.first_prediction = None
+        elif state.stats.rounds == 0 and self.window > 1:
+            state.first_prediction = D[0, :]
+        ends = np.cumsum([0] + [len(own) for own in nodes])
+        outputs = [D[int(start) : int(end), :] for start, end in zip(ends, ends[1:], strict=False)]
+        return outputs[: len(running)], int(ends[-1])
+
+    def _compare(self, state: ParallelState, again: Array) -> None:
+        """Refuse a denoiser that answers the same row differently by more than rounding explains."""
+        xp, first = state.xp, state.first_prediction
+        difference, size = (float(xp.max(xp.abs(part))) for part in (again - first, first))
+        limit = float(np.sqrt(float(xp.finfo(state.x_T.dtype).eps)))
+        if difference > limit * size:
+            raise NondeterministicDenoiserError(
+                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that differ "
+                f"by {difference / size:.2g} of their size, alone and within a batch. Call .eval() on the network, remove "
+                "dropout, random numbers and normalisation over the batch; check=False skips this test"
+            )
+
+
+def solve(
+    denoiser: DenoiserFn,
+    x_T: Array,
+    timesteps: ArrayLike,
+    step_rule: StepRule,
+    window: int = 5,
+    *,
+    tolerance: float = 1e-2,
+    method: str | Method = "secant",
+    seed: Seed | None = None,
+    noise: Array | NoiseFn | None = None,
+    max_rounds: int | None = None,
+    max_rows: int | None = None,
+    warmup_steps: int = 0,
+    check: bool = True,
+    save: Save = "sample",
+    callback: Callback | None = None,
+    progress: bool = False,
+    throw: bool = True,
+) -> Solution:
+    """Sample in parallel: the sample that ``step_rule`` gives one step after another, in fewer rounds.
+
+    Args:
+        denoiser: ``denoiser(x, t) -> prediction``; x is (rows, *event), t is (rows,). See
+            :class:`~parasolver_core.denoiser.DenoiserFn`.
+        x_T: where to start, (batch, *event), a floating-point array of any array library: for most schedules
+            standard normal noise. Never changed.
+        timesteps: (N,), in the sampler's order (decreasing for diffusion), given to the network as they are.
+        step_rule: the sampler, for example ``DDIM(schedule)``.
+        window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling.
+
+    Other arguments:
+        tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
+            see the theory page. 0 evaluates every node at its final input.
+        method: "secant", "identity" (Picard), "sequential", or a :class:`~parasolver_core.methods.Method`.
+        seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
+            (seed, sample, step) alone; 0 if neither seed nor noise is given.
+        noise: instead, an array (N, batch, *event) or a function ``noise(step, sample) -> (*event)``.
+        max_rounds: the most rounds; N always suffice.
+        max_rows: the most rows in one network call; larger rounds are split, to bound memory.
+        warmup_steps: further sequential network calls after the first, before the window opens.
+        check: spend one evaluation on finding a denoiser that is not deterministic.
+        save: "sample", or "trajectory" to keep all states.
+        callback: ``callback(state)`` after each round; ``state.stats.history[-1]`` is the round's record and
+            ``state.estimate()`` a preview. Raise ``StopIteration`` to end the run; the solution is then returned.
+        progress: show a bar (needs tqdm).
+        throw: raise if a sample does not converge; else return the solution with its status. Either way nothing is
+            lost: every exception that leaves this function has the state reached as ``error.solution``.
+
+    Returns:
+        A :class:`~parasolver_core.solution.Solution`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described here; before the first network call where possible.
+        ConvergenceError: not within ``max_rounds``.
+        NonFiniteError: the network gave NaN or infinity.
+        NondeterministicDenoiserError: the network does not repeat itself.
+
+    Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
+    """
+    limits: dict[str, Any] = {"max_rounds": max_rounds, "max_rows": max_rows}
+    solver: Solver
+    if method == "sequential":
+        solver = SequentialSolver(step_rule, **limits)
+    else:
+        solver = ParallelIntegralSolver(
+            step_rule,
+            window,
+            tolerance=tolerance,
+            method=method,
+            warmup_steps=warmup_steps,
+            check=check,
+            **limits,
+        )
+    return solver.solve(
+        denoiser,
+        x_T,
+        timesteps,
+        seed=seed,
+        noise=noise,
+        save=save,
+        callback=callback,
+        progress=progress,
+        throw=throw,
+    )
+
+
+def solve_sequential(
+    denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule, **options: Any
+) -> Solution:
+    """The same sample by the plain loop, one network call a step; arguments and result as in :func:`solve`."""
+    return solve(denoiser, x_T, timesteps, step_rule, method="sequential", **options)
+
+
+def _call_back(callback: Callback, state: SolverState) -> bool:
+    try:
+        callback(state)
+    except StopIteration:
+        return False
+    return True
+
+
+def _message(status: Status, state: SolverState) -> str:
+    steps, rounds, total = min(state.steps), state.stats.rounds, len(state.recurrence)
+    if status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER):
+        sample, node = state.failure()
+        where = f"sample {sample} at step {node} (timestep {state.recurrence.timesteps[node]}) in round {rounds}"
+        if status is Status.NONFINITE_MODEL:
+            return (
+                f"The denoiser gave NaN or infinity for {where}; nothing of it was accepted and the other samples "
+                "went on. Check the network there, for example in float32 instead of half precision."
+            )
+        return f"The solver's own arithmetic overflowed for {where}. Use a wider dtype or a smaller window."
+    return {
+        Status.CONVERGED: f"Converged in {rounds} rounds and {state.stats.evaluations} evaluations.",
+        Status.MAX_ROUNDS: (
+            f"Not converged within max_rounds={rounds}: {steps} of {total} steps are final. Raise max_rounds "
+            f"({total} always suffice), the window or the tolerance."
+        ),
+        Status.STOPPED: f"Stopped by the callback after round {rounds}; {steps} of {total} steps are final.",
+        Status.INTERRUPTED: f"Interrupted after round {rounds}; {steps} of {total} steps are final.",
+        Status.FAILED: f"An error ended the run in round {rounds + 1}; {steps} of {total} steps are final.",
+        Status.RUNNING: f"Still running: {steps} of {total} steps are final after round {rounds}.",
+    }[status]
+
+
+def _raise_for(solution: Solution) -> None:
+    errors: dict[Status, type[SolverError]] = {
+        Status.MAX_ROUNDS: ConvergenceError,
+        Status.NONFINITE_MODEL: NonFiniteError,
+        Status.NONFINITE_SOLVER: NonFiniteError,
+    }
+    if solution.status in errors:
+        raise errors[solution.status](solution.message, solution)

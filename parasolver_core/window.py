@@ -1,0 +1,224 @@
+"""The sliding window of one sample: its states, what the network is believed to say at them, and how it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from array_api_compat import device
+from numpy.typing import NDArray
+
+from parasolver_core.acceptance import RoundView
+from parasolver_core.arrays import Array, assign
+from parasolver_core.correction import Moments, apply_correction, propagation, take_defect
+from parasolver_core.methods import Method
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.solution import SampleRecord, Status
+
+Float64 = NDArray[np.float64]
+
+_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
+_WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
+
+
+class SampleWindow:
+    """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
+
+    The buffers hold a node's row next to its predecessor's, a little longer than the window, so that sliding is a
+    matter of an offset and rows are moved only now and then.
+
+    Args:
+        index: the sample's place in the batch.
+        start: ``x_T`` of the sample, (size,), in the working dtype.
+        recurrence: the sampler.
+        method: linearization and acceptance.
+        width: the largest window.
+        noise: ``noise(step)``, (size,).
+        keep: whether to keep the final states.
+        on_cpu: whether passes over the window are worth blocking.
+    """
+
+    def __init__(
+        self,
+        xp: Any,
+        index: int,
+        start: Array,
+        recurrence: Recurrence,
+        method: Method,
+        width: int,
+        noise: Callable[[int], Array],
+        keep: bool,
+        on_cpu: bool,
+    ) -> None:
+        self._xp, self.index, self._recurrence, self._method = xp, index, recurrence, method
+        self._noise, self._on_cpu = noise, on_cpu
+        self.status, self.failed_node = Status.RUNNING, -1
+        self.lo, self.hi, self._base = 0, 1, 0
+        n, rows = len(recurrence), min(width + max(width // 4, 1), len(recurrence)) + recurrence.memory - 1
+        self._X, self._M, self._dX = (
+            xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
+        )
+        self._X = assign(self._X, 0, start)
+        self._slope = method.linearization.initial(recurrence)
+        self._evaluated = np.zeros(n, dtype=bool)
+        self._eps = float(xp.finfo(start.dtype).eps)
+        self.carried = 0.0
+        self.result: Array | None = None
+        self.kept: list[Array] | None = [start] if keep else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the sample takes part in the next round."""
+        return self.status is Status.RUNNING
+
+    @property
+    def nodes(self) -> NDArray[np.int64]:
+        """The window's nodes."""
+        return np.arange(self.lo, self.hi)
+
+    @property
+    def inputs(self) -> Array:
+        """The window's states, (n, size); a view."""
+        return self._X[self._rows(), :]
+
+    def take_defect(self, D: Array) -> Array:
+        """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
+        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._on_cpu)
+        return packed
+
+    def correct(self, D: Array, moments: Moments, tolerance: float, width: int) -> SampleRecord:
+        """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
+        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
+            return self._fail(D, moments)
+        nodes, lo, size = self.nodes, self.lo, self._X.shape[1]
+        known = self._evaluated[nodes] & (moments.moved > (self._eps**2) * moments.size)
+        moved = np.where(known, moments.moved, 0.0)
+        old = self._slope[nodes]
+        slope = self._method.linearization.update(old, moved, moments.cross)
+        self._slope[nodes], self._evaluated[nodes] = slope, True
+
+        T, growth = propagation(self._recurrence, slope, lo)
+        inputs_T = np.vstack([np.zeros(len(nodes)), T[:-1]])
+        move = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", inputs_T, moments.gram, inputs_T), 0.0) / size)
+        view = RoundView(
+            lo=lo,
+            steps=len(self._recurrence),
+            move=move,
+            scale=np.sqrt(moments.size / size),
+            defect=np.sqrt(np.diag(moments.gram) / size),
+            unexplained=_unexplained(moments, moved, slope - old),
+            slope=slope,
+            response=T,
+            growth=growth,
+            carried=self.carried,
+            noise=self._recurrence.c[nodes],
+        )
+        accepted, error = self._method.acceptance.accept(view, tolerance, _ROUNDING * self._eps)
+        self._X, self._M, self._dX = apply_correction(
+            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._on_cpu
+        )
+        self.carried = float(error[accepted - 1])
+        wild = ~(move <= _WILD * view.scale)
+        sound = int(np.argmax(wild)) if wild.any() else len(wild)
+        self._slide(min(accepted, sound), sound, width)
+        residuals = move / np.maximum(view.scale, np.finfo(float).tiny)
+        return SampleRecord(self.index, lo, accepted, residuals, view.defect, self.carried)
+
+    def estimate(self) -> Array:
+        """The sample, or the best estimate of it so far, (size,)."""
+        if self.result is not None:
+            return self.result
+        if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
+            return self.state
+        *_, (_, x, _) = self._continuation(self.hi - 1)
+        return x
+
+    @property
+    def state(self) -> Array:
+        """The last final state, (size,)."""
+        return self.result if self.result is not None else self._X[self.lo - self._base, :]
+
+    def _slide(self, accepted: int, sound: int, width: int) -> None:
+        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones up to ``width``."""
+        n, first_new = len(self._recurrence), self.lo + sound
+        for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
+            x = self._advance(i)
+            if i + 1 < first_new:
+                self._X = assign(self._X, i + 1 - self._base, x)
+            if self.kept is not None:
+                self.kept.append(x)
+            if i + 1 == n:
+                self.result, self.status = x, Status.CONVERGED
+        self.lo += accepted
+        if self.running:
+            self._fill(first_new, min(self.lo + width, n))
+
+    def _fill(self, first: int, hi: int) -> None:
+        """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
+        self._make_room(first, hi)
+        for j, x, m in self._continuation(first - 1):
+            if j >= hi:
+                break
+            self._X = assign(self._X, j - self._base, x)
+            self._M = assign(self._M, j - self._base, m)
+            self._evaluated[j] = False
+        self.hi = hi
+
+    def _advance(self, i: int) -> Array:
+        z = self._noise(i) if self._recurrence.c[i] != 0 else None
+        return self._recurrence.advance(i, *self._history(i), z)
+
+    def _history(self, i: int) -> tuple[list[Array], list[Array]]:
+        """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
+        rows = [j - self._base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
+        return [self._X[row, :] for row in rows], [self._M[row, :] for row in rows]
+
+    def _continuation(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+        """States and outputs after node ``last`` with its held quantity (the predicted sample) kept; ends at N."""
+        n, memory, held = len(self._recurrence), self._recurrence.memory, self._recurrence.held
+        xs, ms = self._history(last)
+        constant = xs[0] * float(held[last, 0]) + ms[0] * float(held[last, 1])
+        for i in range(last, n):
+            z = self._noise(i) if self._recurrence.c[i] != 0 else None
+            x = self._recurrence.advance(i, xs, ms, z)
+            if i + 1 == n:
+                yield n, x, None
+                return
+            p, q = held[i + 1]
+            m = (constant - x * float(p)) * float(1 / q)
+            yield i + 1, x, m
+            xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
+
+    def _make_room(self, first_new: int, hi: int) -> None:
+        """Move the rows to the front of the buffers when the window would run over their end."""
+        if hi - self._base <= self._X.shape[0]:
+            return
+        first = max(min(self.lo, first_new - 1) - self._recurrence.memory + 1, 0)
+        rows = slice(first - self._base, first_new - self._base)
+        front = slice(0, first_new - first)
+        self._X, self._M, self._dX = (
+            assign(buffer, (front, slice(None)), self._xp.asarray(buffer[rows, :], copy=True))
+            for buffer in (self._X, self._M, self._dX)
+        )
+        self._base = first
+
+    def _rows(self) -> slice:
+        return slice(self.lo - self._base, self.hi - self._base)
+
+    def _fail(self, D: Array, moments: Moments) -> SampleRecord:
+        """The round held NaN or infinity: whose? Nothing of it is accepted."""
+        bad = np.array([not bool(self._xp.all(self._xp.isfinite(D[row, :]))) for row in range(D.shape[0])])
+        inputs_ok = np.isfinite(moments.size)
+        model = bad & inputs_ok
+        self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
+        self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
+        nothing = np.full(len(bad), np.nan)
+        return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.carried)
+
+
+def _unexplained(moments: Moments, moved: Float64, correction: Float64) -> Float64:
+    """``|r - dg dX| / |dX|`` of each node: what a scalar slope could not explain. NaN without history."""
+    rest = np.diag(moments.gram) - 2 * correction * moments.cross + correction**2 * moved
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(np.where(moved > 0, np.maximum(rest, 0.0) / moved, np.nan))
