@@ -22,29 +22,23 @@ Float64 = NDArray[np.float64]
 _BLOCK = 2**18  # elements of the window worked on at a time on a CPU, so that the passes of a round meet in its cache
 
 
-def propagation(recurrence: Recurrence, slope: Float64, lo: int) -> tuple[Float64, Float64]:
-    """How defects, and an error in the first state, spread over a window.
+def propagation(recurrence: Recurrence, slope: Float64, lo: int) -> Float64:
+    """``T``, how defects spread over a window: (n, n), row i is the change of state ``lo + 1 + i`` for unit defects.
 
     Args:
         recurrence: the sampler.
         slope: (n,), slopes of the nodes ``lo .. lo + n - 1``.
-        lo: first node of the window.
-
-    Returns:
-        ``T`` (n, n): row i is the change of state ``lo + 1 + i`` for a unit defect at each node;
-        ``growth`` (n,): the change of the same states for a unit change of state ``lo``.
+        lo: first node of the window, whose own state does not change.
     """
     n = len(slope)
     a, b = recurrence.a[lo : lo + n], recurrence.b[lo : lo + n]
-    defect = np.eye(n, n + 1)  # last column: the first state
-    change = np.zeros((n + 1, n + 1))
-    change[0, n] = 1.0
+    defect, change = np.eye(n), np.zeros((n + 1, n))
     for i in range(n):
         for k in range(min(a.shape[1], i + 1)):
             change[i + 1] += a[i, k] * change[i - k]
         for k in range(min(b.shape[1], i + 1)):
             change[i + 1] += b[i, k] * (defect[i - k] + slope[i - k] * change[i - k])
-    return change[1:, :n], change[1:, n]
+    return change[1:]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from parasolver_core.acceptance import Acceptance, ErrorEstimate
+from parasolver_core.acceptance import Acceptance, RelativeMove
 from parasolver_core.linearization import Identity, Linearization, Secant
 
 
@@ -18,7 +18,7 @@ class Method:
     """
 
     linearization: Linearization = field(default_factory=Secant)
-    acceptance: Acceptance = field(default_factory=ErrorEstimate)
+    acceptance: Acceptance = field(default_factory=RelativeMove)
 
 
 METHODS: dict[str, Method] = {

@@ -34,7 +34,7 @@ class SampleRecord:
         accepted: how many nodes became final.
         residuals: (window,), relative RMS move of each node's input: the size of the correction.
         defects: (window,), RMS of the network's output less its prediction.
-        error: estimated RMS error of the last final state.
+        error: estimated relative error of the final states so far.
     """
 
     sample: int
@@ -123,7 +123,7 @@ class Solution:
         message: one sentence that says what happened and, after a failure, what to do.
         statuses: one status a sample.
         steps: (batch,), how many steps of each sample are final.
-        error_estimate: (batch,), estimated RMS distance to the sequential sample, relative to the sample's RMS.
+        error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS.
         stats: what it cost.
         trajectory: (N + 1, batch, *event) with ``save="trajectory"``: all states, ``x_T`` first and the sample last;
             NaN where a state is not final. Else None.

@@ -63,7 +63,7 @@ class SampleWindow:
         self._slope = method.linearization.initial(recurrence)
         self._evaluated = np.zeros(n, dtype=bool)
         self._eps = float(xp.finfo(start.dtype).eps)
-        self.carried = 0.0
+        self.error = 0.0
         self.result: Array | None = None
         self.kept: list[Array] | None = [start] if keep else None
 
@@ -98,32 +98,22 @@ class SampleWindow:
         slope = self._method.linearization.update(old, moved, moments.cross)
         self._slope[nodes], self._evaluated[nodes] = slope, True
 
-        T, growth = propagation(self._recurrence, slope, lo)
-        inputs_T = np.vstack([np.zeros(len(nodes)), T[:-1]])
-        move = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", inputs_T, moments.gram, inputs_T), 0.0) / size)
-        view = RoundView(
-            lo=lo,
-            steps=len(self._recurrence),
-            move=move,
-            scale=np.sqrt(moments.size / size),
-            defect=np.sqrt(np.diag(moments.gram) / size),
-            unexplained=_unexplained(moments, moved, slope - old),
-            slope=slope,
-            response=T,
-            growth=growth,
-            carried=self.carried,
-            noise=self._recurrence.c[nodes],
-        )
-        accepted, error = self._method.acceptance.accept(view, tolerance, _ROUNDING * self._eps)
+        # T maps defects to the states behind each node; a node's own input moves with the row before
+        inputs_T = np.vstack([np.zeros(len(nodes)), propagation(self._recurrence, slope, lo)[:-1]])
+        move = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", inputs_T, moments.gram, inputs_T), 0.0))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
+        view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
+        accepted, error = self._method.acceptance.accept(view, tolerance)
         self._X, self._M, self._dX = apply_correction(
             self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._on_cpu
         )
-        self.carried = float(error[accepted - 1])
-        wild = ~(move <= _WILD * view.scale)
+        self.error = max(self.error, error)
+        wild = ~(relative <= _WILD)
         sound = int(np.argmax(wild)) if wild.any() else len(wild)
         self._slide(min(accepted, sound), sound, width)
-        residuals = move / np.maximum(view.scale, np.finfo(float).tiny)
-        return SampleRecord(self.index, lo, accepted, residuals, view.defect, self.carried)
+        defects = np.sqrt(np.diag(moments.gram) / size)
+        return SampleRecord(self.index, lo, accepted, relative, defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -214,11 +204,5 @@ class SampleWindow:
         self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
         self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
         nothing = np.full(len(bad), np.nan)
-        return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.carried)
+        return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.error)
 
-
-def _unexplained(moments: Moments, moved: Float64, correction: Float64) -> Float64:
-    """``|r - dg dX| / |dX|`` of each node: what a scalar slope could not explain. NaN without history."""
-    rest = np.diag(moments.gram) - 2 * correction * moments.cross + correction**2 * moved
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.sqrt(np.where(moved > 0, np.maximum(rest, 0.0) / moved, np.nan))
