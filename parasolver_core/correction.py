@@ -64,9 +64,7 @@ class Moments:
         return cls(gram.reshape(n, n), cross, moved, size)
 
 
-def take_defect(
-    xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, on_cpu: bool
-) -> tuple[Array, Array]:
+def take_defect(xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, on_cpu: bool) -> tuple[Array, Array]:
     """Overwrite the believed outputs with the defect ``r = D - M`` and take the inner products.
 
     Everything that the host decides in a round follows from these, so a round waits for the device once.

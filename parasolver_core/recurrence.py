@@ -131,9 +131,7 @@ def from_sample_form(
         )
 
 
-def predicted_sample_coefficients(
-    prediction_type: str, alpha: Float64, sigma: Float64
-) -> tuple[Float64, Float64]:
+def predicted_sample_coefficients(prediction_type: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
     """``(p, q)`` of ``x_0 = p x + q m`` on the path ``x = alpha x_0 + sigma eps``.
 
     ``epsilon`` predicts eps; ``sample`` predicts x_0; ``v_prediction`` predicts ``(alpha eps - sigma x_0) / n`` with

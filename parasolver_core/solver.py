@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import array_api_compat
@@ -52,9 +53,7 @@ class SolverState(ABC):
         if save not in ("sample", "trajectory"):
             raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
         if not isinstance(step_rule, StepRule):
-            raise TypeError(
-                f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}"
-            )
+            raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
         check_start(x_T)
         grid = check_timesteps(timesteps)
         self.x_T, self.save = x_T, save
@@ -190,9 +189,7 @@ class SequentialState(SolverState):
     @property
     def statuses(self) -> tuple[Status, ...]:
         done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
-        return tuple(
-            Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch)
-        )
+        return tuple(Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch))
 
     def estimate(self) -> Array:
         return self.states
@@ -207,9 +204,7 @@ class SequentialState(SolverState):
     def trajectory(self) -> Array | None:
         if self.kept is None:
             return None
-        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (
-            len(self.recurrence) + 1 - len(self.kept)
-        )
+        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
         return self.xp.astype(self.xp.stack([*self.kept, *missing]), self.x_T.dtype, copy=False)
 
     def errors(self) -> NDArray[np.float64]:
@@ -266,10 +261,11 @@ class Solver(ABC):
 
     def done(self, state: SolverState) -> bool:
         """Whether every sample has ended, the run was halted or ``max_rounds`` are used up."""
-        if state.halted is None and self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
-            if Status.RUNNING in state.statuses:
-                state.halt(Status.MAX_ROUNDS)
-        return state.halted is not None or Status.RUNNING not in state.statuses
+        if state.halted is not None or Status.RUNNING not in state.statuses:
+            return True
+        if self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
+            state.halt(Status.MAX_ROUNDS)
+        return state.halted is not None
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
@@ -327,9 +323,7 @@ class SequentialSolver(Solver):
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
         options = {"seed": None, "noise": None, "save": "sample"} | options
-        return SequentialState(
-            denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options
-        )
+        return SequentialState(denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence = state.xp, state.step, state.recurrence
@@ -439,9 +433,9 @@ class ParallelIntegralSolver(Solver):
             state.first_prediction = None
         elif state.stats.rounds == 0 and self.window > 1:
             state.first_prediction = D[0, :]
-        ends = np.cumsum([0] + [len(own) for own in nodes])
-        outputs = [D[int(start) : int(end), :] for start, end in zip(ends, ends[1:], strict=False)]
-        return outputs[: len(running)], int(ends[-1])
+        ends = np.cumsum([len(own) for own in nodes]).tolist()
+        outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
+        return outputs[: len(running)], ends[-1]
 
     def _compare(self, state: ParallelState, again: Array) -> None:
         """Refuse a denoiser that answers the same row differently by more than rounding explains."""
@@ -450,8 +444,8 @@ class ParallelIntegralSolver(Solver):
         limit = float(np.sqrt(float(xp.finfo(state.x_T.dtype).eps)))
         if difference > limit * size:
             raise NondeterministicDenoiserError(
-                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that differ "
-                f"by {difference / size:.2g} of their size, alone and within a batch. Call .eval() on the network, remove "
+                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that "
+                f"differ by {difference / size:.2g} of their size. Call .eval() on the network, remove "
                 "dropout, random numbers and normalisation over the batch; check=False skips this test"
             )
 

@@ -205,4 +205,3 @@ class SampleWindow:
         self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
         nothing = np.full(len(bad), np.nan)
         return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.error)
-
