@@ -77,17 +77,19 @@ def take_defect(xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, o
     Returns:
         The buffer that now holds the defect in the place of M, and a vector for :meth:`Moments.unpack`.
     """
-    n = D.shape[0]
-    gram = xp.zeros((n, n), dtype=X.dtype, device=device(X))
-    cross, moved, size = (xp.zeros((n,), dtype=X.dtype, device=device(X)) for _ in range(3))
+    total: Array = 0
     for columns in _blocks(D, on_cpu):
         at = (rows, columns)
         r = xp.astype(D[:, columns], X.dtype, copy=False) - M[at]
         M = assign(M, at, r)
-        gram = gram + xp.matmul(r, r.T)
-        cross, moved = cross + xp.vecdot(dX[at], r), moved + xp.vecdot(dX[at], dX[at])
-        size = size + xp.vecdot(X[at], X[at])
-    return M, xp.concat([xp.reshape(gram, (-1,)), cross, moved, size])
+        total = total + inner_products(xp, X[at], dX[at], r)
+    return M, total
+
+
+def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
+    """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
+    gram = xp.reshape(xp.matmul(r, r.T), (-1,))
+    return xp.concat([gram, xp.vecdot(dX, r), xp.vecdot(dX, dX), xp.vecdot(X, X)])
 
 
 def apply_correction(

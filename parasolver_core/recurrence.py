@@ -73,6 +73,14 @@ class Recurrence:
         """Whether any step adds noise."""
         return bool(np.any(self.c))
 
+    def held_form(self) -> tuple[Float64, Float64]:
+        """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
+        n, width = len(self), self.memory
+        a, b = (np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (self.a, self.b))
+        node = np.maximum(np.arange(n)[:, None] - np.arange(width), 0)  # b is 0 where this would be below 0
+        p, q = self.held[node, 0], self.held[node, 1]
+        return a - b * p / q, b / q
+
     def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
         """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.
 
