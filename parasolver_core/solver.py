@@ -56,6 +56,7 @@ class SolverState(ABC):
             raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
         check_start(x_T)
         grid = check_timesteps(timesteps)
+        step_rule.check_grid(grid)
         self.x_T, self.save = x_T, save
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
