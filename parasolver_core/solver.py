@@ -62,7 +62,7 @@ class SolverState(ABC):
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = step_rule.recurrence(grid)
         self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows)
+        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows, self.recurrence.input_scale)
         self.stats = Stats()
         self.halted: Status | None = None
 
