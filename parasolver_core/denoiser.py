@@ -34,9 +34,17 @@ class Evaluator:
         x_T: gives dtype, device and array library of what the network sees.
         timesteps: (N,), on the host.
         max_rows: the most rows in one call; a larger round is split. None: no limit.
+        input_scale: (N,), on the host, what states are multiplied with first. None: nothing.
     """
 
-    def __init__(self, denoiser: DenoiserFn, x_T: Array, timesteps: np.ndarray, max_rows: int | None) -> None:
+    def __init__(
+        self,
+        denoiser: DenoiserFn,
+        x_T: Array,
+        timesteps: np.ndarray,
+        max_rows: int | None,
+        input_scale: np.ndarray | None = None,
+    ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
         self._xp = xp = array_api_compat.array_namespace(x_T)
@@ -45,7 +53,7 @@ class Evaluator:
         self._event = tuple(x_T.shape[1:])
         integral = np.issubdtype(timesteps.dtype, np.integer)
         self._t = xp.asarray(timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device)
-        self._host_t = timesteps
+        self._host_t, self._scale = timesteps, input_scale
         self.calls = 0
         self.seconds = 0.0
 
@@ -53,6 +61,9 @@ class Evaluator:
         """Predictions for rows ``x`` (rows, *event) at ``nodes`` (rows,), indices into the timesteps."""
         xp, rows = self._xp, x.shape[0]
         chunk = min(self._max_rows or rows, rows)
+        if self._scale is not None:
+            scale = xp.asarray(self._scale[nodes], dtype=x.dtype, device=self._device)
+            x = x * xp.reshape(scale, (-1,) + (1,) * len(self._event))
         x = xp.astype(x, self._dtype, copy=False)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()

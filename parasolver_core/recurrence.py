@@ -2,7 +2,9 @@
 
 A sampler is a causal linear recurrence around a nonlinear network,
 
-    x_{i+1} = sum_k a[i, k] x_{i-k} + sum_k b[i, k] m_{i-k} + c[i] z_i ,      m_i = denoiser(x_i, t_i).
+    x_{i+1} = sum_k a[i, k] x_{i-k} + sum_k b[i, k] m_{i-k} + c[i] z_i ,      m_i = denoiser(s[i] x_i, t_i) ,
+
+with ``s[i] = 1`` unless the network wants its input scaled.
 
 Sequential sampling, the fill-in of new nodes and the parallel correction all read this one table.
 """
@@ -32,6 +34,7 @@ class Recurrence:
             its first evaluation. For diffusion it is the predicted clean sample. ``q`` is not 0.
         slope: (N,), a first guess of the slope ``dm/dx``, used before a node has been evaluated twice.
         identity_slope: (N,), the slope that makes a step's Jacobian the identity (Picard iteration).
+        input_scale: (N,), ``s``, what a state is multiplied with before the network sees it; None for 1.
     """
 
     timesteps: NDArray[Any]
@@ -41,11 +44,14 @@ class Recurrence:
     held: Float64
     slope: Float64
     identity_slope: Float64
+    input_scale: Float64 | None = None
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
         shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
         shapes |= {"slope": (n,), "identity_slope": (n,)}
+        if self.input_scale is not None:
+            shapes["input_scale"] = (n,)
         for name, shape in shapes.items():
             table = getattr(self, name)
             if table.shape != shape:
@@ -118,13 +124,12 @@ def from_sample_form(
         a, b: (N, K), the table for the predicted sample; both of the same width.
         levels: alpha and sigma at the nodes and at the end, each (N + 1,).
         prediction_type: what the network predicts.
-        sigma_data: standard deviation of the data; the slope's first guess is the posterior slope of Gaussian data,
-            ``alpha s^2 / (alpha^2 s^2 + sigma^2)``.
+        sigma_data: standard deviation of the data; the slope's first guess is :func:`posterior_slope`.
     """
     n = len(timesteps)
     alpha, sigma = levels[0][:n], levels[1][:n]
     p, q = predicted_sample_coefficients(prediction_type, alpha, sigma)
-    gaussian = alpha * sigma_data**2 / (alpha**2 * sigma_data**2 + sigma**2)
+    gaussian = posterior_slope(alpha, sigma, sigma_data)
     identity = (1 - a.sum(axis=1)) / b.sum(axis=1)
     node = np.maximum(np.arange(n)[:, None] - np.arange(b.shape[1]), 0)  # b is 0 where this would be below 0
     with np.errstate(invalid="ignore"):  # what is not finite is refused by Recurrence, which names the step
@@ -137,6 +142,11 @@ def from_sample_form(
             slope=(gaussian - p) / q,
             identity_slope=(identity - p) / q,
         )
+
+
+def posterior_slope(alpha: Float64, sigma: Float64, sigma_data: float) -> Float64:
+    """Slope of the predicted clean sample, ``alpha s^2 / (alpha^2 s^2 + sigma^2)``, if the data were Gaussian."""
+    return alpha * sigma_data**2 / (alpha**2 * sigma_data**2 + sigma**2)
 
 
 def predicted_sample_coefficients(prediction_type: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:

@@ -57,12 +57,13 @@ class SolverState(ABC):
             raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
         check_start(x_T)
         grid = check_timesteps(timesteps)
+        step_rule.check_grid(grid)
         self.x_T, self.save = x_T, save
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = step_rule.recurrence(grid)
         self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows)
+        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows, self.recurrence.input_scale)
         self.stats = Stats()
         self.halted: Status | None = None
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.recurrence import Recurrence, from_sample_form
 from parasolver_core.schedules import NoiseSchedule, PredictionType
+from parasolver_core.validation import check_monotone
 
 Float64 = NDArray[np.float64]
 
@@ -22,9 +23,16 @@ Float64 = NDArray[np.float64]
 class StepRule(ABC):
     """A sampler. Subclass it and return a table to add your own."""
 
+    def check_grid(self, timesteps: NDArray[Any]) -> None:
+        """Refuse timesteps, (N,) and finite, on which the sampler is not defined: unless overridden, unsorted ones.
+
+        A rule whose steps need several network calls may visit a timestep twice; it knows its own grids.
+        """
+        check_monotone(timesteps)
+
     @abstractmethod
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
-        """The sampler's coefficients on ``timesteps``, (N,), strictly monotone and finite."""
+        """The sampler's coefficients on ``timesteps``, (N,), finite and accepted by :meth:`check_grid`."""
 
 
 @dataclass(frozen=True)

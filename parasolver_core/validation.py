@@ -29,7 +29,7 @@ def check_start(x_T: Array) -> None:
 
 
 def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
-    """Timesteps as a host array: 1-D, not empty, real, finite, strictly monotone."""
+    """Timesteps as a host array: 1-D, not empty, real, finite. Which orders make sense, the step rule knows."""
     grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
     if grid.ndim != 1 or grid.size == 0:
         raise ValueError(
@@ -40,6 +40,11 @@ def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     if not np.all(np.isfinite(grid)):
         at = int(np.argmin(np.isfinite(grid)))
         raise ValueError(f"timesteps: expected finite values, got {grid[at]} at index {at}")
+    return grid
+
+
+def check_monotone(grid: NDArray[Any]) -> None:
+    """Timesteps are strictly monotone."""
     steps = np.diff(grid.astype(np.float64))
     if np.any(steps == 0):
         at = int(np.argmax(steps == 0))
@@ -52,7 +57,6 @@ def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
             f"timesteps: expected a sorted sequence, got {grid[at]} then {grid[at + 1]} at index {at}; sort it "
             "from noise to data"
         )
-    return grid
 
 
 def check_count(name: str, value: Any, *, minimum: int = 1, optional: bool = False) -> None:
