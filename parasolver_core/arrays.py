@@ -43,6 +43,11 @@ def increment(target: Array, index: Any, value: Array) -> Array:
     return target
 
 
+def detach(array: Array) -> Array:
+    """The same values without a history of gradients."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
 def working_dtype(xp: Any, dtype: Any) -> Any:
     """The dtype of states and sums: at least float32, whatever the network's is."""
     return dtype if xp.finfo(dtype).bits >= 32 else xp.float32

@@ -45,7 +45,7 @@ def get_method(method: str | Method) -> Method:
     """The preset of that name, or the method itself."""
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         names = ", ".join(repr(name) for name in [*METHODS, "sequential"])
         raise ValueError(f"method: expected one of {names}, or a Method, got {method!r}")
     return METHODS[method]

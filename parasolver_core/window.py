@@ -11,7 +11,7 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
-from parasolver_core.arrays import Array, assign
+from parasolver_core.arrays import Array, assign, to_host
 from parasolver_core.correction import Moments, apply_correction, propagation, take_defect
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
@@ -73,7 +73,7 @@ class SampleWindow:
         self._X, self._M, self._dX = (
             xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
         )
-        self._X = assign(self._X, 0, start)
+        self._X = assign(self._X, (0, slice(None)), start)
         self._slope = method.linearization.initial(recurrence)
         self._evaluated = np.zeros(n, dtype=bool)
         self._eps = float(xp.finfo(start.dtype).eps)
@@ -104,12 +104,13 @@ class SampleWindow:
     def correct(self, D: Array, moments: Moments) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
-            return self._fail(D, moments)
+            return self._salvage(D)
         nodes, lo, size = self.nodes, self.lo, self._X.shape[1]
         known = self._evaluated[nodes] & (moments.moved > (self._eps**2) * moments.size)
         moved = np.where(known, moments.moved, 0.0)
         old = self._slope[nodes]
         slope = self._method.linearization.update(old, moved, moments.cross)
+        slope = np.where(np.isfinite(slope), slope, old)
         self._slope[nodes], self._evaluated[nodes] = slope, True
 
         # T maps defects to the states behind each node; a node's own input moves with the row before
@@ -119,6 +120,7 @@ class SampleWindow:
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
         view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
+        accepted = min(max(accepted, 1), len(nodes))  # the first node is always final
         self._X, self._M, self._dX = apply_correction(
             self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._plan.on_cpu
         )
@@ -149,7 +151,7 @@ class SampleWindow:
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._advance(i)
             if i + 1 < first_new:
-                self._X = assign(self._X, i + 1 - self._base, x)
+                self._X = assign(self._X, (i + 1 - self._base, slice(None)), x)
             if self.kept is not None:
                 self.kept.append(x)
             if i + 1 == n:
@@ -165,8 +167,8 @@ class SampleWindow:
         for j, x, m in self._continuation(first - 1):
             if j >= hi:
                 break
-            self._X = assign(self._X, j - self._base, x)
-            self._M = assign(self._M, j - self._base, m)
+            self._X = assign(self._X, (j - self._base, slice(None)), x)
+            self._M = assign(self._M, (j - self._base, slice(None)), m)
             self._evaluated[j] = False
         self.hi = hi
 
@@ -211,12 +213,22 @@ class SampleWindow:
     def _rows(self) -> slice:
         return slice(self.lo - self._base, self.hi - self._base)
 
-    def _fail(self, D: Array, moments: Moments) -> SampleRecord:
-        """The round held NaN or infinity: whose? Nothing of it is accepted."""
-        bad = np.array([not bool(self._xp.all(self._xp.isfinite(D[row, :]))) for row in range(D.shape[0])])
-        inputs_ok = np.isfinite(moments.size)
-        model = bad & inputs_ok
-        self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
-        self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
-        nothing = np.full(len(bad), np.nan)
-        return SampleRecord(self.index, self.nodes, 0, nothing, nothing, self.error)
+    def _salvage(self, D: Array) -> SampleRecord:
+        """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
+        nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
+        inputs_ok, outputs_ok = self._finite_rows(self.inputs), self._finite_rows(D)
+        model = inputs_ok & ~outputs_ok
+        if model.any() or not inputs_ok[0]:
+            self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
+            self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
+            return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+        # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
+        self._M = assign(
+            self._M, (self.lo - self._base, slice(None)), self._xp.astype(D[0, :], self._M.dtype, copy=False)
+        )
+        self._evaluated[nodes] = True
+        self._slide(1, 1)
+        return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+
+    def _finite_rows(self, rows: Array) -> NDArray[np.bool_]:
+        return to_host(self._xp.all(self._xp.isfinite(rows), axis=1))
