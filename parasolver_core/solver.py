@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, no_grad, to_host, working_dtype
+from parasolver_core.arrays import Array, detach, narrow, no_grad, to_host, working_dtype
 from parasolver_core.correction import fetch
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.errors import (
@@ -190,7 +190,7 @@ class ParallelState(SolverState):
 
     def _stack(self, rows: list[Array]) -> Array:
         stacked = self.xp.reshape(self.xp.stack(rows), self.x_T.shape)
-        return self.xp.astype(stacked, self.x_T.dtype, copy=False)
+        return narrow(self.xp, stacked, self.x_T.dtype)
 
 
 class SequentialState(SolverState):
@@ -228,7 +228,7 @@ class SequentialState(SolverState):
     @property
     def states(self) -> Array:
         failed = {sample: state for sample, (_, _, state) in self.ended.items()}
-        return self.xp.astype(self._all(self.xs[0], failed), self.x_T.dtype, copy=True)
+        return narrow(self.xp, self.xp.asarray(self._all(self.xs[0], failed), copy=True), self.x_T.dtype)
 
     def failure(self) -> tuple[int, int]:
         sample = min(self.ended)
@@ -246,7 +246,7 @@ class SequentialState(SolverState):
         if self.kept is None:
             return None
         missing = [self.xp.full_like(self.kept[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
-        return self.xp.astype(self.xp.stack([*self.kept, *missing]), self.x_T.dtype, copy=False)
+        return narrow(self.xp, self.xp.stack([*self.kept, *missing]), self.x_T.dtype)
 
     def errors(self) -> NDArray[np.float64]:
         return np.zeros(self.batch)
@@ -326,9 +326,7 @@ class Solver(ABC):
         end = state.halted or Status.RUNNING
         with no_grad(state.xp), np.errstate(over="ignore"):
             sample = estimate()
-            fits = _finite_rows(
-                state.xp, sample
-            )  # a half-precision sample may overflow where its float32 state does not
+            fits = _within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
             statuses = tuple(
                 end if one is Status.RUNNING else Status.NONFINITE_SOLVER if one is Status.CONVERGED and not ok else one
                 for one, ok in zip(state.statuses, fits, strict=True)
@@ -622,6 +620,11 @@ def _call_back(callback: Callback, state: SolverState) -> bool:
     except StopIteration:
         return False
     return True
+
+
+def _within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
+    inside = xp.abs(rows) < float(xp.finfo(rows.dtype).max)
+    return to_host(xp.all(xp.reshape(inside, (rows.shape[0], -1)), axis=1))
 
 
 def _finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:

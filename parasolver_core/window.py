@@ -74,7 +74,8 @@ class SampleWindow:
             xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
         )
         self._X = assign(self._X, (0, slice(None)), start)
-        self._slope = method.linearization.initial(recurrence)
+        slope = method.linearization.initial(recurrence)
+        self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
         self._eps = float(xp.finfo(start.dtype).eps)
         self.error = 0.0
@@ -155,11 +156,19 @@ class SampleWindow:
             if self.kept is not None:
                 self.kept.append(x)
             if i + 1 == n:
-                self.result, self.status = x, Status.CONVERGED
+                self._end(x)
+                return
         self.lo += accepted
-        if self.running:
-            width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
-            self._fill(first_new, min(self.lo + width, n))
+        width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
+        self._fill(first_new, min(self.lo + width, n))
+
+    def _end(self, x: Array) -> None:
+        """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
+        n = len(self._recurrence)
+        if bool(self._xp.all(self._xp.isfinite(x))):
+            self.result, self.status, self.lo = x, Status.CONVERGED, n
+        else:
+            self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
     def _fill(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
@@ -221,6 +230,8 @@ class SampleWindow:
         if model.any() or not inputs_ok[0]:
             self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
             self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
+            while self.lo > self._base and not self._finite_rows(self.inputs[:1, :])[0]:
+                self.lo -= 1  # the last state that is good
             return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
         # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
         self._M = assign(

@@ -165,13 +165,11 @@ def test_recurrence_names_the_step(name: str) -> None:
         table(np.arange(0.0, 40.0, 10.0), **{name: values})
 
 
-@pytest.mark.xfail(strict=True, reason="held is divided by q and not checked")
 def test_recurrence_refuses_a_held_quantity_without_the_output() -> None:
     with pytest.raises(ValueError, match=r"^held: "):
         table(np.arange(4.0), held=np.tile([1.0, 0.0], (4, 1)))
 
 
-@pytest.mark.xfail(strict=True, reason="the length of the table is not compared with the grid")
 def test_a_rule_that_returns_a_table_for_another_grid_is_refused() -> None:
     class Short(StepRule):
         def recurrence(self, timesteps: np.ndarray) -> Recurrence:
@@ -268,7 +266,6 @@ class NothingEver(AllAtOnce):
         return 0, 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="a count of 0 is obeyed: without max_rounds the run never ends")
 def test_an_acceptance_of_nothing_does_not_hang() -> None:
     """The first node had its final input, so a count below 1 is either refused or read as 1."""
     arguments = (TanhNetwork(), normal((1, 6)), TABLE.timesteps(10), DDIM(TABLE), 4)
@@ -284,7 +281,6 @@ class NaNSlope(Known):
         super().__init__(float("nan"))
 
 
-@pytest.mark.xfail(strict=True, reason="a slope that is not finite spoils the first node's output, which is accepted")
 def test_a_slope_that_is_not_finite_is_never_accepted() -> None:
     got = solve(
         TanhNetwork(), normal((1, 6)), TABLE.timesteps(10), DDIM(TABLE), 4,

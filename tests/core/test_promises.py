@@ -27,7 +27,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from tests.arrays import load, to_numpy
+from tests.arrays import to_numpy
 from tests.core.problems import Counted, Gaussian, Mixture, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.scaled_linear()
@@ -52,24 +52,6 @@ STOCHASTIC = [name for name in SAMPLERS if name in ("ddim, sample, eta", "ddpm",
 
 MAX_STEPS = 16
 FEW = 7  # for tests on every array library, one of which is slow: still three times the longest memory
-
-
-@pytest.fixture(
-    scope="session",
-    params=[
-        "numpy",
-        "torch",
-        pytest.param(
-            "array_api_strict",
-            marks=pytest.mark.xfail(
-                strict=True, raises=IndexError, reason="the window assigns rows of a matrix with one index"
-            ),
-        ),
-    ],
-)
-def xp(request: pytest.FixtureRequest) -> ModuleType:
-    """As in conftest.py, with a fault marked."""
-    return load(request.param)
 
 
 def exactness(dtype: str) -> float:
@@ -357,7 +339,6 @@ def test_one_seed_numbers_the_samples_and_steps(seed: int, batch: int, more: int
     assert len(np.unique(many)) == many.size  # no stream is used twice
 
 
-@pytest.mark.xfail(strict=True, reason="keys from 2**63 pass through a float64, which has 53 bits")
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 2])
 def test_large_seeds_are_told_apart(seed: int) -> None:
     assert not np.any(noise_of(None, 1, seed) == noise_of(None, 1, seed + 1))
@@ -435,7 +416,6 @@ def test_start_is_never_changed(run: Run, tolerance: float) -> None:
     assert same_bits(x_T, before)
 
 
-@pytest.mark.xfail(strict=True, reason="the sequential sampler hands its own state to the denoiser")
 def test_a_denoiser_may_work_in_place_sequentially() -> None:
     network = TanhNetwork()
 
@@ -473,7 +453,6 @@ class StaticOutput:
         return self.output[: len(x)]
 
 
-@pytest.mark.xfail(strict=True, reason="outputs are kept by reference from one call to the next")
 @pytest.mark.parametrize(
     "options", [{"method": "sequential"}, {"window": 4}, {"window": 4, "check": False, "max_rows": 3}]
 )
@@ -658,7 +637,6 @@ def test_callback_sees_every_round_and_a_preview() -> None:
     assert same_bits(got.sample, solve(*arguments, tolerance=1e-4).sample)
 
 
-@pytest.mark.xfail(strict=True, reason="the sequential sampler hands its own state to the callback")
 def test_changing_a_preview_does_not_change_a_sequential_run() -> None:
     def callback(state: Any) -> None:
         state.estimate()[...] = 0

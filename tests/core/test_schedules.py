@@ -162,16 +162,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     argument, make = REFUSED[case]
-    with pytest.raises(ValueError, match=f"^{argument}: "):
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: "):
         make()
 
 
-UNNAMED = pytest.mark.xfail(strict=True, reason="int(n) fails first, or takes a bool; the argument is not named")
-
-
-@pytest.mark.parametrize(
-    "n", ["50", *(pytest.param(n, marks=UNNAMED) for n in (float("nan"), float("inf"), None, True))]
-)
+@pytest.mark.parametrize("n", ["50", float("nan"), float("inf"), None, True])
 def test_number_of_steps_that_is_no_number(n: object) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^num_inference_steps: "):
         NoiseSchedule.linear().timesteps(n)

@@ -107,12 +107,7 @@ ON_SCHEDULE = [("leading", 10, 1), ("leading", 30, 1), ("leading", 30, 0), ("tra
 @pytest.mark.parametrize("prediction_type", VP_PREDICTIONS)
 @pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize(("spacing", "n", "offset"), ON_SCHEDULE)
-def test_ddim(
-    spacing: str, n: int, offset: int, to_one: bool, prediction_type: str, eta: float, request: pytest.FixtureRequest
-) -> None:
-    if spacing == "leading" and offset == 0 and not to_one:
-        reason = "the last step, from alphas_cumprod[0] to itself, changes nothing and should be allowed"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ValueError, reason=reason))
+def test_ddim(spacing: str, n: int, offset: int, to_one: bool, prediction_type: str, eta: float) -> None:
     scheduler = DDIMScheduler(
         timestep_spacing=spacing,
         steps_offset=offset,
