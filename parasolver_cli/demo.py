@@ -240,6 +240,7 @@ def _table(outcomes: list[Outcome], tolerance: float) -> Table:
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         pad_edge=False,
     )
     table.add_column("sampler")
