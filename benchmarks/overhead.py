@@ -182,9 +182,7 @@ class _TorchRuns(_Runs):
 
 def table(lines: list[Line]) -> Table:
     """The lines as the reader sees them."""
-    shown = Table(
-        title="The solver's own cost of a round (float32, CPU)", title_justify="left", collapse_padding=True
-    )
+    shown = Table(title="The solver's own cost of a round (float32, CPU)", title_justify="left", collapse_padding=True)
     for name in (
         "library",
         "state",
@@ -211,9 +209,7 @@ def table(lines: list[Line]) -> Table:
 
 
 def main(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the lines to this file.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the lines to this file.")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds of measurement for each line.")] = SECONDS,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; NumPy obeys OMP_NUM_THREADS.")] = 1,
 ) -> None:

@@ -185,9 +185,7 @@ def _look(
     case: Case, denoiser: EmbeddedDenoiser, x_T: torch.Tensor, truth: NDArray[np.float32], settings: Settings
 ) -> Look:
     """Sample the first picture once more by itself, so that looking at it does not count in the seconds."""
-    solver = ParallelIntegralSolver(
-        case.step_rule, case.window, tolerance=settings.tolerance, max_rows=MAX_ROWS
-    )
+    solver = ParallelIntegralSolver(case.step_rule, case.window, tolerance=settings.tolerance, max_rows=MAX_ROWS)
     state = solver.init(denoiser, x_T, case.timesteps, seed=settings.seed)
     estimates = []
     while not solver.done(state):

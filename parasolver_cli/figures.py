@@ -133,7 +133,7 @@ def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm) -> Any:
     )
     edges = np.arange(n + 1) + 0.5
     first = np.array([record.first for record in one.look.records])
-    end = first + [record.window for record in one.look.records]
+    end = np.array([record.nodes[-1] + 1 for record in one.look.records])
     front = first + [record.accepted for record in one.look.records]
     upright = {"edges": edges, "orientation": "horizontal"}
     axis.stairs(end, baseline=first, color=INK, linewidth=1.0, label="window", **upright)
@@ -146,10 +146,10 @@ def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm) -> Any:
 
 
 def _residual_table(look: Look, steps: int, floor: float) -> NDArray[np.float64]:
-    """(rounds, steps), NaN outside the window."""
+    """(rounds, steps), NaN where a node was not evaluated."""
     table = np.full((len(look.records), steps), np.nan)
     for row, record in zip(table, look.records, strict=True):
-        row[record.first : record.first + record.window] = np.maximum(record.residuals, floor)
+        row[record.nodes] = np.maximum(record.residuals, floor)
     return table
 
 

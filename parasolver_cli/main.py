@@ -64,17 +64,13 @@ def _main(
 def demo(
     out: Annotated[
         Path,
-        typer.Option(
-            callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False
-        ),
+        typer.Option(callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False),
     ] = Path("parasolver-demo"),
     count: Annotated[int, typer.Option(min=1, max=256, help="Pictures to sample.")] = 16,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the starting noise and of DDPM's.")] = 0,
     window: Annotated[
         int,
-        typer.Option(
-            min=1, help="Steps evaluated in one round; DDPM, with its many steps, takes 4 times as many."
-        ),
+        typer.Option(min=1, help="Steps evaluated in one round; DDPM, with its many steps, takes 4 times as many."),
     ] = 16,
     tolerance: Annotated[
         float,

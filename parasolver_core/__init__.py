@@ -43,6 +43,7 @@ __all__ = [
     "Stats",
     "Status",
     "StepRule",
+    "clip_sample",
     "solve",
     "solve_sequential",
 ]

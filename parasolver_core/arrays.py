@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 Array = Any  # an array of any library that array-api-compat knows
 
 
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of a library that array-api-compat knows."""
+    return bool(array_api_compat.is_array_api_obj(value))
+
+
 def to_host(array: Array) -> NDArray[Any]:
     """A NumPy copy of ``array``; waits for the device."""
     if array_api_compat.is_torch_array(array):

@@ -64,9 +64,7 @@ class Moments:
         return cls(gram.reshape(n, n), cross, moved, size)
 
 
-def take_defect(
-    xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, on_cpu: bool
-) -> tuple[Array, Array]:
+def take_defect(xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, on_cpu: bool) -> tuple[Array, Array]:
     """Overwrite the believed outputs with the defect ``r = D - M`` and take the inner products.
 
     Everything that the host decides in a round follows from these, so a round waits for the device once.
@@ -79,18 +77,20 @@ def take_defect(
     Returns:
         The buffer that now holds the defect in the place of M, and a vector for :meth:`Moments.unpack`.
     """
-    n = D.shape[0]
-    gram = xp.zeros((n, n), dtype=X.dtype, device=device(X))
-    cross, moved, size = (xp.zeros((n,), dtype=X.dtype, device=device(X)) for _ in range(3))
-    dot = xp.linalg.vecdot  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
+    total: Array = 0
     for columns in _blocks(D, on_cpu):
         at = (rows, columns)
         r = xp.astype(D[:, columns], X.dtype, copy=False) - M[at]
         M = assign(M, at, r)
-        gram = gram + xp.matmul(r, r.T)
-        cross, moved = cross + dot(dX[at], r), moved + dot(dX[at], dX[at])
-        size = size + dot(X[at], X[at])
-    return M, xp.concat([xp.reshape(gram, (-1,)), cross, moved, size])
+        total = total + inner_products(xp, X[at], dX[at], r)
+    return M, total
+
+
+def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
+    """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
+    gram = xp.reshape(xp.matmul(r, r.T), (-1,))
+    dot = xp.linalg.vecdot  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
+    return xp.concat([gram, dot(dX, r), dot(dX, dX), dot(X, X)])
 
 
 def apply_correction(

@@ -44,9 +44,7 @@ class Evaluator:
         self._dtype, self._device = x_T.dtype, array_api_compat.device(x_T)
         self._event = tuple(x_T.shape[1:])
         integral = np.issubdtype(timesteps.dtype, np.integer)
-        self._t = xp.asarray(
-            timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device
-        )
+        self._t = xp.asarray(timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device)
         self._host_t = timesteps
         self.calls = 0
         self.seconds = 0.0
@@ -60,8 +58,7 @@ class Evaluator:
         started = time.perf_counter()
         try:
             parts = [
-                self._call(x[i : i + chunk, ...], t[i : i + chunk], nodes[i : i + chunk])
-                for i in range(0, rows, chunk)
+                self._call(x[i : i + chunk, ...], t[i : i + chunk], nodes[i : i + chunk]) for i in range(0, rows, chunk)
             ]
         finally:
             self.seconds += time.perf_counter() - started
@@ -83,7 +80,7 @@ class Evaluator:
 
     def _check(self, prediction: Array, x: Array) -> None:
         expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {self._device}"
-        if not array_api_compat.is_array_api_obj(prediction) or type(prediction) is not type(x):
+        if type(prediction) is not type(x):
             hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
             raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
         got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)

@@ -27,9 +27,7 @@ class NoiseSource:
         noise: instead of a seed, an array (steps, batch, *event) or a function ``noise(step, sample) -> (*event)``.
     """
 
-    def __init__(
-        self, like: Array, dtype: Any, steps: int, seed: Seed | None, noise: Array | NoiseFn | None
-    ) -> None:
+    def __init__(self, like: Array, dtype: Any, steps: int, seed: Seed | None, noise: Array | NoiseFn | None) -> None:
         self._xp = array_api_compat.array_namespace(like)
         self._like, self._dtype = like, dtype
         batch = like.shape[0]
@@ -40,7 +38,7 @@ class NoiseSource:
             shape = tuple(getattr(noise, "shape", ()))
             if shape != expected:
                 raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
-        self._noise = noise
+        self._noise: Any = noise
         self._keys = _sample_keys(0 if seed is None else seed, batch)
         self._kept: dict[tuple[int, int], Array] = {}
 
@@ -56,19 +54,19 @@ class NoiseSource:
         self._kept.pop((step, sample), None)
 
     def _draw(self, step: int, sample: int) -> Array:
-        event = tuple(self._like.shape[1:])
-        if self._noise is None:
+        event, z = tuple(self._like.shape[1:]), self._noise
+        if z is None:
             z = draw(*self._keys[sample], step, event)
-        elif callable(self._noise):
-            z = self._noise(step, sample)
+        elif callable(z):
+            z: Any = z(step, sample)
             if tuple(z.shape) != event:
                 raise ValueError(
                     f"noise: noise({step}, {sample}) must return the event shape {event}, got {tuple(z.shape)}"
                 )
         else:
-            z = self._noise[step, sample, ...]
+            z = z[step, sample, ...]
         device = array_api_compat.device(self._like)
-        if array_api_compat.is_array_api_obj(z) and type(z) is type(self._like):
+        if type(z) is type(self._like):
             return array_api_compat.to_device(self._xp.astype(z, self._dtype), device)
         return self._xp.asarray(np.asarray(z), dtype=self._dtype, device=device)
 
@@ -90,9 +88,7 @@ def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
     else:
         keys = [(int(one), 0) for one in seed]
         if len(keys) != batch:
-            raise ValueError(
-                f"seed: expected one integer, or {batch} of them (one for each sample), got {len(keys)}"
-            )
+            raise ValueError(f"seed: expected one integer, or {batch} of them (one for each sample), got {len(keys)}")
     if any(not 0 <= key < 2**64 for key, _ in keys):
         raise ValueError(f"seed: expected integers in [0, 2**64), got {seed}")
     return keys

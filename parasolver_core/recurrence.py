@@ -73,6 +73,14 @@ class Recurrence:
         """Whether any step adds noise."""
         return bool(np.any(self.c))
 
+    def held_form(self) -> tuple[Float64, Float64]:
+        """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
+        n, width = len(self), self.memory
+        a, b = (np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (self.a, self.b))
+        node = np.maximum(np.arange(n)[:, None] - np.arange(width), 0)  # b is 0 where this would be below 0
+        p, q = self.held[node, 0], self.held[node, 1]
+        return a - b * p / q, b / q
+
     def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
         """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.
 
@@ -131,9 +139,7 @@ def from_sample_form(
         )
 
 
-def predicted_sample_coefficients(
-    prediction_type: str, alpha: Float64, sigma: Float64
-) -> tuple[Float64, Float64]:
+def predicted_sample_coefficients(prediction_type: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
     """``(p, q)`` of ``x_0 = p x + q m`` on the path ``x = alpha x_0 + sigma eps``.
 
     ``epsilon`` predicts eps; ``sample`` predicts x_0; ``v_prediction`` predicts ``(alpha eps - sigma x_0) / n`` with

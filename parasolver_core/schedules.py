@@ -37,7 +37,7 @@ class NoiseSchedule(ABC):
     sigma_data: float
 
     @abstractmethod
-    def timesteps(self, num_inference_steps: int, **options: Any) -> NDArray[Any]:
+    def timesteps(self, num_inference_steps: int) -> NDArray[Any]:
         """The times of ``num_inference_steps`` network calls, from noise to data, shape (num_inference_steps,)."""
 
     @abstractmethod
@@ -56,9 +56,7 @@ class NoiseSchedule(ABC):
         beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000, **options: Any
     ) -> DiscreteSchedule:
         """Square roots of the betas linear in t (Rombach et al., 2022: latent and Stable Diffusion)."""
-        return DiscreteSchedule.from_betas(
-            np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2, **options
-        )
+        return DiscreteSchedule.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2, **options)
 
     @staticmethod
     def squared_cosine(train_steps: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteSchedule:
@@ -73,9 +71,7 @@ class NoiseSchedule(ABC):
         return DiscreteSchedule(np.asarray(alphas_cumprod, dtype=np.float64), **options)
 
     @staticmethod
-    def karras(
-        sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **options: Any
-    ) -> KarrasSchedule:
+    def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **options: Any) -> KarrasSchedule:
         """Continuous noise levels of EDM (Karras et al., 2022, equation 5)."""
         return KarrasSchedule(sigma_min, sigma_max, rho, **options)
 
@@ -105,7 +101,7 @@ class DiscreteSchedule(NoiseSchedule):
         table = self.alphas_cumprod
         if table.ndim != 1 or table.size == 0:
             raise ValueError(f"alphas_cumprod: expected a non-empty 1-D table, got shape {table.shape}")
-        valid = np.all(np.isfinite(table)) and np.all(np.diff(table) < 0) and 0 <= table[-1] and table[0] < 1
+        valid = np.all(np.isfinite(table)) and np.all(np.diff(table) < 0) and table[-1] >= 0 and table[0] < 1
         if not valid:
             raise ValueError(
                 "alphas_cumprod: expected finite values in [0, 1), strictly decreasing from index 0 (clean) to the "
@@ -118,9 +114,9 @@ class DiscreteSchedule(NoiseSchedule):
         _check_positive("sigma_data", self.sigma_data)
 
     @classmethod
-    def from_betas(cls, betas: Float64, **options: Any) -> DiscreteSchedule:
+    def from_betas(cls, betas: NDArray[Any], **options: Any) -> DiscreteSchedule:
         """``alphas_cumprod = cumprod(1 - betas)``."""
-        return cls(np.cumprod(1.0 - betas), **options)
+        return cls(np.cumprod(1.0 - np.asarray(betas), dtype=np.float64), **options)
 
     @property
     def train_steps(self) -> int:
@@ -161,9 +157,7 @@ class DiscreteSchedule(NoiseSchedule):
             )
         outside = (index < 0) | (index >= self.train_steps)
         if np.any(outside):
-            raise ValueError(
-                f"timesteps: expected values in 0..{self.train_steps - 1}, got {_first(outside, index)}"
-            )
+            raise ValueError(f"timesteps: expected values in 0..{self.train_steps - 1}, got {_first(outside, index)}")
         bar = np.append(self.alphas_cumprod[index.astype(np.int64)], self.final_alpha_cumprod)
         return np.sqrt(bar), np.sqrt(1 - bar)
 

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import array_api_compat
@@ -21,6 +22,7 @@ from parasolver_core.errors import (
     NonFiniteError,
     SolverError,
 )
+from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.progress import meter
@@ -28,7 +30,7 @@ from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_start, check_timesteps, check_tolerance
-from parasolver_core.window import SampleWindow
+from parasolver_core.window import Plan, SampleWindow
 
 Save = Literal["sample", "trajectory"]
 Callback = Callable[["SolverState"], Any]
@@ -52,9 +54,7 @@ class SolverState(ABC):
         if save not in ("sample", "trajectory"):
             raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
         if not isinstance(step_rule, StepRule):
-            raise TypeError(
-                f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}"
-            )
+            raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
         check_start(x_T)
         grid = check_timesteps(timesteps)
         self.x_T, self.save = x_T, save
@@ -110,29 +110,43 @@ class SolverState(ABC):
 class ParallelState(SolverState):
     """A parallel run: a sliding window for each sample."""
 
-    def __init__(self, *args: Any, method: Method, width: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, method: Method, width: int, warmup_steps: int, tolerance: float, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        xp, batch, n = self.xp, self.batch, len(self.recurrence)
-        flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (batch, -1))
-        on_cpu = str(array_api_compat.device(self.x_T)).lower().startswith("cpu")
-        self.windows = [
-            SampleWindow(
-                xp,
-                sample,
-                flat[sample, :],
-                self.recurrence,
-                method,
-                min(width, n),
-                lambda step, sample=sample: xp.reshape(self.noise(step, sample), (-1,)),
-                self.save == "trajectory",
-                on_cpu,
-            )
-            for sample in range(batch)
+        xp, n = self.xp, len(self.recurrence)
+        self._flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
+        self._plan = Plan(
+            xp=xp,
+            recurrence=self.recurrence,
+            method=method,
+            width=min(width, n),
+            warmup_steps=warmup_steps,
+            tolerance=tolerance,
+            keep=self.save == "trajectory",
+            on_cpu=str(array_api_compat.device(self.x_T)).lower().startswith("cpu"),
+        )
+        spread = method.spreads(self.recurrence, width, tolerance)
+        self.windows: list[SampleWindow | SpreadNodes] = [
+            SpreadNodes(self._plan, sample, self._flat[sample, :]) if spread else self._sliding(sample)
+            for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None
 
+    def slide_exhausted(self) -> None:
+        """Give samples whose spread nodes took too long a sliding window, which always ends."""
+        for sample, window in enumerate(self.windows):
+            if isinstance(window, SpreadNodes) and window.running and window.exhausted:
+                self.windows[sample] = self._sliding(sample)
+
+    def _sliding(self, sample: int) -> SampleWindow:
+        def noise(step: int) -> Array:
+            return self.xp.reshape(self.noise(step, sample), (-1,))
+
+        return SampleWindow(self._plan, sample, self._flat[sample, :], noise)
+
     @property
-    def running(self) -> list[SampleWindow]:
+    def running(self) -> list[SampleWindow | SpreadNodes]:
         return [window for window in self.windows if window.running]
 
     @property
@@ -190,9 +204,7 @@ class SequentialState(SolverState):
     @property
     def statuses(self) -> tuple[Status, ...]:
         done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
-        return tuple(
-            Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch)
-        )
+        return tuple(Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch))
 
     def estimate(self) -> Array:
         return self.states
@@ -207,9 +219,7 @@ class SequentialState(SolverState):
     def trajectory(self) -> Array | None:
         if self.kept is None:
             return None
-        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (
-            len(self.recurrence) + 1 - len(self.kept)
-        )
+        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
         return self.xp.astype(self.xp.stack([*self.kept, *missing]), self.x_T.dtype, copy=False)
 
     def errors(self) -> NDArray[np.float64]:
@@ -266,10 +276,11 @@ class Solver(ABC):
 
     def done(self, state: SolverState) -> bool:
         """Whether every sample has ended, the run was halted or ``max_rounds`` are used up."""
-        if state.halted is None and self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
-            if Status.RUNNING in state.statuses:
-                state.halt(Status.MAX_ROUNDS)
-        return state.halted is not None or Status.RUNNING not in state.statuses
+        if state.halted is not None or Status.RUNNING not in state.statuses:
+            return True
+        if self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
+            state.halt(Status.MAX_ROUNDS)
+        return state.halted is not None
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
@@ -327,9 +338,7 @@ class SequentialSolver(Solver):
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
         options = {"seed": None, "noise": None, "save": "sample"} | options
-        return SequentialState(
-            denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options
-        )
+        return SequentialState(denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence = state.xp, state.step, state.recurrence
@@ -354,7 +363,7 @@ class SequentialSolver(Solver):
         for sample in range(state.batch):
             state.noise.forget(i, sample)
         nothing = np.zeros(1)
-        records = [SampleRecord(sample, i, 1, nothing, nothing, 0.0) for sample in range(state.batch)]
+        records = [SampleRecord(sample, np.array([i]), 1, nothing, nothing, 0.0) for sample in range(state.batch)]
         return state.batch, records
 
 
@@ -369,7 +378,7 @@ class ParallelIntegralSolver(Solver):
         method: a preset's name or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
-        max_rounds: give up after so many; by default as many as there are steps, which always suffice.
+        max_rounds: give up after so many; by default never, as N rounds suffice (and a few where nodes are spread).
         max_rows: the most rows in one call of the network.
 
     Example, by hand::
@@ -403,6 +412,8 @@ class ParallelIntegralSolver(Solver):
             self.step_rule,
             method=get_method(self.method),
             width=self.window,
+            warmup_steps=self.warmup_steps,
+            tolerance=self.tolerance,
             max_rows=self.max_rows,
             **options,
         )
@@ -414,14 +425,14 @@ class ParallelIntegralSolver(Solver):
         counts = [len(window.nodes) for window in running]
         records = []
         for window, D, moments in zip(running, outputs, fetch(state.xp, packed, counts), strict=True):
-            width = 1 if window.hi <= self.warmup_steps else self.window
             first = window.lo
-            records.append(window.correct(D, moments, self.tolerance, width))
+            records.append(window.correct(D, moments))
             for step in range(first, window.lo):
                 state.noise.forget(step, window.index)
+        state.slide_exhausted()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleWindow]) -> tuple[list[Array], int]:
+    def _evaluate(self, state: ParallelState, running: list[SampleWindow | SpreadNodes]) -> tuple[list[Array], int]:
         """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
@@ -439,9 +450,9 @@ class ParallelIntegralSolver(Solver):
             state.first_prediction = None
         elif state.stats.rounds == 0 and self.window > 1:
             state.first_prediction = D[0, :]
-        ends = np.cumsum([0] + [len(own) for own in nodes])
-        outputs = [D[int(start) : int(end), :] for start, end in zip(ends, ends[1:], strict=False)]
-        return outputs[: len(running)], int(ends[-1])
+        ends = np.cumsum([len(own) for own in nodes]).tolist()
+        outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
+        return outputs[: len(running)], ends[-1]
 
     def _compare(self, state: ParallelState, again: Array) -> None:
         """Refuse a denoiser that answers the same row differently by more than rounding explains."""
@@ -450,8 +461,8 @@ class ParallelIntegralSolver(Solver):
         limit = float(np.sqrt(float(xp.finfo(state.x_T.dtype).eps)))
         if difference > limit * size:
             raise NondeterministicDenoiserError(
-                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that differ "
-                f"by {difference / size:.2g} of their size, alone and within a batch. Call .eval() on the network, remove "
+                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that "
+                f"differ by {difference / size:.2g} of their size. Call .eval() on the network, remove "
                 "dropout, random numbers and normalisation over the batch; check=False skips this test"
             )
 
@@ -494,7 +505,7 @@ def solve(
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array (N, batch, *event) or a function ``noise(step, sample) -> (*event)``.
-        max_rounds: the most rounds; N always suffice.
+        max_rounds: the most rounds; by default unlimited, as N suffice (N and a few where nodes are spread).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory.
         warmup_steps: further sequential network calls after the first, before the window opens.
         check: spend one evaluation on finding a denoiser that is not deterministic.

@@ -227,6 +227,5 @@ def _difference_weights(lam: Float64, i: int, order: int, decay: float, solver_t
     r1 = (lam[i - 1] - lam[i - 2]) / h
     second = (phi - decay) / decay**2 + 0.5
     d0, d1 = np.array([1.0, -1.0, 0.0]) / r0, np.array([0.0, 1.0, -1.0]) / r1
-    D1 = d0 + r0 / (r0 + r1) * (d0 - d1)
-    D2 = (d0 - d1) / (r0 + r1)
-    return np.array([phi, 0.0, 0.0]) + first * D1 + second * D2
+    bend = (d0 - d1) / (r0 + r1)  # D2 of the docstring; D1 is d0 + r0 D2
+    return np.array([phi, 0.0, 0.0]) + first * (d0 + r0 * bend) + second * bend

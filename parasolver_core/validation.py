@@ -9,14 +9,14 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, to_host
+from parasolver_core.arrays import Array, is_array, to_host
 
 
 def check_start(x_T: Array) -> None:
     """``x_T`` is a floating-point array (batch, *event) with at least one sample, all finite."""
-    if not array_api_compat.is_array_api_obj(x_T):
+    if not is_array(x_T):
         raise TypeError(f"x_T: expected an array (NumPy, torch, ...), got {type(x_T).__name__}")
-    xp = array_api_compat.array_namespace(x_T)
+    xp: Any = array_api_compat.array_namespace(x_T)
     if not xp.isdtype(x_T.dtype, "real floating"):
         raise TypeError(f"x_T: expected a floating-point array, got dtype {x_T.dtype}; convert it first")
     if x_T.ndim < 1 or 0 in x_T.shape:
@@ -30,7 +30,7 @@ def check_start(x_T: Array) -> None:
 
 def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     """Timesteps as a host array: 1-D, not empty, real, finite, strictly monotone."""
-    grid = to_host(timesteps) if array_api_compat.is_array_api_obj(timesteps) else np.asarray(timesteps)
+    grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
     if grid.ndim != 1 or grid.size == 0:
         raise ValueError(
             f"timesteps: expected a non-empty 1-D sequence, got shape {grid.shape}; try schedule.timesteps(50)"
@@ -44,7 +44,7 @@ def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     if np.any(steps == 0):
         at = int(np.argmax(steps == 0))
         raise ValueError(
-            f"timesteps: expected no duplicates, got {grid[at]} at index {at} and {at + 1}; use fewer steps or np.unique"
+            f"timesteps: expected no duplicates, got {grid[at]} at index {at} and {at + 1}; use fewer steps"
         )
     if steps.size and not (np.all(steps < 0) or np.all(steps > 0)):
         at = int(np.argmax(np.sign(steps) != np.sign(steps[0])))
@@ -70,6 +70,4 @@ def check_tolerance(tolerance: Any) -> None:
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.floating, np.integer)):
         raise TypeError(f"tolerance: expected a number of at least 0, got {tolerance!r}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(
-            f"tolerance: expected a finite number of at least 0 (0 means exact), got {tolerance}"
-        )
+        raise ValueError(f"tolerance: expected a finite number of at least 0 (0 means exact), got {tolerance}")

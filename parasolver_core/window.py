@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,31 @@ _ROUNDING = 8  # moves of so many units in the last place are the arithmetic's o
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What all samples of a run share.
+
+    Args:
+        xp: array namespace.
+        recurrence: the sampler.
+        method: linearization and acceptance.
+        width: the most nodes evaluated in one round.
+        warmup_steps: how many nodes after the first are evaluated one at a time.
+        tolerance: wanted relative error.
+        keep: whether to keep the final states.
+        on_cpu: whether passes over the window are worth blocking.
+    """
+
+    xp: Any
+    recurrence: Recurrence
+    method: Method
+    width: int
+    warmup_steps: int
+    tolerance: float
+    keep: bool
+    on_cpu: bool
+
+
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
@@ -29,30 +55,18 @@ class SampleWindow:
     matter of an offset and rows are moved only now and then.
 
     Args:
+        plan: what all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        recurrence: the sampler.
-        method: linearization and acceptance.
-        width: the largest window.
         noise: ``noise(step)``, (size,).
-        keep: whether to keep the final states.
-        on_cpu: whether passes over the window are worth blocking.
     """
 
-    def __init__(
-        self,
-        xp: Any,
-        index: int,
-        start: Array,
-        recurrence: Recurrence,
-        method: Method,
-        width: int,
-        noise: Callable[[int], Array],
-        keep: bool,
-        on_cpu: bool,
-    ) -> None:
-        self._xp, self.index, self._recurrence, self._method = xp, index, recurrence, method
-        self._noise, self._on_cpu = noise, on_cpu
+    def __init__(self, plan: Plan, index: int, start: Array, noise: Callable[[int], Array]) -> None:
+        self._plan, self.index, self._noise = plan, index, noise
+        self._xp = xp = plan.xp
+        self._recurrence = recurrence = plan.recurrence
+        self._method = method = plan.method
+        width, keep = plan.width, plan.keep
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi, self._base = 0, 1, 0
         n, rows = len(recurrence), min(width + max(width // 4, 1), len(recurrence)) + recurrence.memory - 1
@@ -84,10 +98,10 @@ class SampleWindow:
 
     def take_defect(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
-        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._on_cpu)
+        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._plan.on_cpu)
         return packed
 
-    def correct(self, D: Array, moments: Moments, tolerance: float, width: int) -> SampleRecord:
+    def correct(self, D: Array, moments: Moments) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
             return self._fail(D, moments)
@@ -104,16 +118,16 @@ class SampleWindow:
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
         view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
-        accepted, error = self._method.acceptance.accept(view, tolerance)
+        accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         self._X, self._M, self._dX = apply_correction(
-            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._on_cpu
+            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._plan.on_cpu
         )
         self.error = max(self.error, error)
         wild = ~(relative <= _WILD)
         sound = int(np.argmax(wild)) if wild.any() else len(wild)
-        self._slide(min(accepted, sound), sound, width)
+        self._slide(min(accepted, sound), sound)
         defects = np.sqrt(np.diag(moments.gram) / size)
-        return SampleRecord(self.index, lo, accepted, relative, defects, self.error)
+        return SampleRecord(self.index, nodes, accepted, relative, defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -129,8 +143,8 @@ class SampleWindow:
         """The last final state, (size,)."""
         return self.result if self.result is not None else self._X[self.lo - self._base, :]
 
-    def _slide(self, accepted: int, sound: int, width: int) -> None:
-        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones up to ``width``."""
+    def _slide(self, accepted: int, sound: int) -> None:
+        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._advance(i)
@@ -142,6 +156,7 @@ class SampleWindow:
                 self.result, self.status = x, Status.CONVERGED
         self.lo += accepted
         if self.running:
+            width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
             self._fill(first_new, min(self.lo + width, n))
 
     def _fill(self, first: int, hi: int) -> None:
@@ -204,5 +219,4 @@ class SampleWindow:
         self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
         self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
         nothing = np.full(len(bad), np.nan)
-        return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.error)
-
+        return SampleRecord(self.index, self.nodes, 0, nothing, nothing, self.error)

@@ -82,9 +82,7 @@ def test_unwritable_folder_is_refused_before_sampling(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_demo_writes_figures_within_tolerance(tmp_path: Path, embedded: None) -> None:
-    text = run(
-        "demo", "--quick", "--count", 2, "--tolerance", "2e-2", "--threads", 1, "--out", tmp_path / "new"
-    )
+    text = run("demo", "--quick", "--count", 2, "--tolerance", "2e-2", "--threads", 1, "--out", tmp_path / "new")
     folder = tmp_path / "new"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, "result.json"])
     for name in FIGURES:

@@ -1,0 +1,58 @@
+# One environment, .venv, is made on first use and again only when pyproject.toml or setup.cfg changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+BENCH ?= overhead
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all check docs bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.demo ## sample with the embedded model, sequentially and in parallel
+	$(BIN)/parasolver demo
+
+test: $(VENV)/.dev ## run the tests, except the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(VENV)/.dev ## run all tests, with many more random examples
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=thorough
+
+check: $(VENV)/.dev ## lint, formatting, types, import contracts, documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	@$(MAKE) --no-print-directory docs
+
+docs: $(VENV)/.dev ## build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -E -q docs docs/_build/html
+
+bench: $(VENV)/.dev ## run one benchmark: make bench BENCH=overhead
+	$(BIN)/python -m benchmarks.$(BENCH)
+
+clean: ## remove what was built; the environment .venv stays
+	rm -rf build dist *.egg-info docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Installing `dev` installs `demo` too; `make demo` alone leaves out the developer's tools.
+$(VENV)/.demo: pyproject.toml setup.cfg | $(BIN)/python
+	@echo 'Installing into $(VENV); PyTorch is large, the first time takes minutes'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml setup.cfg | $(BIN)/python
+	@echo 'Installing into $(VENV); PyTorch is large, the first time takes minutes'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'ParaSolver needs Python 3.11 or newer; choose one with: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo 'This Python cannot create environments; on Debian and Ubuntu install the package python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""Connects frameworks to the solver; each module imports its framework only when it is used."""

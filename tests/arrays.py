@@ -1,0 +1,28 @@
+"""The array libraries that tests run on, and the way from NumPy into each of them and back."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+# Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise.
+LIBRARIES = {
+    "numpy": "array_api_compat.numpy",
+    "torch": "array_api_compat.torch",
+    "array_api_strict": "array_api_strict",
+}
+
+
+def load(library: str) -> ModuleType:
+    return importlib.import_module(LIBRARIES[library])
+
+
+def from_numpy(array: np.ndarray, xp: ModuleType) -> Any:
+    """A copy of `array` as an array of `xp`, of the same dtype."""
+    return xp.asarray(array, copy=True)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """The values of an array of any of the libraries, for comparisons."""
+    return np.from_dlpack(array)
