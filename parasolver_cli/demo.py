@@ -234,17 +234,18 @@ def _task(progress: Progress, name: str, case: Case) -> Callback:
 
 def _table(outcomes: list[Outcome], tolerance: float) -> Table:
     table = Table(
-        title="Sequential → parallel",
+        title="Sequential→parallel",
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         pad_edge=False,
     )
     table.add_column("sampler")
     for name in (
         "window",
         "rounds",
-        "evaluations\nper sample",
+        "evals per\nsample",
         "error, %\nmean / worst",
         f"within\n{100 * tolerance:g} %",
         "seconds",
@@ -256,11 +257,11 @@ def _table(outcomes: list[Outcome], tolerance: float) -> Table:
         table.add_row(
             one.case.name,
             str(one.case.window),
-            f"{one.steps} → [bold]{one.rounds}[/]",
-            f"{one.steps} → {one.evaluations:.0f}",
+            f"{one.steps}→[bold]{one.rounds}[/]",
+            f"{one.steps}→{one.evaluations:.0f}",
             f"{100 * one.errors.mean():.2f} / {100 * one.errors.max():.2f}",
             f"[{style}]{within}/{len(one.errors)}[/]",
-            f"{_seconds(one.seconds_sequential)} → {_seconds(one.seconds_parallel)}",
+            f"{_seconds(one.seconds_sequential)}→{_seconds(one.seconds_parallel)}",
         )
     return table
 

@@ -89,7 +89,8 @@ def take_defect(xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, o
 def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
     """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
     gram = xp.reshape(xp.matmul(r, r.T), (-1,))
-    return xp.concat([gram, xp.vecdot(dX, r), xp.vecdot(dX, dX), xp.vecdot(X, X)])
+    dot = xp.linalg.vecdot  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
+    return xp.concat([gram, dot(dX, r), dot(dX, dX), dot(X, X)])
 
 
 def apply_correction(
@@ -113,7 +114,9 @@ def apply_correction(
         at = (rows, columns)
         move = xp.matmul(T_device, R[at])
         X, dX = increment(X, at, move), assign(dX, at, move)
-        R = assign(R, at, xp.astype(D[:, columns], X.dtype, copy=False) + g * move)
+        move *= g  # our own array by now: no further one is made
+        move += xp.astype(D[:, columns], X.dtype, copy=False)
+        R = assign(R, at, move)
     return X, R, dX
 
 
