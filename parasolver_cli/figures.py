@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ ROUNDS_SHOWN = 7  # columns of rounds.png before the sequential picture
 
 def draw_all(outcomes: list[Outcome], folder: Path) -> None:
     """Write the four figures as PNG."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(cast(Any, STYLE)):
         for name, figure in {
             "samples": samples(outcomes),
             "rounds": rounds(outcomes),
@@ -56,7 +57,7 @@ def samples(outcomes: list[Outcome]) -> Figure:
     gain = _round_down(1 / max(np.quantile(np.concatenate(differences), 0.995), 1e-6))
     figure = Figure(figsize=(4.0 * len(outcomes), 1.28 * rows + 1.25), layout="constrained")
     _title(figure, "The same pictures, in fewer rounds")
-    panels = np.atleast_1d(figure.subfigures(1, len(outcomes), wspace=0.04))
+    panels = figure.subfigures(1, len(outcomes), squeeze=False, wspace=0.04)[0]
     for panel, one in zip(panels, outcomes, strict=True):
         _sample_panel(panel, one, rows, gain)
     return figure
@@ -88,7 +89,7 @@ def rounds(outcomes: list[Outcome]) -> Figure:
     columns = ROUNDS_SHOWN + 1
     figure = Figure(figsize=(1.42 * columns, 2.0 * len(outcomes) + 0.6), layout="constrained")
     _title(figure, "The first picture after each round, and how far it is from the sequential one")
-    panels = np.atleast_1d(figure.subfigures(len(outcomes), 1, hspace=0.06))
+    panels = figure.subfigures(len(outcomes), 1, squeeze=False, hspace=0.06)[:, 0]
     for panel, one in zip(panels, outcomes, strict=True):
         axes = panel.subplots(1, columns)
         panel.suptitle(one.case.name, x=0.006, ha="left", fontsize=12, fontweight="bold")
@@ -96,7 +97,7 @@ def rounds(outcomes: list[Outcome]) -> Figure:
             axis.set_axis_off()
         for axis, index in zip(axes, _chosen_rounds(len(one.look.errors)), strict=False):
             axis.imshow(one.look.estimates[index], **PICTURE)
-            title = f"round {index + 1}\n{_percent(one.look.errors[index])}"
+            title = f"round {index + 1}\n{_percent(float(one.look.errors[index]))}"
             axis.set_title(title, fontsize=10.5, fontweight="normal")
         axes[-1].imshow(one.sequential[0], **PICTURE)
         axes[-1].set_title(f"sequential\n{one.steps} rounds", fontsize=10.5, fontweight="bold")
@@ -111,18 +112,17 @@ def residuals(outcomes: list[Outcome]) -> Figure:
     floor = 10.0 ** np.floor(np.log10(max(sizes[sizes > 0].min(initial=1.0), 1e-5)))
     norm = LogNorm(floor, max(1.0, floor * 10))
     axes = figure.subplots(1, len(outcomes), squeeze=False)[0]
-    for axis, one in zip(axes, outcomes, strict=True):
-        image = _residual_panel(axis, one, norm)
+    images = [_residual_panel(axis, one, norm, floor) for axis, one in zip(axes, outcomes, strict=True)]
     axes[0].set_ylabel("round")
-    bar = figure.colorbar(image, ax=list(axes), pad=0.015, aspect=28)
+    bar = figure.colorbar(images[0], ax=list(axes), pad=0.015, aspect=28)
     bar.set_label("move of the state, relative to its size")
     bar.outline.set_linewidth(0.8)
     axes[0].legend(loc="lower left", frameon=False, fontsize=10, handlelength=1.4)
     return figure
 
 
-def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm) -> Any:
-    table = _residual_table(one.look, one.steps, norm.vmin)
+def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm, floor: float) -> Any:
+    table = _residual_table(one.look, one.steps, floor)
     n = len(table)
     image = axis.imshow(
         table,
@@ -141,8 +141,8 @@ def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm) -> Any:
     axis.stairs(front, baseline=None, color=FRONT, linewidth=2.0, label="final up to here", **upright)
     axis.set_title(f"{one.case.name}: {n} rounds")
     axis.set_xlabel("step of the sampler: noise → picture")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
     return image
 
 
