@@ -4,20 +4,20 @@ A step that clips is not linear in the network's output m. But it equals the lin
 
     m' = m + w (clip(h) - h) ,      h = p x + q m  (the predicted clean sample),
 
-so that the recurrence stays a table. ``w`` depends on what else the step makes of m.
+so that the recurrence stays a table. ``w`` depends on what else the step makes of m, and is read from the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_adapters.diffusers.probing import Path, check_replay
+from parasolver_adapters.diffusers.probing import Path, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, UnsupportedSchedulerError
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.recurrence import Recurrence
@@ -76,34 +76,42 @@ def switch_off(scheduler: Any) -> None:
 
 
 def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
-    """How ``loop``, which clips, relates to the table of the same loop without clipping.
-
-    Two forms are known, and which it is is found by running the scheduler. Most steps use nothing but the clipped
-    sample: ``w = 1 / q``. DDIM keeps the noise as predicted before clipping; of the linear step ``a x + b m`` the part
-    through the clean sample is ``A h`` with ``A = b / q + alpha (a - p b / q)``, thus ``w = A / b``.
-    """
-    p, q = path.p, path.q
-    a, b = recurrence.a[:, 0], recurrence.b[:, 0]
+    """How ``loop``, which clips, relates to the table of the same loop without clipping: ``w`` is fitted, then checked."""
+    if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
+        raise _cannot_move(loop, "its predicted clean sample is not known at every step")
     scale = np.ones(len(recurrence)) if recurrence.input_scale is None else recurrence.input_scale
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = [1 / q, (b / q + path.alpha * (a - p * b / q)) / b]
-    function = _function(loop.scheduler)
-    reasons = []
-    for w in weights:
-        clip = Clip(function, p, q, w, scale, recurrence.timesteps)
-        if not np.all(np.isfinite([p, q, w])):
-            reasons.append("the clean sample is not known at every step")
-            continue
-        try:
-            check_replay(loop, recurrence, clip.correct)
-        except UnsupportedSchedulerError as error:
-            reasons.append(str(error))
-            continue
-        _check_unique(clip)
-        return clip
-    raise UnsupportedSchedulerError(
-        f"scheduler: {', '.join(clips(loop.scheduler))} of {loop.name} cannot be moved into the denoiser; switch it off "
-        f"({reasons[0]})"
+    clip = Clip(_function(loop.scheduler), path.p, path.q, 1 / path.q, scale, recurrence.timesteps)
+    try:
+        clip = replace(clip, w=_weights(loop, recurrence, clip))
+        check_replay(loop, recurrence, clip.correct)
+    except UnsupportedSchedulerError as error:
+        raise _cannot_move(loop, str(error)) from error
+    _check_unique(clip)
+    return clip
+
+
+def _weights(loop: Loop, recurrence: Recurrence, clip: Clip) -> Float64:
+    """``w`` of each node: how far the clipping step is from the linear one, over ``b (clip(h) - h)``.
+
+    A step that uses nothing of m but the clipped sample has ``w = 1 / q``; DDIM, which keeps the noise as predicted before
+    clipping, has another. Nodes where nothing was clipped get the former.
+    """
+    weights, xs, ms = clip.w.copy(), [], []
+    for node, m, output in run_nonlinear(loop):
+        i = node.index
+        xs.insert(0, node.x)
+        change = (clip.correct(i, node.x, m) - m) * float(recurrence.b[i, 0] / clip.w[i])
+        difference = output.prev_sample - recurrence.advance(i, xs, [m, *ms])
+        if torch.any(change != 0):
+            weights[i] = float((difference * change).sum() / (change * change).sum())
+        ms.insert(0, replace(clip, w=weights).correct(i, node.x, m))
+    return weights
+
+
+def _cannot_move(loop: Loop, reason: str) -> UnsupportedSchedulerError:
+    options = " and ".join(clips(loop.scheduler))
+    return UnsupportedSchedulerError(
+        f"scheduler: {options} of {loop.name} cannot be moved into the denoiser; switch it off ({reason})"
     )
 
 

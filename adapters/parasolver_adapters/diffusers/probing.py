@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from parasolver_adapters.diffusers.stepping import (
+    Draw,
     Float64,
     Loop,
     Node,
@@ -54,81 +55,78 @@ class Path:
 
 @dataclass(frozen=True)
 class Trace:
-    """A run on random numbers: states (N + 1, probes), outputs (N, probes), input scales (N,) and the path."""
+    """A run on random numbers.
+
+    Args:
+        x: (N + 1, probes), states.
+        m: (N, probes), network outputs.
+        draws: N tables, (number of draws, probes), the normal draws of each step.
+        scale: (N,), what the network's inputs are in terms of the states.
+        path: what the scheduler says about the predicted clean sample.
+    """
 
     x: Float64Array
     m: Float64Array
+    draws: list[Float64Array]
     scale: Float64Array
     path: Path
 
 
-def trace(loop: Loop, seed: int = 0) -> Trace:
-    """Run the scheduler's loop without noise, its network predicting random clean samples where that is known.
+def trace(loop: Loop, draw: Recorder | None) -> Trace:
+    """Run the scheduler's loop with the given noise, or without, and a network that predicts random clean samples.
 
-    So the states stay of the size that they have in use, and the fit is well conditioned.
+    So the states stay of the size that they have in use, and the fit is well conditioned. Where the scheduler does not
+    say what its network predicts, the outputs are random.
     """
-    draw = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     predictions = []
 
     def network(node: Node) -> torch.Tensor:
-        random = torch.randn(PROBES, generator=draw, dtype=torch.float64)
+        clean = torch.randn(PROBES, generator=random, dtype=torch.float64)
         alpha, sigma = _levels(node)
         p, q = _prediction(node.scheduler, alpha, sigma)
         predictions.append((alpha, sigma, p, q))
-        usable = np.isfinite(p) and np.isfinite(q) and q != 0
-        return (random - p * node.x) / q if usable else random
+        return (clean - p * node.x) / q if np.isfinite(p) and np.isfinite(q) and q != 0 else clean
 
-    size = max(1.0, float(getattr(loop.scheduler, "init_noise_sigma", 1.0)))
-    start = torch.randn(PROBES, generator=draw, dtype=torch.float64) * size
-    xs, ms, scales = [start], [], []
-    for node, m, output in _guarded(loop, network, start):
+    start = torch.randn(PROBES, generator=random, dtype=torch.float64) * _start_size(loop)
+    xs, ms, draws, scales = [start], [], [], []
+    for node, m, output in _guarded(loop, network, start, draw or no_noise):
         xs.append(output.prev_sample)
         ms.append(m)
+        draws.append(_rows(draw.take()) if draw else _rows([]))
         scales.append(_ratio(node.model_input, node.x))
         predictions[-1] = _refine(predictions[-1], node, m, output)
-    return Trace(_rows(xs), _rows(ms), np.array(scales), Path(*np.array(predictions).T))
+    return Trace(_rows(xs), _rows(ms), draws, np.array(scales), Path(*np.array(predictions).T))
 
 
-def fit_band(x: Float64Array, m: Float64Array, loop: Loop) -> tuple[Float64Array, Float64Array]:
-    """``(a, b)`` of equation (1), each (N, width), from states (N + 1, probes) and outputs (N, probes)."""
-    n = len(m)
-    a, b = np.zeros((n, MAX_STATES)), np.zeros((n, MAX_OUTPUTS))
+def fit_band(traced: Trace, loop: Loop) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """``(a, b, c)`` of equation (1): (N, P), (N, Q) and (N,), with the fewest past states and outputs."""
+    x, m, n = traced.x, traced.m, len(traced.m)
+    a, b, c = np.zeros((n, MAX_STATES)), np.zeros((n, MAX_OUTPUTS)), np.zeros(n)
     for i in range(n):
         for states, outputs in _widths(i):
-            columns = np.vstack([x[i - k] for k in range(states)] + [m[i - k] for k in range(outputs)])
-            coefficients = _fit(columns, x[i + 1])
-            if coefficients is not None:
-                a[i, :states], b[i, :outputs] = coefficients[:states], coefficients[states:]
+            past = [x[i - k] for k in range(states)] + [m[i - k] for k in range(outputs)]
+            weights = _fit(np.vstack([*past, traced.draws[i]]), x[i + 1])
+            if weights is not None:
+                a[i, :states], b[i, :outputs] = weights[:states], weights[states : states + outputs]
+                c[i] = np.linalg.norm(weights[states + outputs :])
                 break
         else:
             raise UnsupportedSchedulerError(
                 f"scheduler: step {i} of {loop.name} (timestep {loop.timesteps[i].item()}) is not a linear combination "
                 f"of the last {MAX_STATES} states and {MAX_OUTPUTS} network outputs{_suspects(loop)}"
             )
-    return trim(a), trim(b)
+    return trim(a), trim(b), c
 
 
-def noise_scale(loop: Loop, a: Float64Array) -> tuple[Float64Array, bool]:
-    """``(c, independent)``: the scale of each step's noise (N,), and whether steps share no draw.
-
-    Read from a run that starts at zero with a network of zeros, whose states are sums of noise alone.
-    """
-    recorder, counts = Recorder(seed=1), []
+def fit_correlated(loop: Loop) -> tuple[Trace, Float64Array, Float64Array, Float64Array]:
+    """The same, with the run, where steps share draws of noise: from a run without noise, and one of noise alone."""
+    traced = trace(loop, None)
+    a, b, _ = fit_band(traced, loop)
     zero = torch.zeros(PROBES, dtype=torch.float64)
-    xs = [zero]
-    for _, _, output in loop.run(lambda node: zero, zero, recorder):
-        xs.append(output.prev_sample)
-        counts.append(len(recorder.draws))
-    c, independent = np.zeros(len(counts)), True
-    draws = _rows(recorder.draws) if recorder.draws else np.zeros((0, zero.numel()))
-    for i, term in enumerate(noise_terms(_rows(xs), a)):
-        first, last = counts[i - 1] if i else 0, counts[i]
-        own = _fit(draws[first:last], term)
-        recent = draws[max(0, last - 2 * MAX_STATES) : last]
-        weights = own if own is not None else _fit(recent, term)
-        independent &= own is not None
-        c[i] = np.sqrt(np.mean(term**2)) if weights is None else np.linalg.norm(weights)
-    return c, independent
+    xs = [zero, *(output.prev_sample for _, _, output in loop.run(lambda node: zero, zero, Recorder(seed=1)))]
+    c = np.array([np.sqrt(np.mean(term**2)) for term in noise_terms(_rows(xs), a)])
+    return traced, a, b, np.where(c > EXACT * np.abs(_rows(xs)).max(), c, 0.0)
 
 
 def noise_terms(x: Sequence[Any], a: Float64Array) -> Iterator[Any]:
@@ -152,12 +150,14 @@ def identity_slope(a: Float64Array, b: Float64Array, p: Float64Array, q: Float64
     return (g - p) / q
 
 
-def tabulate(
-    loop: Loop, traced: Trace, timesteps: NDArray[Any], sigma_data: float
-) -> tuple[Recurrence, Path, bool]:
+def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Recurrence, Path, bool]:
     """The recurrence, the path as far as it is known, and whether the noise of the steps is independent."""
-    a, b = fit_band(traced.x, traced.m, loop)
-    c, independent = noise_scale(loop, a)
+    traced, independent = trace(loop, Recorder(seed=1)), True
+    try:
+        a, b, c = fit_band(traced, loop)
+    except UnsupportedSchedulerError:
+        traced, a, b, c = fit_correlated(loop)
+        independent = not np.any(c)
     path = traced.path
     if "clip_denoised" in loop.scheduler.config and a.shape[1] == b.shape[1] == 1:
         path = replace(path, p=a[:, 0], q=b[:, 0])  # consistency models: a step is the clean sample, and noise
@@ -180,6 +180,13 @@ def tabulate(
     return recurrence, path, independent
 
 
+def run_nonlinear(loop: Loop) -> Iterator[tuple[Node, torch.Tensor, Any]]:
+    """The loop's run with a nonlinear network and without noise."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(PROBES, generator=draw, dtype=torch.float64) * _start_size(loop)
+    return _guarded(loop, lambda node: torch.cos(3 * node.model_input + node.index) * 2, x)
+
+
 def check_replay(loop: Loop, recurrence: Recurrence, correct: Callable[[int, Any, Any], Any] | None = None) -> None:
     """Run the scheduler and the table side by side on a nonlinear network, without noise; they must agree.
 
@@ -188,19 +195,13 @@ def check_replay(loop: Loop, recurrence: Recurrence, correct: Callable[[int, Any
         recurrence: the table.
         correct: ``correct(i, x, m)`` gives the output that the table is to be given in place of ``m``.
     """
-    size = max(1.0, float(getattr(loop.scheduler, "init_noise_sigma", 1.0)))
-    x = torch.randn(PROBES, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * size
-
-    def network(node: Node) -> torch.Tensor:
-        return torch.cos(3 * node.model_input + node.index) * 2
-
-    xs, ms = [x], []
-    for node, m, output in _guarded(loop, network, x):
+    xs, ms = [], []
+    for node, m, output in run_nonlinear(loop):
         i = node.index
+        xs.insert(0, node.x)
         ms.insert(0, m if correct is None else correct(i, node.x, m))
-        mine = recurrence.advance(i, xs, ms)
-        xs.insert(0, output.prev_sample)
-        error, scale = float((mine - xs[0]).abs().max()), float(max(xs[0].abs().max(), xs[1].abs().max()))
+        error = float((recurrence.advance(i, xs, ms) - output.prev_sample).abs().max())
+        scale = float(max(output.prev_sample.abs().max(), node.x.abs().max()))
         if not error <= 1e-8 * scale:
             raise UnsupportedSchedulerError(
                 f"scheduler: step {i} of {loop.name} is off its own fit by {error / scale:.2g} on another network"
@@ -209,12 +210,12 @@ def check_replay(loop: Loop, recurrence: Recurrence, correct: Callable[[int, Any
 
 
 def _guarded(
-    loop: Loop, network: Callable[[Node], torch.Tensor], x: torch.Tensor
+    loop: Loop, network: Callable[[Node], torch.Tensor], x: torch.Tensor, draw: Draw = no_noise
 ) -> Iterator[tuple[Node, torch.Tensor, Any]]:
-    """The loop's run without noise, with failures of the scheduler itself named as such."""
+    """The loop's run, with failures of the scheduler itself named as such."""
     i = 0
     try:
-        for node, m, output in loop.run(network, x, no_noise):
+        for node, m, output in loop.run(network, x, draw):
             i = node.index + 1
             if not bool(torch.all(torch.isfinite(output.prev_sample))):
                 t = node.timestep.item()
@@ -250,9 +251,9 @@ def _levels(node: Node) -> tuple[float, float]:
 
 
 def _prediction(scheduler: Any, alpha: float, sigma: float) -> tuple[float, float]:
-    """``(p, q)`` from what the configuration says the network predicts; NaN if it does not say."""
-    flow = hasattr(scheduler, "scale_noise")
-    prediction_type = scheduler.config.get("prediction_type", "flow" if flow else None)
+    """``(p, q)`` from what the configuration says the network predicts (a velocity on a linear path, if nothing)."""
+    on_flow_path = abs(alpha + sigma - 1) < 1e-6
+    prediction_type = scheduler.config.get("prediction_type", "flow" if on_flow_path else None)
     prediction_type = {"flow_prediction": "flow"}.get(prediction_type, prediction_type)
     if prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
         return np.nan, np.nan
@@ -277,25 +278,24 @@ def _refine(
 
 
 def _fit(columns: Float64Array, target: Float64Array) -> Float64Array | None:
-    """Coefficients (k,) with ``coefficients @ columns = target`` to rounding, or None. Columns are (k, probes)."""
-    if not np.any(target):
-        return np.zeros(len(columns))
+    """Coefficients (k,) with ``coefficients @ columns = target`` to rounding, or None; (k, probes) and (probes,)."""
     sizes = np.linalg.norm(columns, axis=1)
     sizes = np.where(sizes > 0, sizes, 1.0)
-    scaled = np.linalg.lstsq((columns / sizes[:, None]).T, target, rcond=None)[0]
-    largest = max(np.linalg.norm(target), float(np.max(np.abs(scaled), initial=0.0)))
-    residual = np.linalg.norm(target - scaled @ (columns / sizes[:, None]))
-    if not residual <= EXACT * largest:
+    unit = columns / sizes[:, None]
+    terms = np.linalg.lstsq(unit.T, target, rcond=None)[0]
+    largest = max(float(np.linalg.norm(target)), float(np.max(np.abs(terms))))
+    if not np.linalg.norm(target - terms @ unit) <= EXACT * largest:
         return None
-    return np.where(np.abs(scaled) > 1e-14 * largest, scaled / sizes, 0.0)
+    return np.where(np.abs(terms) > 1e-14 * largest, terms / sizes, 0.0)
 
 
 def _widths(i: int) -> Iterator[tuple[int, int]]:
-    """``(states, outputs)`` to try at step i, fewest first."""
-    for total in range(2, MAX_STATES + MAX_OUTPUTS + 1):
-        for states in range(1, min(MAX_STATES, total - 1, i + 1) + 1):
-            if total - states <= min(MAX_OUTPUTS, i + 1):
-                yield states, total - states
+    """``(states, outputs)`` to try at step i, the shortest memory first."""
+    for memory in range(1, min(MAX_OUTPUTS, i + 1) + 1):
+        for states in range(1, min(MAX_STATES, memory) + 1):
+            yield states, memory
+        if memory <= MAX_STATES:
+            yield from ((memory, outputs) for outputs in range(1, memory))
 
 
 def _suspects(loop: Loop) -> str:
@@ -310,9 +310,14 @@ def _suspects(loop: Loop) -> str:
     return "; " + "; ".join(advice) if advice else ""
 
 
+def _start_size(loop: Loop) -> float:
+    return max(1.0, float(getattr(loop.scheduler, "init_noise_sigma", 1.0)))
+
+
 def _ratio(scaled: torch.Tensor, x: torch.Tensor) -> float:
     return 1.0 if scaled is x else float((scaled * x).sum() / (x * x).sum())
 
 
 def _rows(tensors: Sequence[torch.Tensor]) -> Float64Array:
-    return np.stack([tensor.detach().numpy().reshape(-1) for tensor in tensors])
+    """The tensors as rows of a table, (len(tensors), probes)."""
+    return np.array([tensor.numpy().reshape(-1) for tensor in tensors]).reshape(-1, np.prod(PROBES))

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from parasolver_adapters.diffusers.clipping import Clip, clip_of, clips, switch_off
-from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate, trace
+from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate
 from parasolver_adapters.diffusers.stepping import (
     ENDS_WITH_ZERO,
     SPECIAL_ARGUMENTS,
@@ -180,7 +180,7 @@ def step_rule_from_scheduler(
         linear = replace(loop, scheduler=copy.deepcopy(own))
         switch_off(linear.scheduler)
     timesteps = torch.stack(linear.timesteps).numpy()
-    table, path, independent = tabulate(linear, trace(linear), timesteps, _sigma_data(own, sigma_data))
+    table, path, independent = tabulate(linear, timesteps, _sigma_data(own, sigma_data))
     check_replay(linear, table)
     clip = clip_of(loop, table, path) if active else None
     return SchedulerRule(table, float(getattr(own, "init_noise_sigma", 1.0)), independent, clip, linear)

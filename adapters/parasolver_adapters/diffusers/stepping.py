@@ -55,19 +55,24 @@ def no_noise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwarg
 
 
 class Recorder:
-    """Independent normal draws in place of the scheduler's, kept in ``draws`` in their order."""
+    """Independent normal draws in place of the scheduler's, kept until they are taken."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self.draws: list[torch.Tensor] = []
+        self._draws: list[torch.Tensor] = []
 
     def __call__(
         self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         shape = no_noise(function, args, kwargs).shape
         drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        self.draws.append(drawn)
+        self._draws.append(drawn)
         return drawn
+
+    def take(self) -> list[torch.Tensor]:
+        """The draws since the last time, in their order."""
+        taken, self._draws = self._draws, []
+        return taken
 
 
 class Replay:
