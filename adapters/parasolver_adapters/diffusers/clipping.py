@@ -76,14 +76,17 @@ def switch_off(scheduler: Any) -> None:
 
 
 def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
-    """How ``loop``, which clips, relates to the table of the same loop without clipping: ``w`` is fitted, then checked."""
+    """How ``loop``, which clips, relates to the table of the same loop without clipping.
+
+    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``.
+    """
     if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
         raise _cannot_move(loop, "its predicted clean sample is not known at every step")
     scale = np.ones(len(recurrence)) if recurrence.input_scale is None else recurrence.input_scale
     clip = Clip(_function(loop.scheduler), path.p, path.q, 1 / path.q, scale, recurrence.timesteps)
     try:
         clip = replace(clip, w=_weights(loop, recurrence, clip))
-        check_replay(loop, recurrence, clip.correct)
+        check_replay(loop, recurrence, clip.correct, tolerance=1e-6)
     except UnsupportedSchedulerError as error:
         raise _cannot_move(loop, str(error)) from error
     _check_unique(clip)
@@ -93,8 +96,8 @@ def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
 def _weights(loop: Loop, recurrence: Recurrence, clip: Clip) -> Float64:
     """``w`` of each node: how far the clipping step is from the linear one, over ``b (clip(h) - h)``.
 
-    A step that uses nothing of m but the clipped sample has ``w = 1 / q``; DDIM, which keeps the noise as predicted before
-    clipping, has another. Nodes where nothing was clipped get the former.
+    A step that uses nothing of m but the clipped sample has ``w = 1 / q``; DDIM, which keeps the noise as predicted
+    before clipping, has another. Nodes where nothing was clipped get the former.
     """
     weights, xs, ms = clip.w.copy(), [], []
     for node, m, output in run_nonlinear(loop):

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from parasolver_adapters.diffusers.stepping import (
     Draw,
-    Float64,
     Loop,
     Node,
     Recorder,
@@ -141,8 +140,8 @@ def noise_terms(x: Sequence[Any], a: Float64Array) -> Iterator[Any]:
 def identity_slope(a: Float64Array, b: Float64Array, p: Float64Array, q: Float64Array) -> Float64Array:
     """The slope of each step's network, equal in terms of the held quantity, that makes the step's Jacobian 1.
 
-    With ``p x + q m`` of slope g at all nodes that a step reads, ``sum_k a + sum_k b (g - p) / q = 1`` gives g. NaN where
-    a step does not depend on the network.
+    With ``p x + q m`` of slope g at all nodes that a step reads, ``sum_k a + sum_k b (g - p) / q = 1`` gives
+    g. NaN where a step does not depend on the network.
     """
     node = np.maximum(np.arange(len(b))[:, None] - np.arange(b.shape[1]), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -187,22 +186,28 @@ def run_nonlinear(loop: Loop) -> Iterator[tuple[Node, torch.Tensor, Any]]:
     return _guarded(loop, lambda node: torch.cos(3 * node.model_input + node.index) * 2, x)
 
 
-def check_replay(loop: Loop, recurrence: Recurrence, correct: Callable[[int, Any, Any], Any] | None = None) -> None:
+def check_replay(
+    loop: Loop,
+    recurrence: Recurrence,
+    correct: Callable[[int, Any, Any], Any] = lambda i, x, m: m,
+    tolerance: float = 1e-8,
+) -> None:
     """Run the scheduler and the table side by side on a nonlinear network, without noise; they must agree.
 
     Args:
         loop: the scheduler's loop, with its clipping if it has any.
         recurrence: the table.
         correct: ``correct(i, x, m)`` gives the output that the table is to be given in place of ``m``.
+        tolerance: largest difference accepted, relative to the states.
     """
     xs, ms = [], []
     for node, m, output in run_nonlinear(loop):
         i = node.index
         xs.insert(0, node.x)
-        ms.insert(0, m if correct is None else correct(i, node.x, m))
+        ms.insert(0, correct(i, node.x, m))
         error = float((recurrence.advance(i, xs, ms) - output.prev_sample).abs().max())
         scale = float(max(output.prev_sample.abs().max(), node.x.abs().max()))
-        if not error <= 1e-8 * scale:
+        if not error <= tolerance * scale:
             raise UnsupportedSchedulerError(
                 f"scheduler: step {i} of {loop.name} is off its own fit by {error / scale:.2g} on another network"
                 f"{_suspects(loop)}"
@@ -220,7 +225,7 @@ def _guarded(
             if not bool(torch.all(torch.isfinite(output.prev_sample))):
                 t = node.timestep.item()
                 raise UnsupportedSchedulerError(
-                    f"scheduler: the own sequential run of {loop.name} gives NaN or infinity at step {node.index} "
+                    f"scheduler: {loop.name}'s own sequential run gives NaN or infinity at step {node.index} "
                     f"(timestep {t}){_suspects(loop)}"
                 )
             yield node, m, output
@@ -228,14 +233,15 @@ def _guarded(
         raise
     except Exception as error:
         raise UnsupportedSchedulerError(
-            f"scheduler: the own sequential run of {loop.name} fails at step {i}: {type(error).__name__}: {error}"
+            f"scheduler: {loop.name}'s own sequential run fails at step {i}, {type(error).__name__}: {error}"
+            f"{_suspects(loop)}"
         ) from error
 
 
 def _levels(node: Node) -> tuple[float, float]:
     """alpha and sigma at a node, asked of the scheduler's ``add_noise``; NaN if it has none."""
     scheduler = node.scheduler
-    one, zero = (torch.full(PROBES, value, dtype=torch.float64) for value in (1.0, 0.0))
+    one, zero = torch.ones(PROBES), torch.zeros(PROBES)  # float32, in which schedulers compute these themselves
     t = node.timestep.reshape(1)
     if hasattr(scheduler, "scale_noise"):
         add = lambda sample, noise: scheduler.scale_noise(sample, t, noise)  # noqa: E731
@@ -244,7 +250,7 @@ def _levels(node: Node) -> tuple[float, float]:
     else:
         return np.nan, np.nan
     try:
-        with torch.no_grad(), Float64(no_noise):
+        with torch.no_grad():
             return float(add(one, zero).flatten()[0]), float(add(zero, one).flatten()[0])
     except Exception:  # the levels are only a help; what the scheduler's own loop needs is checked by running it
         return np.nan, np.nan
@@ -299,12 +305,15 @@ def _widths(i: int) -> Iterator[tuple[int, int]]:
 
 
 def _suspects(loop: Loop) -> str:
-    """The options known to be nonlinear or undefined that are switched on, as advice."""
+    """Advice on options that are known to be nonlinear or undefined."""
     config, advice = loop.scheduler.config, []
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
         advice.append("with rescale_betas_zero_snr the first alpha is 0: use prediction_type='v_prediction'")
     if str(config.get("variance_type")).startswith("learned"):
-        advice.append("set variance_type to a fixed one")
+        advice.append(
+            f"with variance_type={config.get('variance_type')!r} the network's output sets the noise, which is not "
+            "linear: set a fixed one and let the denoiser return the first half of the channels"
+        )
     if config.get("solver_type") == "bh1" and config.get("final_sigmas_type") == "zero":
         advice.append("set solver_type='bh2' or final_sigmas_type='sigma_min'")
     return "; " + "; ".join(advice) if advice else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,12 +30,16 @@ from parasolver_core.step_rules import StepRule
 __all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
 
 GIVEN_BY_THE_LOOP = {"model_output", "timestep", "sample", "generator", "return_dict"}
-SAMPLES_TOKENS = {
-    "AmusedScheduler",
-    "BlockRefinementScheduler",
-    "DiscreteDDIMScheduler",
-    "EntropyBoundScheduler",
-    "VQDiffusionScheduler",
+_TOKENS = "samples discrete tokens, which follow no linear recurrence"
+UNSUPPORTED = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "HeliosDMDScheduler": "steps with tensors that its pipeline makes on the way (dmd_noisy_tensor, dmd_sigmas)",
+    "PiflowScheduler": "integrates a policy that the network predicts, which is not linear in the network's output",
+    "ScoreSdeVeScheduler": "has no step(model_output, timestep, sample), and its corrector is not linear",
 }
 
 
@@ -42,8 +47,8 @@ SAMPLES_TOKENS = {
 class SchedulerRule(StepRule):
     """The steps of a diffusers scheduler; made by :func:`step_rule_from_scheduler`.
 
-    States are the scheduler's own ``sample``; what ``scale_model_input`` does is part of the rule, so the denoiser is the
-    bare network.
+    States are the scheduler's own ``sample``; what ``scale_model_input`` does is part of the rule, so the
+    denoiser is the bare network.
 
     Args:
         table: the recurrence on the scheduler's timesteps.
@@ -73,8 +78,8 @@ class SchedulerRule(StepRule):
         """Refuse timesteps other than the scheduler's."""
         if not np.array_equal(timesteps, self.timesteps):
             raise ValueError(
-                f"timesteps: this rule holds the steps of {self._loop.name} on its own {len(self.timesteps)} timesteps, "
-                f"got {len(timesteps)} others; pass rule.timesteps, or make another rule"
+                f"timesteps: this rule holds the steps of {self._loop.name} on {len(self.timesteps)} timesteps of its "
+                f"own, got {len(timesteps)} others; pass rule.timesteps, or make another rule"
             )
 
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
@@ -94,8 +99,8 @@ class SchedulerRule(StepRule):
         the noise, so draws that it skips, repeats or mixes are as in its loop.
 
         Args:
-            generator: as given to a pipeline after it drew the first latents, or one for each sample; it is advanced. None
-                for the global stream.
+            generator: as a pipeline has it after drawing the first latents, or one for each sample; it is advanced.
+                None for the global stream.
             shape: (batch, *event), of the sample.
             dtype: of the sample in the run that is reproduced.
 
@@ -172,17 +177,24 @@ def step_rule_from_scheduler(
     active = clips(own)
     if active and clipping == "refuse":
         raise UnsupportedSchedulerError(
-            f"scheduler: {', '.join(active)} of {loop.name} is not linear. Switch it off, or pass clipping='denoiser' and "
-            "wrap your denoiser with rule.wrap_denoiser"
+            f"scheduler: {', '.join(active)} of {loop.name} is not linear. Switch it off, or pass clipping='denoiser' "
+            "and wrap your denoiser with rule.wrap_denoiser"
         )
     linear = loop
     if active:
         linear = replace(loop, scheduler=copy.deepcopy(own))
         switch_off(linear.scheduler)
     timesteps = torch.stack(linear.timesteps).numpy()
-    table, path, independent = tabulate(linear, timesteps, _sigma_data(own, sigma_data))
-    check_replay(linear, table)
-    clip = clip_of(loop, table, path) if active else None
+    with torch.random.fork_rng(devices=[]):  # some schedulers seed their noise from the global stream
+        table, path, independent = tabulate(linear, timesteps, _sigma_data(own, sigma_data))
+        check_replay(linear, table)
+        clip = clip_of(loop, table, path) if active else None
+    if not independent:
+        warnings.warn(
+            f"{loop.name} draws noise that is correlated between steps; pass noise=rule.noise(...) to solve, which "
+            "draws it as the scheduler does, and not a seed",
+            stacklevel=2,
+        )
     return SchedulerRule(table, float(getattr(own, "init_noise_sigma", 1.0)), independent, clip, linear)
 
 
@@ -190,10 +202,8 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
     name = type(scheduler).__name__
-    if name in SAMPLES_TOKENS:
-        raise UnsupportedSchedulerError(f"scheduler: {name} samples discrete tokens, which follow no linear recurrence")
-    if not hasattr(scheduler, "step"):
-        raise UnsupportedSchedulerError(f"scheduler: {name} has no method step(model_output, timestep, sample)")
+    if name in UNSUPPORTED:
+        raise UnsupportedSchedulerError(f"scheduler: {name} {UNSUPPORTED[name]}")
     accepted = inspect.signature(scheduler.step).parameters
     for option in step_options:
         if option in GIVEN_BY_THE_LOOP | {"variance_noise"}:
@@ -220,7 +230,7 @@ def _with_timesteps(scheduler: Any, num_inference_steps: int | None) -> Any:
             raise UnsupportedSchedulerError(
                 f"scheduler: {name}.set_timesteps({num_inference_steps}) fails: {type(error).__name__}: {error}"
             ) from error
-    elif getattr(own, "num_inference_steps", None) is None:
+    elif getattr(own, "timesteps", None) is None or getattr(own, "num_inference_steps", "unknown") is None:
         raise ValueError(f"num_inference_steps: expected a number, as {name}.set_timesteps has not been called")
     elif getattr(own, "_step_index", None) or getattr(own, "counter", 0):
         raise ValueError(f"scheduler: {name} is in the middle of a run; call set_timesteps again")

@@ -95,9 +95,7 @@ class NoiseUNet2DModel(UNet2DModel):
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
 
-def load_embedded_model(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> NoiseUNet2DModel:
+def load_embedded_model(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> NoiseUNet2DModel:
     """Load the network that ships with this package; it is a ``UNet2DModel`` that returns ``eps``.
 
     Its call is ``model(x, t, class_labels=y).sample`` with ``x`` (rows, 1, 28, 28), ``t`` (rows,) integers in
@@ -151,9 +149,7 @@ class EmbeddedDenoiser:
         if self.labels is not None and not 0 <= self.labels < NO_CLASS:
             raise ValueError(f"labels must be None or an int in 0 .. {NO_CLASS - 1}; got {self.labels}")
         if self.guidance_scale is not None and self.labels is None:
-            raise ValueError(
-                "guidance_scale needs a class; pass labels, an int in 0 .. 9, or drop guidance_scale"
-            )
+            raise ValueError("guidance_scale needs a class; pass labels, an int in 0 .. 9, or drop guidance_scale")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in each row.
@@ -170,8 +166,7 @@ class EmbeddedDenoiser:
         """
         if x.shape[1:] != SAMPLE_SHAPE or t.shape != x.shape[:1]:
             raise ValueError(
-                "x must have shape (rows, 1, 28, 28) and t shape (rows,); "
-                f"got {tuple(x.shape)} and {tuple(t.shape)}"
+                f"x must have shape (rows, 1, 28, 28) and t shape (rows,); got {tuple(x.shape)} and {tuple(t.shape)}"
             )
         label = NO_CLASS if self.labels is None else self.labels
         if self.guidance_scale is None:
