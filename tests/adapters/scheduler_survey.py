@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -23,7 +24,9 @@ from parasolver_adapters.diffusers import SchedulerRule, UnsupportedSchedulerErr
 PAGE = Path(__file__).parents[2] / "docs" / "schedulers.md"
 STEPS = 6
 
-REQUIRED = {
+REQUIRED: dict[str, dict[str, Any]] = {
+    "KDPM2DiscreteScheduler": {"num_train_timesteps": 100},  # takes a second to make with 1000
+    "KDPM2AncestralDiscreteScheduler": {"num_train_timesteps": 100},
     "AmusedScheduler": {"mask_token_id": 0},
     "VQDiffusionScheduler": {"num_vec_classes": 4},
     "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0, "tsr_sigma": 1.0},
@@ -110,6 +113,7 @@ class Case:
     cls: type[Any]
     config: dict[str, Any]
     step_options: dict[str, Any] = field(default_factory=dict)
+    _made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={value}" for key, value in (self.config | self.step_options).items())
@@ -117,11 +121,17 @@ class Case:
 
     def scheduler(self) -> Any:
         """The scheduler with its timesteps set; raises what diffusers raises."""
+        if "scheduler" not in self._made:  # some take a second to make
+            self._made["scheduler"] = self._make()
+        return copy.deepcopy(self._made["scheduler"])
+
+    def _make(self) -> Any:
         scheduler = self.cls(**REQUIRED.get(self.cls.__name__, {}) | self.config)
         arguments: dict[str, Any] = {
             "ConsistencyDecoderScheduler": {"num_inference_steps": 2},
             "SCMScheduler": {"intermediate_timesteps": None},
             "HeliosScheduler": {"stage_index": 0},
+            "RFD4ProteinaScheduler": {"num_inference_steps": 400},
             "HeliosDMDScheduler": {"stage_index": 0},
         }.get(self.cls.__name__, {})
         scheduler.set_timesteps(**{"num_inference_steps": STEPS} | arguments)
@@ -192,46 +202,51 @@ every scheduler of diffusers {version} and is written by `python -m tests.adapte
 replay each configuration against the scheduler's own sequential loop.
 
 *States* and *outputs*: how many past states and network outputs a step reads, at most. *Calls*: network calls for
-{steps} inference steps. *Configurations*: how many of those tried are supported; of the others the scheduler's own loop fails,
-or the reason is given below.
+{steps} inference steps. *Configurations*: how many of those tried are supported; the others are listed below.
 
 | Scheduler | States | Outputs | Calls | Noise | Scales input | Configurations |
 |---|---|---|---|---|---|---|
 """
 
 
-def page(found: dict[str, list[tuple[Case, SchedulerRule | UnsupportedSchedulerError]]]) -> str:
+Results = list[tuple[Case, SchedulerRule | UnsupportedSchedulerError]]
+
+
+def page(found: dict[str, Results]) -> str:
     """The page of the documentation, from what :func:`survey` gave for each class."""
-    rows, refused = [], []
-    for name in sorted({*found, *NEED_TORCHSDE}):
-        results = found.get(name, [])
-        rules = [rule for _, rule in results if isinstance(rule, SchedulerRule)]
-        if rules:
-            rows.append(_row(name, rules, len(results)))
-        elif name in NEED_TORCHSDE:
-            rows.append(f"| {name} | | | | correlated | yes | needs torchsde |")
-        else:
-            rows.append(f"| {name} | | | | | | not supported |")
-        refused += [_reason(case, error) for case, error in results if isinstance(error, UnsupportedSchedulerError)]
-    body = HEADER.format(version=diffusers.__version__, steps=STEPS) + "\n".join(rows)
-    return body + "\n\n## Not supported\n\n" + "\n".join(dict.fromkeys(refused)) + "\n"
+    rows = [row(name, found.get(name, [])) for name in sorted({*found, *NEED_TORCHSDE})]
+    reasons = [line for results in found.values() for line in refusals(results)]
+    header = HEADER.format(version=diffusers.__version__, steps=STEPS)
+    upstream = [line for line in reasons if "own sequential run" in line]
+    ours = [line for line in reasons if line not in upstream]
+    lines = [*rows, "", "## Not linear", "", *ours, "", "## Failing in diffusers itself", "", *upstream, ""]
+    return header + "\n".join(lines)
 
 
-def _row(name: str, rules: list[SchedulerRule], tried: int) -> str:
+def row(name: str, results: Results) -> str:
+    """The line of the table for one class."""
+    rules = [rule for _, rule in results if isinstance(rule, SchedulerRule)]
+    if name in NEED_TORCHSDE:
+        return f"| {name} | | | | correlated | yes | needs torchsde |"
+    if not rules:
+        return f"| {name} | | | | | | not supported |"
     states, outputs = (max(rule.band[k] for rule in rules) for k in (0, 1))
     noise = sum(rule.table.stochastic for rule in rules)
     drawn = "yes" if noise == len(rules) else "some options" if noise else "no"
     scales = "yes" if rules[0].table.input_scale is not None else "no"
-    return (
-        f"| {name} | {states} | {outputs} | {len(rules[0].timesteps)} | {drawn} | {scales} | {len(rules)} of {tried} |"
-    )
+    tried = f"{len(rules)} of {len(results)}"
+    return f"| {name} | {states} | {outputs} | {len(rules[0].timesteps)} | {drawn} | {scales} | {tried} |"
 
 
-def _reason(case: Case, error: UnsupportedSchedulerError) -> str:
-    """One line; a class that is not supported at all is named without its options."""
-    text = str(error).removeprefix("scheduler: ").replace("`", "")
-    whole = text.startswith(f"{case.cls.__name__} ") or ".step needs" in text
-    return f"- `{case.cls.__name__ if whole else case}`: {text}"
+def refusals(results: Results) -> list[str]:
+    """A line for each configuration that is not supported; one for all of a class that has nothing supported."""
+    lines = []
+    for case, error in results:
+        if isinstance(error, UnsupportedSchedulerError):
+            text = str(error).removeprefix("scheduler: ")
+            whole = not any(isinstance(rule, SchedulerRule) for _, rule in results)
+            lines.append(f"- {case.cls.__name__ if whole else case}: {text}")
+    return list(dict.fromkeys(lines))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from parasolver_adapters.diffusers.stepping import (
     Draw,
+    Float64,
     Loop,
     Node,
     Recorder,
@@ -123,7 +124,7 @@ def fit_correlated(loop: Loop) -> tuple[Trace, Float64Array, Float64Array, Float
     traced = trace(loop, None)
     a, b, _ = fit_band(traced, loop)
     zero = torch.zeros(PROBES, dtype=torch.float64)
-    xs = [zero, *(output.prev_sample for _, _, output in loop.run(lambda node: zero, zero, Recorder(seed=1)))]
+    xs = [zero, *(output.prev_sample for _, _, output in loop.run(lambda node: zero, zero, Float64(Recorder(seed=1))))]
     c = np.array([np.sqrt(np.mean(term**2)) for term in noise_terms(_rows(xs), a)])
     return traced, a, b, np.where(c > EXACT * np.abs(_rows(xs)).max(), c, 0.0)
 
@@ -220,7 +221,7 @@ def _guarded(
     """The loop's run, with failures of the scheduler itself named as such."""
     i = 0
     try:
-        for node, m, output in loop.run(network, x, draw):
+        for node, m, output in loop.run(network, x, Float64(draw)):
             i = node.index + 1
             if not bool(torch.all(torch.isfinite(output.prev_sample))):
                 t = node.timestep.item()

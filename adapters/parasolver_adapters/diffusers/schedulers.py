@@ -19,8 +19,8 @@ from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tab
 from parasolver_adapters.diffusers.stepping import (
     ENDS_WITH_ZERO,
     SPECIAL_ARGUMENTS,
+    Listener,
     Loop,
-    Replay,
     UnsupportedSchedulerError,
 )
 from parasolver_core.denoiser import DenoiserFn
@@ -95,8 +95,8 @@ class SchedulerRule(StepRule):
     ) -> torch.Tensor:
         """The noise that the scheduler's own loop would draw from ``generator``, for ``solve(..., noise=...)``.
 
-        The scheduler is run once with a network of zeros, and what it adds to the states is divided by the scale of
-        the noise, so draws that it skips, repeats or mixes are as in its loop.
+        The scheduler is run with a network of zeros, and what it adds to the states is divided by the scale of the
+        noise, so draws that it skips, repeats or mixes are as in its loop.
 
         Args:
             generator: as a pipeline has it after drawing the first latents, or one for each sample; it is advanced.
@@ -111,16 +111,21 @@ class SchedulerRule(StepRule):
             ValueError: the scheduler draws from the global stream, whatever generator it is given.
         """
         generators = [generator] if isinstance(generator, torch.Generator) else generator
-        device = torch.device("cpu") if generators is None else generators[0].device
-        draw, zero = Replay(dtype), torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+        zero = torch.zeros(tuple(shape), dtype=dtype, device=generators[0].device if generators else None)
         given = list(generators) if isinstance(generator, Sequence) else generator
-        states = [zero, *(out.prev_sample for _, _, out in self._loop.run(lambda node: zero, zero, draw, given))]
-        if generator is not None and draw.from_global_stream:
+        listener = Listener()
+        for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
+            pass
+        if generator is not None and listener.global_stream:
             raise ValueError(
                 f"generator: {self._loop.name} ignores it and draws from the global stream; pass None and call "
                 "torch.manual_seed before"
             )
-        noise = torch.zeros((len(self.timesteps), *shape), dtype=dtype, device=device)
+        states = [zero.double()]
+        with torch.random.fork_rng(devices=[]):
+            run = self._loop.run(lambda node: states[0], states[0], listener.playback(), given)
+            states.extend(output.prev_sample for _, _, output in run)
+        noise = torch.zeros((len(self.timesteps), *shape), dtype=dtype, device=zero.device)
         for i, term in enumerate(noise_terms(states, self.table.a)):
             if self.table.c[i] != 0:
                 noise[i] = term / float(self.table.c[i])

@@ -75,26 +75,25 @@ class Recorder:
         return taken
 
 
-class Replay:
-    """The draws that the scheduler itself would make in a run of ``dtype``, also where it asks for another dtype.
+class Listener(TorchFunctionMode):
+    """While active, on this thread only: keeps the normal draws that are made, in their order."""
 
-    Args:
-        dtype: dtype of the run that is reproduced.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[torch.Tensor] = []
+        self.global_stream = False
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self.from_global_stream = False
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func(*args, **(kwargs or {}))
+        if func is torch.randn or func is torch.randn_like:
+            self.draws.append(drawn)
+            self.global_stream |= (kwargs or {}).get("generator") is None
+        return drawn
 
-    def __call__(
-        self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        self.from_global_stream |= kwargs.get("generator") is None
-        if function is torch.randn_like:
-            return function(args[0].to(self._dtype), *args[1:], **kwargs)
-        if kwargs.get("dtype") is torch.float64:  # what is asked for in terms of the sample, which is float64 here
-            kwargs["dtype"] = self._dtype
-        return function(*args, **kwargs)
+    def playback(self) -> Float64:
+        """The same draws once more, in float64."""
+        draws = iter(self.draws)
+        return Float64(lambda function, args, kwargs: next(draws))
 
 
 @dataclass(frozen=True)
@@ -127,24 +126,24 @@ class Loop:
         return type(self.scheduler).__name__
 
     def run(
-        self, network: Network, x: torch.Tensor, draw: Draw, generator: Any = None
+        self, network: Network, x: torch.Tensor, mode: TorchFunctionMode, generator: Any = None
     ) -> Iterator[tuple[Node, torch.Tensor, Any]]:
-        """``(node, m, output of the scheduler's step)`` of each network call in turn, in float64.
+        """``(node, m, output of the scheduler's step)`` of each network call in turn.
 
         Args:
             network: ``network(node)`` gives the network's output.
-            x: the first state, float64, (batch, channels, ...).
-            draw: where noise comes from.
+            x: the first state, (batch, channels, ...).
+            mode: what the scheduler runs in, for example ``Float64(no_noise)``.
             generator: passed to ``step`` where it takes one.
         """
         scheduler = copy.deepcopy(self.scheduler)
         step = _stepper(scheduler, self.timesteps, dict(self.options), generator)
         scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
         for i, t in enumerate(self.timesteps):
-            with torch.no_grad(), Float64(draw):
+            with torch.no_grad(), mode:
                 node = Node(i, t, x, scale(x, t), scheduler)
             m = network(node)
-            with torch.no_grad(), Float64(draw):
+            with torch.no_grad(), mode:
                 output = step(i, m, x)
             x = output.prev_sample
             yield node, m, output
