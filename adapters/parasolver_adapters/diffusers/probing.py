@@ -129,7 +129,7 @@ def fit_correlated(loop: Loop) -> tuple[Trace, Float64Array, Float64Array, Float
     return traced, a, b, np.where(c > EXACT * np.abs(_rows(xs)).max(), c, 0.0)
 
 
-def noise_terms(x: Sequence[Any], a: Float64Array) -> Iterator[Any]:
+def noise_terms(x: Sequence[Any] | Float64Array, a: Float64Array) -> Iterator[Any]:
     """``x_{i+1} - sum_k a[i, k] x_{i-k}``, for the states of a run whose network gives zeros."""
     for i in range(len(a)):
         term = x[i + 1]

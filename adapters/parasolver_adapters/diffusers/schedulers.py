@@ -110,13 +110,13 @@ class SchedulerRule(StepRule):
         Raises:
             ValueError: the scheduler draws from the global stream, whatever generator it is given.
         """
-        generators = [generator] if isinstance(generator, torch.Generator) else generator
-        zero = torch.zeros(tuple(shape), dtype=dtype, device=generators[0].device if generators else None)
-        given = list(generators) if isinstance(generator, Sequence) else generator
-        listener = Listener()
+        given = list(generator) if isinstance(generator, Sequence) else generator
+        first = given[0] if isinstance(given, list) else given
+        zero = torch.zeros(tuple(shape), dtype=dtype, device=None if first is None else first.device)
+        listener, stream = Listener(), torch.get_rng_state()
         for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
             pass
-        if generator is not None and listener.global_stream:
+        if generator is not None and (listener.global_stream or not torch.equal(stream, torch.get_rng_state())):
             raise ValueError(
                 f"generator: {self._loop.name} ignores it and draws from the global stream; pass None and call "
                 "torch.manual_seed before"
@@ -209,7 +209,7 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
     name = type(scheduler).__name__
     if name in UNSUPPORTED:
         raise UnsupportedSchedulerError(f"scheduler: {name} {UNSUPPORTED[name]}")
-    accepted = inspect.signature(scheduler.step).parameters
+    accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
     for option in step_options:
         if option in GIVEN_BY_THE_LOOP | {"variance_noise"}:
             raise ValueError(f"{option}: it differs from step to step, so it cannot be an option of the rule")
