@@ -247,9 +247,9 @@ def refusals(results: Results) -> list[str]:
     lines = []
     for case, error in results:
         if isinstance(error, UnsupportedSchedulerError):
-            text = str(error).removeprefix("scheduler: ")
+            text = str(error).removeprefix("scheduler: ").replace("`", "'").replace("*", r"\*")
             whole = not any(isinstance(rule, SchedulerRule) for _, rule in results)
-            lines.append(f"- {case.cls.__name__ if whole else case}: {text}")
+            lines.append(f"- `{case.cls.__name__ if whole else case}`: {text}")
     return list(dict.fromkeys(lines))
 
 

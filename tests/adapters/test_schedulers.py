@@ -282,7 +282,8 @@ def test_the_scheduler_and_the_global_stream_are_left_alone() -> None:
 
 
 def test_image_to_image_starts_in_the_middle() -> None:
-    for scheduler in (EulerDiscreteScheduler(), DDIMScheduler(clip_sample=False)):
+    schedulers: tuple[Any, ...] = (EulerDiscreteScheduler(), DDIMScheduler(clip_sample=False))
+    for scheduler in schedulers:
         scheduler.set_timesteps(12)
         rule = step_rule_from_scheduler(scheduler, begin_index=5)
         assert np.array_equal(rule.timesteps, scheduler.timesteps[5:].numpy())

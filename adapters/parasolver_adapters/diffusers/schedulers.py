@@ -105,7 +105,7 @@ class SchedulerRule(StepRule):
             dtype: of the sample in the run that is reproduced.
 
         Returns:
-            (N, batch, *event), zero where a step adds none.
+            (N, batch, *event), at least float32, zero where a step adds none.
 
         Raises:
             ValueError: the scheduler draws from the global stream, whatever generator it is given.
@@ -125,7 +125,8 @@ class SchedulerRule(StepRule):
         with torch.random.fork_rng(devices=[]):
             run = self._loop.run(lambda node: states[0], states[0], listener.playback(), given)
             states.extend(output.prev_sample for _, _, output in run)
-        noise = torch.zeros((len(self.timesteps), *shape), dtype=dtype, device=zero.device)
+        kept = torch.promote_types(dtype, torch.float32)  # the solver's sums have at least that
+        noise = torch.zeros((len(self.timesteps), *shape), dtype=kept, device=zero.device)
         for i, term in enumerate(noise_terms(states, self.table.a)):
             if self.table.c[i] != 0:
                 noise[i] = term / float(self.table.c[i])
@@ -226,6 +227,9 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
 def _with_timesteps(scheduler: Any, num_inference_steps: int | None) -> Any:
     """A private copy with its timesteps set, at the start of a run."""
     own, name = copy.deepcopy(scheduler), type(scheduler).__name__
+    for attribute, value in vars(own).items():
+        if isinstance(value, torch.Tensor):
+            setattr(own, attribute, value.cpu())
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps: expected an integer of at least 1, got {num_inference_steps!r}")
