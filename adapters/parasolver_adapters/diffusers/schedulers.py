@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -58,11 +58,11 @@ class SchedulerRule(StepRule):
         clip: how the predicted clean sample is clipped, if it is; see :meth:`wrap_denoiser`.
     """
 
-    table: Recurrence
+    table: Recurrence = field(repr=False)
     init_noise_sigma: float
     independent_noise: bool
-    clip: Clip | None
-    _loop: Loop
+    clip: Clip | None = field(repr=False)
+    _loop: Loop = field(repr=False)
 
     @property
     def timesteps(self) -> NDArray[Any]:
