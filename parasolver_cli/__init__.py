@@ -1,0 +1,1 @@
+"""The ``parasolver`` command: a demonstration with the embedded model, and a list of what can be chosen."""

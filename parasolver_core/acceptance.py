@@ -50,7 +50,7 @@ class RelativeMove(Acceptance):
         factor: the largest accepted relative move, in units of the tolerance.
     """
 
-    factor: float = 0.3
+    factor: float = 0.2
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         settled = view.move <= max(self.factor * tolerance, view.rounding)  # NaN is never settled

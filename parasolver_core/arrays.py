@@ -43,6 +43,19 @@ def increment(target: Array, index: Any, value: Array) -> Array:
     return target
 
 
+def detach(array: Array) -> Array:
+    """The same values without a history of gradients."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
+def narrow(xp: Any, values: Array, dtype: Any) -> Array:
+    """``values`` as ``dtype``; what is beyond its range becomes its largest finite value."""
+    if values.dtype == dtype:
+        return values
+    largest = float(xp.finfo(dtype).max)
+    return xp.astype(xp.clip(values, -largest, largest), dtype)
+
+
 def working_dtype(xp: Any, dtype: Any) -> Any:
     """The dtype of states and sums: at least float32, whatever the network's is."""
     return dtype if xp.finfo(dtype).bits >= 32 else xp.float32

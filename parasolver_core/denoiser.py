@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, assign
 from parasolver_core.recurrence import predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
@@ -58,7 +58,10 @@ class Evaluator:
         self.seconds = 0.0
 
     def __call__(self, x: Array, nodes: np.ndarray) -> Array:
-        """Predictions for rows ``x`` (rows, *event) at ``nodes`` (rows,), indices into the timesteps."""
+        """Predictions for rows ``x`` (rows, *event) at ``nodes`` (rows,), indices into the timesteps.
+
+        The network may work in place: ``x`` is its own. The result is good until the next call only.
+        """
         xp, rows = self._xp, x.shape[0]
         chunk = min(self._max_rows or rows, rows)
         if self._scale is not None:
@@ -68,12 +71,17 @@ class Evaluator:
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
         try:
-            parts = [
-                self._call(x[i : i + chunk, ...], t[i : i + chunk], nodes[i : i + chunk]) for i in range(0, rows, chunk)
-            ]
+            if chunk == rows:
+                return self._call(x, t, nodes)
+            whole = xp.zeros_like(x)
+            for i in range(
+                0, rows, chunk
+            ):  # each part is copied at once: the network may use its output's memory again
+                part = slice(i, i + chunk)
+                whole = assign(whole, (part, ...), self._call(x[part, ...], t[part], nodes[part]))
+            return whole
         finally:
             self.seconds += time.perf_counter() - started
-        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
 
     def _call(self, x: Array, t: Array, nodes: np.ndarray) -> Array:
         self.calls += 1

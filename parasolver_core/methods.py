@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from parasolver_core.acceptance import Acceptance, RelativeMove
 from parasolver_core.linearization import Identity, Linearization, Secant
+from parasolver_core.recurrence import Recurrence
+
+_FEWEST_SPREAD = 12  # fewer nodes do not resolve a trajectory
+_LEAST_ERROR = 0.1  # tolerance times steps over window; below it sliding takes fewer rounds, as measured
 
 
 @dataclass(frozen=True)
@@ -15,15 +19,25 @@ class Method:
     Args:
         linearization: how the surrogate's slope is chosen.
         acceptance: how many nodes are final after a round.
+        spread_from: with so many times more steps than the window holds, nodes are spread over the whole trajectory
+            instead of sliding along it, unless the tolerance is so small that most are needed anyway. None: never.
     """
 
     linearization: Linearization = field(default_factory=Secant)
     acceptance: Acceptance = field(default_factory=RelativeMove)
+    spread_from: float | None = 12
+
+    def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
+        """Whether to spread nodes: many steps, a smooth trajectory, and an error to spend."""
+        if self.spread_from is None or recurrence.stochastic or window < _FEWEST_SPREAD:
+            return False
+        ratio = len(recurrence) / window
+        return ratio >= self.spread_from and tolerance * ratio >= _LEAST_ERROR
 
 
 METHODS: dict[str, Method] = {
     "secant": Method(),
-    "identity": Method(linearization=Identity()),
+    "identity": Method(linearization=Identity(), spread_from=None),
 }
 
 
@@ -31,7 +45,7 @@ def get_method(method: str | Method) -> Method:
     """The preset of that name, or the method itself."""
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         names = ", ".join(repr(name) for name in [*METHODS, "sequential"])
         raise ValueError(f"method: expected one of {names}, or a Method, got {method!r}")
     return METHODS[method]

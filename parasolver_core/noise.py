@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, is_array
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
@@ -38,6 +38,9 @@ class NoiseSource:
             shape = tuple(getattr(noise, "shape", ()))
             if shape != expected:
                 raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
+            own = array_api_compat.array_namespace(noise)
+            if not bool(own.all(own.isfinite(noise))):
+                raise ValueError("noise: holds NaN or infinity")
         self._noise: Any = noise
         self._keys = _sample_keys(0 if seed is None else seed, batch)
         self._kept: dict[tuple[int, int], Array] = {}
@@ -58,17 +61,24 @@ class NoiseSource:
         if z is None:
             z = draw(*self._keys[sample], step, event)
         elif callable(z):
-            z: Any = z(step, sample)
-            if tuple(z.shape) != event:
-                raise ValueError(
-                    f"noise: noise({step}, {sample}) must return the event shape {event}, got {tuple(z.shape)}"
-                )
+            z = self._checked(z(step, sample), step, sample)
         else:
             z = z[step, sample, ...]
         device = array_api_compat.device(self._like)
         if type(z) is type(self._like):
             return array_api_compat.to_device(self._xp.astype(z, self._dtype), device)
         return self._xp.asarray(np.asarray(z), dtype=self._dtype, device=device)
+
+    def _checked(self, z: Any, step: int, sample: int) -> Array:
+        """What the user's function returned, if it is noise."""
+        event = tuple(self._like.shape[1:])
+        got = tuple(z.shape) if is_array(z) else type(z).__name__
+        if got != event:
+            raise ValueError(f"noise: noise({step}, {sample}) must return an array of shape {event}, got {got}")
+        xp = array_api_compat.array_namespace(z)
+        if not bool(xp.all(xp.isfinite(z))):
+            raise ValueError(f"noise: noise({step}, {sample}) holds NaN or infinity")
+        return z
 
 
 def draw(seed: int, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
@@ -77,18 +87,26 @@ def draw(seed: int, sample: int, step: int, event: tuple[int, ...]) -> np.ndarra
     Each key starts its own stream of the counter-based generator Philox, so no draw depends on how many came
     before it (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
     """
-    generator = np.random.Philox(key=[seed, _STREAM], counter=[0, 0, sample, step])
+    words = np.array([[seed, _STREAM, 0, 0], [0, 0, sample, step]], dtype=np.uint64)
+    generator = np.random.Philox(key=words[0, :2], counter=words[1])
     return np.random.Generator(generator).standard_normal(event)
 
 
 def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
     """(seed, sample) of each sample: one seed numbers the samples, a list gives each sample a stream of its own."""
-    if isinstance(seed, (int, np.integer)):
-        keys = [(int(seed), sample) for sample in range(batch)]
+    numbers: list[Any] = [seed] if isinstance(seed, (int, np.integer)) else list(seed) if _is_list(seed) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in numbers):
+        raise TypeError(f"seed: expected an integer, or one for each sample, got {seed!r}")
+    if not _is_list(seed):
+        keys = [(int(numbers[0]), sample) for sample in range(batch)]
+    elif len(numbers) == batch:
+        keys = [(int(n), 0) for n in numbers]
     else:
-        keys = [(int(one), 0) for one in seed]
-        if len(keys) != batch:
-            raise ValueError(f"seed: expected one integer, or {batch} of them (one for each sample), got {len(keys)}")
+        raise ValueError(f"seed: expected one integer, or {batch} of them (one for each sample), got {len(numbers)}")
     if any(not 0 <= key < 2**64 for key, _ in keys):
         raise ValueError(f"seed: expected integers in [0, 2**64), got {seed}")
     return keys
+
+
+def _is_list(seed: Any) -> bool:
+    return isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)

@@ -62,6 +62,8 @@ class Recurrence:
                     f"{name}: coefficient of step {row} (timestep {self.timesteps[row]}) is not finite; the step rule "
                     "is not defined there (for example epsilon prediction where alphas_cumprod is 0)"
                 )
+        if np.any(self.held[:, 1] == 0):
+            raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
         for name in ("a", "b"):
             if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
                 raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
@@ -78,6 +80,14 @@ class Recurrence:
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool(np.any(self.c))
+
+    def held_form(self) -> tuple[Float64, Float64]:
+        """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
+        n, width = len(self), self.memory
+        a, b = (np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (self.a, self.b))
+        node = np.maximum(np.arange(n)[:, None] - np.arange(width), 0)  # b is 0 where this would be below 0
+        p, q = self.held[node, 0], self.held[node, 1]
+        return a - b * p / q, b / q
 
     def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
         """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.
@@ -122,7 +132,8 @@ def from_sample_form(
     alpha, sigma = levels[0][:n], levels[1][:n]
     p, q = predicted_sample_coefficients(prediction_type, alpha, sigma)
     gaussian = posterior_slope(alpha, sigma, sigma_data)
-    identity = (1 - a.sum(axis=1)) / b.sum(axis=1)
+    reads = b.sum(axis=1)
+    identity = np.where(reads == 0, 0.0, (1 - a.sum(axis=1)) / np.where(reads == 0, 1.0, reads))
     node = np.maximum(np.arange(n)[:, None] - np.arange(b.shape[1]), 0)  # b is 0 where this would be below 0
     with np.errstate(invalid="ignore"):  # what is not finite is refused by Recurrence, which names the step
         return Recurrence(

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from parasolver_core.validation import check_count
+
 Float64 = NDArray[np.float64]
 Spacing = Literal["trailing", "leading", "linspace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
@@ -246,6 +248,5 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_steps(n: int) -> int:
-    if int(n) != n or n < 1:
-        raise ValueError(f"num_inference_steps: expected an integer of at least 1, got {n}")
+    check_count("num_inference_steps", n)
     return int(n)

@@ -30,24 +30,29 @@ class SampleRecord:
 
     Args:
         sample: index in the batch.
-        first: first node of the window.
+        nodes: (n,), the nodes evaluated.
         accepted: how many nodes became final.
-        residuals: (window,), relative RMS move of each node's input: the size of the correction.
-        defects: (window,), RMS of the network's output less its prediction.
+        residuals: (n,), relative RMS move of each node's input: the size of the correction.
+        defects: (n,), RMS of the network's output less its prediction.
         error: estimated relative error of the final states so far.
     """
 
     sample: int
-    first: int
+    nodes: NDArray[np.int64]
     accepted: int
     residuals: NDArray[np.float64]
     defects: NDArray[np.float64]
     error: float
 
     @property
+    def first(self) -> int:
+        """The first node evaluated."""
+        return int(self.nodes[0])
+
+    @property
     def window(self) -> int:
-        """Number of nodes in the window."""
-        return len(self.residuals)
+        """Number of nodes evaluated."""
+        return len(self.nodes)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, no_grad, to_host, working_dtype
+from parasolver_core.arrays import Array, detach, narrow, no_grad, to_host, working_dtype
 from parasolver_core.correction import fetch
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.errors import (
@@ -22,6 +22,7 @@ from parasolver_core.errors import (
     NonFiniteError,
     SolverError,
 )
+from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.progress import meter
@@ -29,9 +30,10 @@ from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_start, check_timesteps, check_tolerance
-from parasolver_core.window import SampleWindow
+from parasolver_core.window import Plan, SampleWindow
 
 Save = Literal["sample", "trajectory"]
+_NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 Callback = Callable[["SolverState"], Any]
 
 
@@ -57,14 +59,19 @@ class SolverState(ABC):
         check_start(x_T)
         grid = check_timesteps(timesteps)
         step_rule.check_grid(grid)
-        self.x_T, self.save = x_T, save
+        self.x_T, self.save = detach(x_T), save
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = step_rule.recurrence(grid)
+        if len(self.recurrence) != len(grid):
+            raise ValueError(
+                f"step_rule: its table has {len(self.recurrence)} steps for {len(grid)} timesteps; one row a timestep"
+            )
         self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
         self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows, self.recurrence.input_scale)
         self.stats = Stats()
         self.halted: Status | None = None
+        self.failed_rounds: dict[int, int] = {}
 
     @property
     def batch(self) -> int:
@@ -110,29 +117,43 @@ class SolverState(ABC):
 class ParallelState(SolverState):
     """A parallel run: a sliding window for each sample."""
 
-    def __init__(self, *args: Any, method: Method, width: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, method: Method, width: int, warmup_steps: int, tolerance: float, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        xp, batch, n = self.xp, self.batch, len(self.recurrence)
-        flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (batch, -1))
-        on_cpu = str(array_api_compat.device(self.x_T)).lower().startswith("cpu")
-        self.windows = [
-            SampleWindow(
-                xp,
-                sample,
-                flat[sample, :],
-                self.recurrence,
-                method,
-                min(width, n),
-                lambda step, sample=sample: xp.reshape(self.noise(step, sample), (-1,)),
-                self.save == "trajectory",
-                on_cpu,
-            )
-            for sample in range(batch)
+        xp, n = self.xp, len(self.recurrence)
+        self._flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
+        self._plan = Plan(
+            xp=xp,
+            recurrence=self.recurrence,
+            method=method,
+            width=min(width, n),
+            warmup_steps=warmup_steps,
+            tolerance=tolerance,
+            keep=self.save == "trajectory",
+            on_cpu=str(array_api_compat.device(self.x_T)).lower().startswith("cpu"),
+        )
+        spread = method.spreads(self.recurrence, width, tolerance)
+        self.windows: list[SampleWindow | SpreadNodes] = [
+            SpreadNodes(self._plan, sample, self._flat[sample, :]) if spread else self._sliding(sample)
+            for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None
 
+    def slide_exhausted(self) -> None:
+        """Give samples whose spread nodes took too long a sliding window, which always ends."""
+        for sample, window in enumerate(self.windows):
+            if isinstance(window, SpreadNodes) and window.running and window.exhausted:
+                self.windows[sample] = self._sliding(sample)
+
+    def _sliding(self, sample: int) -> SampleWindow:
+        def noise(step: int) -> Array:
+            return self.xp.reshape(self.noise(step, sample), (-1,))
+
+        return SampleWindow(self._plan, sample, self._flat[sample, :], noise)
+
     @property
-    def running(self) -> list[SampleWindow]:
+    def running(self) -> list[SampleWindow | SpreadNodes]:
         return [window for window in self.windows if window.running]
 
     @property
@@ -169,47 +190,73 @@ class ParallelState(SolverState):
 
     def _stack(self, rows: list[Array]) -> Array:
         stacked = self.xp.reshape(self.xp.stack(rows), self.x_T.shape)
-        return self.xp.astype(stacked, self.x_T.dtype, copy=False)
+        return narrow(self.xp, stacked, self.x_T.dtype)
 
 
 class SequentialState(SolverState):
-    """The plain loop: all samples at one step."""
+    """The plain loop: all samples at one step. A sample that fails leaves it with its last final state."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.step = 0
-        x = self.xp.astype(self.x_T, self.dtype, copy=True)
-        self.xs, self.ms = [x], []
-        self.kept = [x] if self.save == "trajectory" else None
-        self.failed: dict[int, int] = {}  # sample: node
+        self.alive = list(range(self.batch))
+        self.xs, self.ms = [self.xp.astype(self.x_T, self.dtype, copy=True)], []  # rows of the samples alive
+        self.ended: dict[int, tuple[Status, int, Array]] = {}  # sample: status, node, state
+        self.kept: list[Array] | None = [self._all(self.xs[0])] if self.save == "trajectory" else None
+
+    def end(self, statuses: dict[int, Status], state: Array) -> None:
+        """Let samples fail at this step, with their rows of ``state``."""
+        for sample, status in statuses.items():
+            self.ended[sample] = (status, self.step, state[self.alive.index(sample), ...])
+        rows = [row for row, sample in enumerate(self.alive) if sample not in statuses]
+        index = self.xp.asarray(rows, dtype=self.xp.int64, device=array_api_compat.device(state))
+        self.xs, self.ms = ([self.xp.take(rows, index, axis=0) for rows in part] for part in (self.xs, self.ms))
+        self.alive = [sample for sample in self.alive if sample not in statuses]
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return tuple(self.failed.get(sample, self.step) for sample in range(self.batch))
+        return tuple(self.ended[sample][1] if sample in self.ended else self.step for sample in range(self.batch))
 
     @property
     def statuses(self) -> tuple[Status, ...]:
         done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
-        return tuple(Status.NONFINITE_MODEL if sample in self.failed else done for sample in range(self.batch))
+        return tuple(self.ended[sample][0] if sample in self.ended else done for sample in range(self.batch))
 
     def estimate(self) -> Array:
         return self.states
 
     @property
     def states(self) -> Array:
-        return self.xp.astype(self.xs[0], self.x_T.dtype, copy=False)
+        failed = {sample: state for sample, (_, _, state) in self.ended.items()}
+        return narrow(self.xp, self.xp.asarray(self._all(self.xs[0], failed), copy=True), self.x_T.dtype)
 
     def failure(self) -> tuple[int, int]:
-        return next(iter(self.failed.items()))
+        sample = min(self.ended)
+        return sample, self.ended[sample][1]
+
+    def keep(self, x: Array) -> None:
+        """Add a state to the trajectory; NaN for samples that have failed."""
+        if self.kept is not None:
+            missing = self.xp.full(
+                self.x_T.shape[1:], float("nan"), dtype=self.dtype, device=array_api_compat.device(x)
+            )
+            self.kept.append(self._all(x, dict.fromkeys(self.ended, missing)))
 
     def trajectory(self) -> Array | None:
         if self.kept is None:
             return None
-        missing = [self.xp.full_like(self.xs[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
-        return self.xp.astype(self.xp.stack([*self.kept, *missing]), self.x_T.dtype, copy=False)
+        missing = [self.xp.full_like(self.kept[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
+        return narrow(self.xp, self.xp.stack([*self.kept, *missing]), self.x_T.dtype)
 
     def errors(self) -> NDArray[np.float64]:
         return np.zeros(self.batch)
+
+    def _all(self, alive: Array, others: dict[int, Array] | None = None) -> Array:
+        """Rows of the samples alive, and the others' in their places, (batch, *event)."""
+        if not others:
+            return alive
+        rows = [others[s] if s in others else alive[self.alive.index(s), ...] for s in range(self.batch)]
+        return self.xp.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -250,6 +297,9 @@ class Solver(ABC):
         with no_grad(state.xp):
             evaluations, records = self._round(state)
         state.stats.calls = state.evaluator.calls
+        for sample, status in enumerate(state.statuses):
+            if status in _NONFINITE:
+                state.failed_rounds.setdefault(sample, state.stats.rounds + 1)
         state.stats.add(
             RoundRecord(
                 round=state.stats.rounds + 1,
@@ -270,12 +320,20 @@ class Solver(ABC):
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
+        return self._result(state, state.estimate)
+
+    def _result(self, state: SolverState, estimate: Callable[[], Array]) -> Solution:
         end = state.halted or Status.RUNNING
-        statuses = tuple(end if status is Status.RUNNING else status for status in state.statuses)
-        status = next((one for one in statuses if one is not Status.CONVERGED), Status.CONVERGED)
-        with no_grad(state.xp):
+        with no_grad(state.xp), np.errstate(over="ignore"):
+            sample = estimate()
+            fits = _within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
+            statuses = tuple(
+                end if one is Status.RUNNING else Status.NONFINITE_SOLVER if one is Status.CONVERGED and not ok else one
+                for one, ok in zip(state.statuses, fits, strict=True)
+            )
+            status = next((one for one in statuses if one is not Status.CONVERGED), Status.CONVERGED)
             return Solution(
-                sample=state.estimate(),
+                sample=sample,
                 status=status,
                 message=_message(status, state),
                 statuses=statuses,
@@ -285,6 +343,13 @@ class Solver(ABC):
                 trajectory=state.trajectory(),
                 states=state.states,
             )
+
+    def _partial(self, state: SolverState) -> Solution:
+        """What an error left: with the best estimate, or the last final states where making that fails too."""
+        try:
+            return self.result(state)
+        except Exception:
+            return self._result(state, lambda: state.states)
 
     def solve(
         self,
@@ -300,6 +365,8 @@ class Solver(ABC):
         throw: bool = True,
     ) -> Solution:
         """Run to the end; arguments as in the function :func:`solve`."""
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a function callback(state), got {type(callback).__name__}")
         state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save)
         try:
             with meter(progress, len(state.recurrence) * state.batch) as show:
@@ -310,7 +377,7 @@ class Solver(ABC):
                         state.halt(Status.STOPPED)
         except BaseException as error:
             state.halt(Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED)
-            error.solution = self.result(state)  # type: ignore[attr-defined]
+            error.solution = self._partial(state)  # type: ignore[attr-defined]
             raise
         solution = self.result(state)
         if throw:
@@ -327,30 +394,29 @@ class SequentialSolver(Solver):
         return SequentialState(denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
-        xp, i, recurrence = state.xp, state.step, state.recurrence
-        m = state.evaluator(state.xs[0], np.full(state.batch, i))
+        xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
+        m = state.evaluator(xp.asarray(state.xs[0], copy=True), np.full(len(alive), i))
+        outputs_ok = _finite_rows(xp, m)
         memory = recurrence.memory
-        state.ms = [xp.astype(m, state.dtype, copy=False), *state.ms[: memory - 1]]
-        z = None
-        if recurrence.c[i] != 0:
-            z = xp.stack([state.noise(i, sample) for sample in range(state.batch)])
-        x = recurrence.advance(i, state.xs, state.ms, z)
-        finite = to_host(xp.all(xp.reshape(xp.isfinite(x), (state.batch, -1)), axis=1))
-        for sample in np.flatnonzero(~finite):
-            state.failed.setdefault(int(sample), i)
-        if state.failed:  # a sample that failed keeps its last final state; the others go on
-            kept = xp.asarray([sample not in state.failed for sample in range(state.batch)])
-            kept = array_api_compat.to_device(kept, array_api_compat.device(x))
-            x = xp.where(xp.reshape(kept, (-1,) + (1,) * (x.ndim - 1)), x, state.xs[0])
-        state.xs = [x, *state.xs[: memory - 1]]
-        state.step += 1
-        if state.kept is not None:
-            state.kept.append(x)
-        for sample in range(state.batch):
+        state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
+        z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
+        with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
+            x = recurrence.advance(i, state.xs, state.ms, z)
+        before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]
+        failed = {
+            sample: Status.NONFINITE_SOLVER if outputs_ok[row] else Status.NONFINITE_MODEL
+            for row, sample in enumerate(alive)
+            if not outputs_ok[row] or not _finite_rows(xp, x)[row]
+        }
+        for sample in alive:
             state.noise.forget(i, sample)
         nothing = np.zeros(1)
-        records = [SampleRecord(sample, i, 1, nothing, nothing, 0.0) for sample in range(state.batch)]
-        return state.batch, records
+        records = [SampleRecord(s, np.array([i]), int(s not in failed), nothing, nothing, 0.0) for s in alive]
+        if failed:
+            state.end(failed, before)
+        state.step += 1
+        state.keep(state.xs[0])
+        return len(records), records
 
 
 @dataclass(frozen=True)
@@ -364,7 +430,7 @@ class ParallelIntegralSolver(Solver):
         method: a preset's name or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
-        max_rounds: give up after so many; by default as many as there are steps, which always suffice.
+        max_rounds: give up after so many; by default never, as N rounds suffice (and a few where nodes are spread).
         max_rows: the most rows in one call of the network.
 
     Example, by hand::
@@ -398,6 +464,8 @@ class ParallelIntegralSolver(Solver):
             self.step_rule,
             method=get_method(self.method),
             width=self.window,
+            warmup_steps=self.warmup_steps,
+            tolerance=self.tolerance,
             max_rows=self.max_rows,
             **options,
         )
@@ -405,18 +473,19 @@ class ParallelIntegralSolver(Solver):
     def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
         running = state.running
         outputs, evaluations = self._evaluate(state, running)
-        packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
-        counts = [len(window.nodes) for window in running]
         records = []
-        for window, D, moments in zip(running, outputs, fetch(state.xp, packed, counts), strict=True):
-            width = 1 if window.hi <= self.warmup_steps else self.window
-            first = window.lo
-            records.append(window.correct(D, moments, self.tolerance, width))
-            for step in range(first, window.lo):
-                state.noise.forget(step, window.index)
+        with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
+            packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
+            all_moments = fetch(state.xp, packed, [len(window.nodes) for window in running])
+            for window, D, moments in zip(running, outputs, all_moments, strict=True):
+                first = window.lo
+                records.append(window.correct(D, moments))
+                for step in range(first, window.lo):
+                    state.noise.forget(step, window.index)
+        state.slide_exhausted()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleWindow]) -> tuple[list[Array], int]:
+    def _evaluate(self, state: ParallelState, running: list[SampleWindow | SpreadNodes]) -> tuple[list[Array], int]:
         """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
@@ -433,7 +502,7 @@ class ParallelIntegralSolver(Solver):
             self._compare(state, D[-1, :])
             state.first_prediction = None
         elif state.stats.rounds == 0 and self.window > 1:
-            state.first_prediction = D[0, :]
+            state.first_prediction = xp.asarray(D[0, :], copy=True)
         ends = np.cumsum([len(own) for own in nodes]).tolist()
         outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
         return outputs[: len(running)], ends[-1]
@@ -441,7 +510,8 @@ class ParallelIntegralSolver(Solver):
     def _compare(self, state: ParallelState, again: Array) -> None:
         """Refuse a denoiser that answers the same row differently by more than rounding explains."""
         xp, first = state.xp, state.first_prediction
-        difference, size = (float(xp.max(xp.abs(part))) for part in (again - first, first))
+        difference = float(xp.max(xp.abs(again - first)))
+        size = max(float(xp.max(xp.abs(part))) for part in (again, first))
         limit = float(np.sqrt(float(xp.finfo(state.x_T.dtype).eps)))
         if difference > limit * size:
             raise NondeterministicDenoiserError(
@@ -489,7 +559,7 @@ def solve(
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array (N, batch, *event) or a function ``noise(step, sample) -> (*event)``.
-        max_rounds: the most rounds; N always suffice.
+        max_rounds: the most rounds; by default unlimited, as N suffice (N and a few where nodes are spread).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory.
         warmup_steps: further sequential network calls after the first, before the window opens.
         check: spend one evaluation on finding a denoiser that is not deterministic.
@@ -511,20 +581,19 @@ def solve(
 
     Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
     """
+    sequential = isinstance(method, str) and method == "sequential"
     limits: dict[str, Any] = {"max_rounds": max_rounds, "max_rows": max_rows}
-    solver: Solver
-    if method == "sequential":
+    solver: Solver = ParallelIntegralSolver(
+        step_rule,
+        window,
+        tolerance=tolerance,
+        method="secant" if sequential else method,
+        warmup_steps=warmup_steps,
+        check=check,
+        **limits,
+    )
+    if sequential:
         solver = SequentialSolver(step_rule, **limits)
-    else:
-        solver = ParallelIntegralSolver(
-            step_rule,
-            window,
-            tolerance=tolerance,
-            method=method,
-            warmup_steps=warmup_steps,
-            check=check,
-            **limits,
-        )
     return solver.solve(
         denoiser,
         x_T,
@@ -553,10 +622,22 @@ def _call_back(callback: Callback, state: SolverState) -> bool:
     return True
 
 
+def _within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
+    inside = xp.abs(rows) < float(xp.finfo(rows.dtype).max)
+    return to_host(xp.all(xp.reshape(inside, (rows.shape[0], -1)), axis=1))
+
+
+def _finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
+    return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
+
+
 def _message(status: Status, state: SolverState) -> str:
     steps, rounds, total = min(state.steps), state.stats.rounds, len(state.recurrence)
-    if status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER):
+    if status in _NONFINITE:
+        if not state.failed_rounds:
+            return f"The sample overflows in {state.x_T.dtype}. Start from an x_T of a wider dtype."
         sample, node = state.failure()
+        rounds = state.failed_rounds[sample]
         where = f"sample {sample} at step {node} (timestep {state.recurrence.timesteps[node]}) in round {rounds}"
         if status is Status.NONFINITE_MODEL:
             return (

@@ -30,7 +30,10 @@ def check_start(x_T: Array) -> None:
 
 def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     """Timesteps as a host array: 1-D, not empty, real, finite. Which orders make sense, the step rule knows."""
-    grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
+    try:
+        grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
+    except TypeError as error:  # bfloat16, which NumPy does not have and which cannot tell timesteps apart
+        raise TypeError(f"timesteps: expected integers, float32 or float64, got {error}") from error
     if grid.ndim != 1 or grid.size == 0:
         raise ValueError(
             f"timesteps: expected a non-empty 1-D sequence, got shape {grid.shape}; try schedule.timesteps(50)"

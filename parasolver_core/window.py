@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
-from parasolver_core.arrays import Array, assign
+from parasolver_core.arrays import Array, assign, to_host
 from parasolver_core.correction import Moments, apply_correction, propagation, take_defect
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
@@ -22,6 +23,31 @@ _ROUNDING = 8  # moves of so many units in the last place are the arithmetic's o
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What all samples of a run share.
+
+    Args:
+        xp: array namespace.
+        recurrence: the sampler.
+        method: linearization and acceptance.
+        width: the most nodes evaluated in one round.
+        warmup_steps: how many nodes after the first are evaluated one at a time.
+        tolerance: wanted relative error.
+        keep: whether to keep the final states.
+        on_cpu: whether passes over the window are worth blocking.
+    """
+
+    xp: Any
+    recurrence: Recurrence
+    method: Method
+    width: int
+    warmup_steps: int
+    tolerance: float
+    keep: bool
+    on_cpu: bool
+
+
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
@@ -29,38 +55,27 @@ class SampleWindow:
     matter of an offset and rows are moved only now and then.
 
     Args:
+        plan: what all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        recurrence: the sampler.
-        method: linearization and acceptance.
-        width: the largest window.
         noise: ``noise(step)``, (size,).
-        keep: whether to keep the final states.
-        on_cpu: whether passes over the window are worth blocking.
     """
 
-    def __init__(
-        self,
-        xp: Any,
-        index: int,
-        start: Array,
-        recurrence: Recurrence,
-        method: Method,
-        width: int,
-        noise: Callable[[int], Array],
-        keep: bool,
-        on_cpu: bool,
-    ) -> None:
-        self._xp, self.index, self._recurrence, self._method = xp, index, recurrence, method
-        self._noise, self._on_cpu = noise, on_cpu
+    def __init__(self, plan: Plan, index: int, start: Array, noise: Callable[[int], Array]) -> None:
+        self._plan, self.index, self._noise = plan, index, noise
+        self._xp = xp = plan.xp
+        self._recurrence = recurrence = plan.recurrence
+        self._method = method = plan.method
+        width, keep = plan.width, plan.keep
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi, self._base = 0, 1, 0
         n, rows = len(recurrence), min(width + max(width // 4, 1), len(recurrence)) + recurrence.memory - 1
         self._X, self._M, self._dX = (
             xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
         )
-        self._X = assign(self._X, 0, start)
-        self._slope = method.linearization.initial(recurrence)
+        self._X = assign(self._X, (0, slice(None)), start)
+        slope = method.linearization.initial(recurrence)
+        self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
         self._eps = float(xp.finfo(start.dtype).eps)
         self.error = 0.0
@@ -84,18 +99,19 @@ class SampleWindow:
 
     def take_defect(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
-        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._on_cpu)
+        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._plan.on_cpu)
         return packed
 
-    def correct(self, D: Array, moments: Moments, tolerance: float, width: int) -> SampleRecord:
+    def correct(self, D: Array, moments: Moments) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
-            return self._fail(D, moments)
+            return self._salvage(D)
         nodes, lo, size = self.nodes, self.lo, self._X.shape[1]
         known = self._evaluated[nodes] & (moments.moved > (self._eps**2) * moments.size)
         moved = np.where(known, moments.moved, 0.0)
         old = self._slope[nodes]
         slope = self._method.linearization.update(old, moved, moments.cross)
+        slope = np.where(np.isfinite(slope), slope, old)
         self._slope[nodes], self._evaluated[nodes] = slope, True
 
         # T maps defects to the states behind each node; a node's own input moves with the row before
@@ -104,16 +120,17 @@ class SampleWindow:
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
         view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
-        accepted, error = self._method.acceptance.accept(view, tolerance)
+        accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
+        accepted = min(max(accepted, 1), len(nodes))  # the first node is always final
         self._X, self._M, self._dX = apply_correction(
-            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._on_cpu
+            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._plan.on_cpu
         )
         self.error = max(self.error, error)
         wild = ~(relative <= _WILD)
         sound = int(np.argmax(wild)) if wild.any() else len(wild)
-        self._slide(min(accepted, sound), sound, width)
+        self._slide(min(accepted, sound), sound)
         defects = np.sqrt(np.diag(moments.gram) / size)
-        return SampleRecord(self.index, lo, accepted, relative, defects, self.error)
+        return SampleRecord(self.index, nodes, accepted, relative, defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -129,20 +146,29 @@ class SampleWindow:
         """The last final state, (size,)."""
         return self.result if self.result is not None else self._X[self.lo - self._base, :]
 
-    def _slide(self, accepted: int, sound: int, width: int) -> None:
-        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones up to ``width``."""
+    def _slide(self, accepted: int, sound: int) -> None:
+        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._advance(i)
             if i + 1 < first_new:
-                self._X = assign(self._X, i + 1 - self._base, x)
+                self._X = assign(self._X, (i + 1 - self._base, slice(None)), x)
             if self.kept is not None:
                 self.kept.append(x)
             if i + 1 == n:
-                self.result, self.status = x, Status.CONVERGED
+                self._end(x)
+                return
         self.lo += accepted
-        if self.running:
-            self._fill(first_new, min(self.lo + width, n))
+        width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
+        self._fill(first_new, min(self.lo + width, n))
+
+    def _end(self, x: Array) -> None:
+        """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
+        n = len(self._recurrence)
+        if bool(self._xp.all(self._xp.isfinite(x))):
+            self.result, self.status, self.lo = x, Status.CONVERGED, n
+        else:
+            self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
     def _fill(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
@@ -150,8 +176,8 @@ class SampleWindow:
         for j, x, m in self._continuation(first - 1):
             if j >= hi:
                 break
-            self._X = assign(self._X, j - self._base, x)
-            self._M = assign(self._M, j - self._base, m)
+            self._X = assign(self._X, (j - self._base, slice(None)), x)
+            self._M = assign(self._M, (j - self._base, slice(None)), m)
             self._evaluated[j] = False
         self.hi = hi
 
@@ -196,12 +222,24 @@ class SampleWindow:
     def _rows(self) -> slice:
         return slice(self.lo - self._base, self.hi - self._base)
 
-    def _fail(self, D: Array, moments: Moments) -> SampleRecord:
-        """The round held NaN or infinity: whose? Nothing of it is accepted."""
-        bad = np.array([not bool(self._xp.all(self._xp.isfinite(D[row, :]))) for row in range(D.shape[0])])
-        inputs_ok = np.isfinite(moments.size)
-        model = bad & inputs_ok
-        self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
-        self.failed_node = self.lo + int(np.argmax(model if model.any() else ~inputs_ok))
-        nothing = np.full(len(bad), np.nan)
-        return SampleRecord(self.index, self.lo, 0, nothing, nothing, self.error)
+    def _salvage(self, D: Array) -> SampleRecord:
+        """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
+        nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
+        inputs_ok, outputs_ok = self._finite_rows(self.inputs), self._finite_rows(D)
+        model = inputs_ok & ~outputs_ok
+        if model.any() or not inputs_ok[0]:
+            self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
+            self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
+            while self.lo > self._base and not self._finite_rows(self.inputs[:1, :])[0]:
+                self.lo -= 1  # the last state that is good
+            return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+        # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
+        self._M = assign(
+            self._M, (self.lo - self._base, slice(None)), self._xp.astype(D[0, :], self._M.dtype, copy=False)
+        )
+        self._evaluated[nodes] = True
+        self._slide(1, 1)
+        return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+
+    def _finite_rows(self, rows: Array) -> NDArray[np.bool_]:
+        return to_host(self._xp.all(self._xp.isfinite(rows), axis=1))

@@ -24,8 +24,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
-BETA_START, BETA_END = 1e-4, 0.02
+from parasolver_core import NoiseSchedule
+
 SAMPLE_SHAPE = (1, 28, 28)
 CLASS_NAMES = (
     "T-shirt/top",
@@ -42,27 +42,16 @@ CLASS_NAMES = (
 NO_CLASS = len(CLASS_NAMES)
 
 
-def alphas_cumprod() -> Tensor:
-    """Return the noise schedule of the embedded model.
-
-    ``alphas_cumprod[t]`` is the product of ``1 - beta_s`` over ``s <= t``, with ``beta_s`` linear in ``s`` from
-    1e-4 to 0.02.
-
-    Returns:
-        Decreasing values in (0, 1), float64 (1000,).
-    """
-    betas = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
-    return torch.cumprod(1.0 - betas, dim=0)
-
-
-_ALPHAS_CUMPROD = alphas_cumprod()
+SCHEDULE = NoiseSchedule.linear(beta_start=1e-4, beta_end=0.02, train_steps=1000)
+"""The noise schedule that the model was trained with."""
+_ALPHAS_CUMPROD = torch.from_numpy(SCHEDULE.alphas_cumprod)
 
 
 class NoiseUNet2DModel(UNet2DModel):
     """A ``UNet2DModel`` that learns the velocity ``v`` and returns the noise ``eps``.
 
-    With ``a = alphas_cumprod[t]`` the layers give ``v = sqrt(a) eps - sqrt(1 - a) x_0`` (Salimans and Ho 2022,
-    https://arxiv.org/abs/2202.00512), and the result is
+    With ``a = alphas_cumprod[t]`` the layers give ``v = sqrt(a) eps - sqrt(1 - a) x_0`` (Salimans and Ho
+    2022, https://arxiv.org/abs/2202.00512), and the result is
 
         eps = sqrt(a) v + sqrt(1 - a) x_t.
 
@@ -73,7 +62,7 @@ class NoiseUNet2DModel(UNet2DModel):
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor | float | int,
+        timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
@@ -112,7 +101,8 @@ def load_embedded_model(dtype: torch.dtype = torch.float32, device: torch.device
     folder = resources.files(__name__)
     model = NoiseUNet2DModel(**json.loads(folder.joinpath("config.json").read_text()))
     model.load_state_dict(load(folder.joinpath("fashion_mnist.safetensors").read_bytes()))
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own ``to`` warns without cause
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What every number in README and documentation comes from; run one with ``python -m benchmarks.<name>``."""

@@ -1,0 +1,130 @@
+"""The commands. What is slow to import is imported inside them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from parasolver_core import __version__
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:  # the solver itself needs neither
+    sys.exit(f"parasolver: the command line needs {error.name}; pip install 'parasolver[demo]'")
+
+app = typer.Typer(
+    name="parasolver",
+    help="Parallel-in-time sampling of diffusion and flow models: the sequential sample in fewer rounds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"parasolver {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def _check_tolerance(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"expected a finite number of at least 0 (0 means exact), got {value}")
+    return value
+
+
+def _check_folder(folder: Path) -> Path:
+    """Make the folder and write to it now rather than fail after minutes of sampling."""
+    probe = folder / ".parasolver-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path,
+        typer.Option(callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False),
+    ] = Path("parasolver-demo"),
+    count: Annotated[int, typer.Option(min=1, max=256, help="Pictures to sample.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the starting noise and of DDPM's.")] = 0,
+    window: Annotated[
+        int,
+        typer.Option(min=1, help="Steps evaluated in one round; DDPM, with its many steps, takes 4 times as many."),
+    ] = 16,
+    tolerance: Annotated[
+        float,
+        typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample."),
+    ] = 1e-2,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="all cores")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look in seconds: samplers of 10 to 50 steps.")
+    ] = False,
+) -> None:
+    """Sample clothes with the embedded model, one step after another and in parallel, and compare.
+
+    Takes DDIM-50, DPM-Solver++(2M)-25 and DDPM-1000; some minutes on two cores. Needs no download.
+    """
+    console = Console()
+    try:
+        from parasolver_cli.demo import Settings, run
+    except ImportError as error:
+        hint = "pip install 'parasolver[demo]'"
+        console.print(f"The demo needs {error.name}; {hint}", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    run(Settings(out, count, seed, window, tolerance, threads, quick), console)
+
+
+@app.command()
+def methods() -> None:
+    """List the samplers and the methods to choose from."""
+    import parasolver_core
+    from parasolver_core.methods import METHODS
+
+    rules = [rule for rule in vars(parasolver_core).values() if _is_step_rule(rule)]
+    table = Table(title="Samplers: step_rule=", title_justify="left", title_style="bold", show_header=False)
+    for rule in sorted(rules, key=lambda rule: rule.__name__):
+        table.add_row(rule.__name__, _summary(rule))
+    Console().print(table)
+    table = Table(title="Methods: method=", title_justify="left", title_style="bold", show_header=False)
+    for name, method in METHODS.items():
+        table.add_row(f'"{name}"', _summary(type(method.linearization)))
+    table.add_row('"sequential"', _summary(parasolver_core.SequentialSolver))
+    Console().print(table)
+
+
+def _is_step_rule(thing: object) -> bool:
+    from parasolver_core import StepRule
+
+    return isinstance(thing, type) and issubclass(thing, StepRule) and thing is not StepRule
+
+
+def _summary(thing: type) -> str:
+    """The first sentence of the docstring."""
+    return (thing.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("``", "")
+
+
+if __name__ == "__main__":
+    app()

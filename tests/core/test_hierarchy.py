@@ -1,0 +1,119 @@
+"""Nodes spread over the trajectory: the answer, its cost, and when they are used."""
+
+import numpy as np
+import pytest
+
+from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, Recurrence, solve, solve_sequential
+from parasolver_core.hierarchy import Level, interpolation
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+def mixture_denoiser(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """The exact noise for data that are N(m, 0.3^2) in each entry with m = -0.8 or 0.8."""
+    bar = SCHEDULE.alphas_cumprod[t][:, None]
+    alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
+    variance = alpha**2 * 0.3**2 + sigma**2
+    mean = 0.8 * np.tanh(0.8 * alpha * x / variance)
+    return sigma * (x - alpha * mean) / variance
+
+
+def noise(batch: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((batch, 32))
+
+
+def relative_error(sample: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.sqrt(((sample - truth) ** 2).mean(axis=1) / (truth**2).mean(axis=1))
+
+
+@pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DPMSolver(SCHEDULE), DPMSolver(SCHEDULE, 3)], ids=repr)
+@pytest.mark.parametrize("tolerance", [3e-2, 1e-2])
+def test_error_is_within_tolerance_at_a_fraction_of_the_cost(rule: DDIM | DPMSolver, tolerance: float) -> None:
+    x_T, timesteps = noise(), SCHEDULE.timesteps(500)
+    truth = solve_sequential(mixture_denoiser, x_T, timesteps, rule).sample
+    solution = solve(mixture_denoiser, x_T, timesteps, rule, window=20, tolerance=tolerance)
+    assert np.all(relative_error(solution.sample, truth) <= tolerance)
+    assert np.all(solution.error_estimate <= tolerance)
+    assert solution.stats.rounds <= 20  # a window sliding over 500 steps needs at least 25
+    assert solution.stats.evaluations <= 4 * 250  # sequential: 500 for each of the 4 samples
+
+
+def test_level_with_every_node_is_the_sampler_itself() -> None:
+    recurrence: Recurrence = DPMSolver(SCHEDULE, 3).recurrence(SCHEDULE.timesteps(12))
+    level = Level.of(recurrence, np.arange(12))
+    rng = np.random.default_rng(1)
+    x, held = [rng.standard_normal()], rng.standard_normal(12)
+    outputs: list[float] = []
+    for i in range(12):
+        p, q = recurrence.held[i]
+        outputs.insert(0, (held[i] - p * x[0]) / q)
+        x.insert(0, recurrence.advance(i, x, outputs))
+    states = np.array(x[::-1])
+    np.testing.assert_allclose(level.free * states[0] + level.response @ held, states[:12], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(level.end_free * states[0] + level.end @ held, states[12], rtol=1e-12)
+
+
+def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:
+    weights = interpolation(np.arange(6), np.array([1, 4]))
+    np.testing.assert_allclose(weights @ [10.0, 40.0], [10, 10, 20, 30, 40, 40])
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "window", "tolerance", "spread"),
+    [
+        (DDIM(SCHEDULE), 500, 20, 1e-2, True),
+        (DDIM(SCHEDULE), 500, 20, 0.0, False),
+        (DDIM(SCHEDULE), 500, 20, 1e-3, False),
+        (DDIM(SCHEDULE), 200, 20, 1e-2, False),
+        (DDIM(SCHEDULE), 500, 5, 1e-2, False),
+        (DDPM(SCHEDULE), 500, 20, 1e-2, False),
+    ],
+)
+def test_nodes_are_spread_only_where_it_pays(
+    rule: DDIM | DDPM, steps: int, window: int, tolerance: float, spread: bool
+) -> None:
+    recurrence = rule.recurrence(SCHEDULE.timesteps(steps))
+    assert Method().spreads(recurrence, window, tolerance) is spread
+    assert not Method(spread_from=None).spreads(recurrence, window, tolerance)
+
+
+def test_a_sample_that_does_not_settle_goes_over_to_a_sliding_window() -> None:
+    """The prediction jumps between neighbouring steps, so no interpolation describes it."""
+
+    def rough(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.sin(3 * x + 17.0 * t[:, None])
+
+    x_T, timesteps = noise(2), SCHEDULE.timesteps(300)
+    solution = solve(rough, x_T, timesteps, DDIM(SCHEDULE), window=20, tolerance=1e-2)
+    truth = solve_sequential(rough, x_T, timesteps, DDIM(SCHEDULE)).sample
+    assert solution.success
+    assert np.all(relative_error(solution.sample, truth) <= 1e-2)
+
+
+def test_trajectory_starts_at_the_noise_ends_at_the_sample_and_follows_the_sequential_one() -> None:
+    x_T, timesteps = noise(), SCHEDULE.timesteps(500)
+    options = {"save": "trajectory"}
+    truth = solve_sequential(mixture_denoiser, x_T, timesteps, DDIM(SCHEDULE), **options).trajectory
+    solution = solve(mixture_denoiser, x_T, timesteps, DDIM(SCHEDULE), window=20, tolerance=1e-2, save="trajectory")
+    assert solution.trajectory.shape == truth.shape == (501, 4, 32)
+    np.testing.assert_array_equal(solution.trajectory[0], x_T)
+    np.testing.assert_allclose(solution.trajectory[-1], solution.sample, rtol=1e-9, atol=1e-12)
+    distance = np.sqrt(((solution.trajectory - truth) ** 2).mean(axis=(1, 2)))
+    assert distance.max() <= 2e-2
+
+
+def test_nan_is_reported_with_its_timestep_and_the_other_samples_go_on() -> None:
+    timesteps = SCHEDULE.timesteps(500)
+    x_T = noise(3)
+    x_T[1, 0] = 50.0  # marks the sample that fails
+
+    def failing(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        bad = (x[:, 0] > 5) & (t < 400)
+        return np.where(bad[:, None], np.nan, mixture_denoiser(x, t))
+
+    solution = solve(failing, x_T, timesteps, DDIM(SCHEDULE), window=20, throw=False, check=False)
+    assert [status.value for status in solution.statuses] == ["converged", "nonfinite_model", "converged"]
+    assert "sample 1" in solution.message
+    assert np.all(np.isfinite(solution.sample))
+    alone = solve(mixture_denoiser, x_T[2:], timesteps, DDIM(SCHEDULE), window=20, check=False).sample
+    np.testing.assert_allclose(solution.sample[2:], alone, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,26 @@
+"""The Python blocks of the README and of the quickstart run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = [
+    pytest.param(code, id=f"{page}-{number}")
+    for page in ("README.md", "docs/quickstart.md")
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_block_runs(code: str) -> None:
+    names: dict[str, object] = {}
+    exec(compile(code, "example", "exec"), names)
+    assert names["solution"].success  # type: ignore[attr-defined]
+
+
+def test_readme_example_finds_the_mean_of_its_data() -> None:
+    names: dict[str, object] = {}
+    exec(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0], names)
+    assert abs(float(names["solution"].sample.mean()) - 2.0) < 0.2  # type: ignore[attr-defined]
