@@ -138,8 +138,8 @@ def from_sample_form(
     with np.errstate(invalid="ignore"):  # what is not finite is refused by Recurrence, which names the step
         return Recurrence(
             timesteps=timesteps,
-            a=_trim(a + b * p[node]),
-            b=_trim(b * q[node]),
+            a=trim(a + b * p[node]),
+            b=trim(b * q[node]),
             c=c,
             held=np.stack([p, q], axis=1),
             slope=(gaussian - p) / q,
@@ -172,7 +172,7 @@ def predicted_sample_coefficients(prediction_type: str, alpha: Float64, sigma: F
     return table[prediction_type]
 
 
-def _trim(table: Float64) -> Float64:
+def trim(table: Float64) -> Float64:
     """Without the trailing columns that are zero everywhere; the first is kept."""
     used = np.flatnonzero(np.any(table, axis=0))
     return table[:, : (used[-1] + 1 if used.size else 1)]

@@ -1,0 +1,135 @@
+"""Clipping of the predicted clean sample, moved out of the scheduler's step and into the denoiser.
+
+A step that clips is not linear in the network's output m. But it equals the linear step for another output,
+
+    m' = m + w (clip(h) - h) ,      h = p x + q m  (the predicted clean sample),
+
+so that the recurrence stays a table. ``w`` depends on what else the step makes of m, and is read from the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from parasolver_adapters.diffusers.probing import Path, check_replay, run_nonlinear
+from parasolver_adapters.diffusers.stepping import Loop, UnsupportedSchedulerError
+from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.recurrence import Recurrence
+
+OPTIONS = ("clip_sample", "clip_denoised", "thresholding")
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """How a scheduler clips, on its own grid.
+
+    Args:
+        function: the scheduler's clipping of predicted clean samples, (rows, *event).
+        p, q, w: (N,), the coefficients above.
+        scale: (N,), what the state is multiplied with before the network sees it.
+        timesteps: (N,), to find the node from what the denoiser is given.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    p: Float64
+    q: Float64
+    w: Float64
+    scale: Float64
+    timesteps: NDArray[Any]
+
+    def correct(self, i: int, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """``m'`` of one node, from its state."""
+        h = x * float(self.p[i]) + m * float(self.q[i])
+        return m + (self.function(h) - h) * float(self.w[i])
+
+    def wrap(self, denoiser: DenoiserFn) -> DenoiserFn:
+        """The denoiser with outputs ``m'``."""
+        tables = np.stack([self.p / self.scale, self.q, self.w])
+
+        def clipping_denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            m = denoiser(x, t)
+            grid = torch.as_tensor(self.timesteps, device=x.device).to(t.dtype)
+            node = (t[:, None] == grid).to(torch.int8).argmax(dim=1)
+            p, q, w = torch.as_tensor(tables, device=x.device).to(x.dtype)[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
+            h = p * x + q * m
+            return m + w * (self.function(h) - h)
+
+        return clipping_denoiser
+
+
+def clips(scheduler: Any) -> list[str]:
+    """The clipping options that are switched on."""
+    return [option for option in OPTIONS if scheduler.config.get(option)]
+
+
+def switch_off(scheduler: Any) -> None:
+    """Make a private copy of a scheduler linear."""
+    scheduler.register_to_config(**{option: False for option in clips(scheduler)})
+
+
+def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
+    """How ``loop``, which clips, relates to the table of the same loop without clipping.
+
+    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``.
+    """
+    if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
+        raise _cannot_move(loop, "its predicted clean sample is not known at every step")
+    scale = np.ones(len(recurrence)) if recurrence.input_scale is None else recurrence.input_scale
+    clip = Clip(_function(loop.scheduler), path.p, path.q, 1 / path.q, scale, recurrence.timesteps)
+    try:
+        clip = replace(clip, w=_weights(loop, recurrence, clip))
+        check_replay(loop, recurrence, clip.correct, tolerance=1e-6)
+    except UnsupportedSchedulerError as error:
+        raise _cannot_move(loop, str(error)) from error
+    _check_unique(clip)
+    return clip
+
+
+def _weights(loop: Loop, recurrence: Recurrence, clip: Clip) -> Float64:
+    """``w`` of each node: how far the clipping step is from the linear one, over ``b (clip(h) - h)``.
+
+    A step that uses nothing of m but the clipped sample has ``w = 1 / q``; DDIM, which keeps the noise as predicted
+    before clipping, has another. Nodes where nothing was clipped get the former.
+    """
+    weights, xs, ms = clip.w.copy(), [], []
+    for node, m, output in run_nonlinear(loop):
+        i = node.index
+        xs.insert(0, node.x)
+        change = (clip.correct(i, node.x, m) - m) * float(recurrence.b[i, 0] / clip.w[i])
+        difference = output.prev_sample - recurrence.advance(i, xs, [m, *ms])
+        if torch.any(change != 0):
+            weights[i] = float((difference * change).sum() / (change * change).sum())
+        ms.insert(0, replace(clip, w=weights).correct(i, node.x, m))
+    return weights
+
+
+def _cannot_move(loop: Loop, reason: str) -> UnsupportedSchedulerError:
+    options = " and ".join(clips(loop.scheduler))
+    return UnsupportedSchedulerError(
+        f"scheduler: {options} of {loop.name} cannot be moved into the denoiser; switch it off ({reason})"
+    )
+
+
+def _function(scheduler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    if scheduler.config.get("thresholding"):
+        return scheduler._threshold_sample
+    limit = float(scheduler.config.get("clip_sample_range", 1.0))
+    return lambda sample: sample.clamp(-limit, limit)
+
+
+def _check_unique(clip: Clip) -> None:
+    """The denoiser is given a timestep, so nodes of one timestep have to clip alike."""
+    _, first, group = np.unique(clip.timesteps, return_index=True, return_inverse=True)
+    for table in (clip.p, clip.q, clip.w, clip.scale):
+        if not np.allclose(table, table[first][group], rtol=1e-12, atol=0):
+            raise UnsupportedSchedulerError(
+                "scheduler: it clips, and visits a timestep twice with different coefficients; switch clipping off"
+            )

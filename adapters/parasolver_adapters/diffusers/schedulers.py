@@ -1,0 +1,265 @@
+"""A diffusers scheduler as a step rule."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from numpy.typing import NDArray
+
+from parasolver_adapters.diffusers.clipping import Clip, clip_of, clips, switch_off
+from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate
+from parasolver_adapters.diffusers.stepping import (
+    ENDS_WITH_ZERO,
+    SPECIAL_ARGUMENTS,
+    Listener,
+    Loop,
+    UnsupportedSchedulerError,
+)
+from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.step_rules import StepRule
+
+__all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
+
+GIVEN_BY_THE_LOOP = {"model_output", "timestep", "sample", "generator", "return_dict"}
+_TOKENS = "samples discrete tokens, which follow no linear recurrence"
+UNSUPPORTED = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "HeliosDMDScheduler": "steps with tensors that its pipeline makes on the way (dmd_noisy_tensor, dmd_sigmas)",
+    "PiflowScheduler": "integrates a policy that the network predicts, which is not linear in the network's output",
+    "ScoreSdeVeScheduler": "has no step(model_output, timestep, sample), and its corrector is not linear",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SchedulerRule(StepRule):
+    """The steps of a diffusers scheduler; made by :func:`step_rule_from_scheduler`.
+
+    States are the scheduler's own ``sample``; what ``scale_model_input`` does is part of the rule, so the
+    denoiser is the bare network.
+
+    Args:
+        table: the recurrence on the scheduler's timesteps.
+        init_noise_sigma: what the scheduler wants standard normal noise to be multiplied with.
+        independent_noise: whether the noise of the steps is independent. Where it is not, seeds of the solver
+            would sample another process: give ``noise=rule.noise(...)``.
+        clip: how the predicted clean sample is clipped, if it is; see :meth:`wrap_denoiser`.
+    """
+
+    table: Recurrence = field(repr=False)
+    init_noise_sigma: float
+    independent_noise: bool
+    clip: Clip | None = field(repr=False)
+    _loop: Loop = field(repr=False)
+
+    @property
+    def timesteps(self) -> NDArray[Any]:
+        """The timesteps of the network calls, (N,); with several calls a step they may repeat."""
+        return self.table.timesteps
+
+    @property
+    def band(self) -> tuple[int, int]:
+        """How many states and how many network outputs a step reads."""
+        return self.table.a.shape[1], self.table.b.shape[1]
+
+    def check_grid(self, timesteps: NDArray[Any]) -> None:
+        """Refuse timesteps other than the scheduler's."""
+        if not np.array_equal(timesteps, self.timesteps):
+            raise ValueError(
+                f"timesteps: this rule holds the steps of {self._loop.name} on {len(self.timesteps)} timesteps of its "
+                f"own, got {len(timesteps)} others; pass rule.timesteps, or make another rule"
+            )
+
+    def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
+        """The scheduler's table; ``timesteps`` have to be its own."""
+        self.check_grid(timesteps)
+        return self.table
+
+    def noise(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """The noise that the scheduler's own loop would draw from ``generator``, for ``solve(..., noise=...)``.
+
+        The scheduler is run with a network of zeros, and what it adds to the states is divided by the scale of the
+        noise, so draws that it skips, repeats or mixes are as in its loop.
+
+        Args:
+            generator: as a pipeline has it after drawing the first latents, or one for each sample; it is advanced.
+                None for the global stream.
+            shape: (batch, *event), of the sample.
+            dtype: of the sample in the run that is reproduced.
+
+        Returns:
+            (N, batch, *event), at least float32, zero where a step adds none.
+
+        Raises:
+            ValueError: the scheduler draws from the global stream, whatever generator it is given.
+        """
+        given = list(generator) if isinstance(generator, Sequence) else generator
+        first = given[0] if isinstance(given, list) else given
+        zero = torch.zeros(tuple(shape), dtype=dtype, device=None if first is None else first.device)
+        listener, stream = Listener(), torch.get_rng_state()
+        for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
+            pass
+        if generator is not None and (listener.global_stream or not torch.equal(stream, torch.get_rng_state())):
+            raise ValueError(
+                f"generator: {self._loop.name} ignores it and draws from the global stream; pass None and call "
+                "torch.manual_seed before"
+            )
+        states = [zero.double()]
+        with torch.random.fork_rng(devices=[]):
+            run = self._loop.run(lambda node: states[0], states[0], listener.playback(), given)
+            states.extend(output.prev_sample for _, _, output in run)
+        kept = torch.promote_types(dtype, torch.float32)  # the solver's sums have at least that
+        noise = torch.zeros((len(self.timesteps), *shape), dtype=kept, device=zero.device)
+        for i, term in enumerate(noise_terms(states, self.table.a)):
+            if self.table.c[i] != 0:
+                noise[i] = term / float(self.table.c[i])
+        return noise
+
+    def wrap_denoiser(self, denoiser: DenoiserFn) -> DenoiserFn:
+        """The denoiser that this rule expects: with the clipping of the scheduler, if it has any, done inside."""
+        return denoiser if self.clip is None else self.clip.wrap(denoiser)
+
+
+def step_rule_from_scheduler(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int | None = None,
+    *,
+    begin_index: int = 0,
+    clipping: Literal["refuse", "denoiser"] = "refuse",
+    sigma_data: float | None = None,
+    **step_options: Any,
+) -> SchedulerRule:
+    """The scheduler, as configured, as a step rule: read from its own ``step``, which is run on random numbers.
+
+    ``solve(denoiser, x_T * rule.init_noise_sigma, rule.timesteps, rule)`` gives what the scheduler's sequential loop
+    gives with the network ``model(scheduler.scale_model_input(x, t), t)``.
+
+    Args:
+        scheduler: of diffusers; a copy is used, the object itself is not changed.
+        num_inference_steps: given to ``set_timesteps``. None: its timesteps are set already, for example by
+            ``scheduler.set_timesteps(sigmas=..., mu=...)``.
+
+    Other arguments:
+        begin_index: how many of the first timesteps to leave out, as image-to-image pipelines do.
+        clipping: what to do if the scheduler clips the predicted clean sample (``clip_sample``, ``thresholding``,
+            ``clip_denoised``), which is not linear. "denoiser": the clipping moves into the denoiser, which you wrap
+            with ``rule.wrap_denoiser(denoiser)``. "refuse": an error, so that it is not forgotten.
+        sigma_data: standard deviation of the data, for a first guess of the network's slope. None: what the scheduler
+            says, or 1 for flow matching and 0.5 otherwise.
+        **step_options: further arguments of ``scheduler.step``, for example ``eta=1.0``.
+
+    Raises:
+        UnsupportedSchedulerError: the scheduler is not linear as configured, or fails in its own loop; the message
+            says why, and what to change where something can be.
+        TypeError, ValueError: an argument is not as described here.
+
+    Example::
+
+        rule = step_rule_from_scheduler(pipe.scheduler, 50)
+        solution = solve(denoiser, x_T * rule.init_noise_sigma, rule.timesteps, rule, window=16)
+    """
+    _check_scheduler(scheduler, step_options)
+    if clipping not in ("refuse", "denoiser"):
+        raise ValueError(f'clipping: expected "refuse" or "denoiser", got {clipping!r}')
+    own = _with_timesteps(scheduler, num_inference_steps)
+    loop = _loop(own, begin_index, step_options)
+    active = clips(own)
+    if active and clipping == "refuse":
+        raise UnsupportedSchedulerError(
+            f"scheduler: {', '.join(active)} of {loop.name} is not linear. Switch it off, or pass clipping='denoiser' "
+            "and wrap your denoiser with rule.wrap_denoiser"
+        )
+    linear = loop
+    if active:
+        linear = replace(loop, scheduler=copy.deepcopy(own))
+        switch_off(linear.scheduler)
+    timesteps = torch.stack(linear.timesteps).numpy()
+    with torch.random.fork_rng(devices=[]):  # some schedulers seed their noise from the global stream
+        table, path, independent = tabulate(linear, timesteps, _sigma_data(own, sigma_data))
+        check_replay(linear, table)
+        clip = clip_of(loop, table, path) if active else None
+    if not independent:
+        warnings.warn(
+            f"{loop.name} draws noise that is correlated between steps; pass noise=rule.noise(...) to solve, which "
+            "draws it as the scheduler does, and not a seed",
+            stacklevel=2,
+        )
+    return SchedulerRule(table, float(getattr(own, "init_noise_sigma", 1.0)), independent, clip, linear)
+
+
+def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
+    name = type(scheduler).__name__
+    if name in UNSUPPORTED:
+        raise UnsupportedSchedulerError(f"scheduler: {name} {UNSUPPORTED[name]}")
+    accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+    for option in step_options:
+        if option in GIVEN_BY_THE_LOOP | {"variance_noise"}:
+            raise ValueError(f"{option}: it differs from step to step, so it cannot be an option of the rule")
+        if option not in accepted:
+            raise TypeError(f"{option}: {name}.step takes no such argument; it takes {', '.join(accepted)}")
+    given = GIVEN_BY_THE_LOOP | set(step_options) | SPECIAL_ARGUMENTS.get(name, set())
+    missing = [key for key, one in accepted.items() if one.default is one.empty and key not in given]
+    if missing:
+        raise UnsupportedSchedulerError(
+            f"scheduler: {name}.step needs {', '.join(missing)} besides the network's output and the sample"
+        )
+
+
+def _with_timesteps(scheduler: Any, num_inference_steps: int | None) -> Any:
+    """A private copy with its timesteps set, at the start of a run."""
+    own, name = copy.deepcopy(scheduler), type(scheduler).__name__
+    for attribute, value in vars(own).items():
+        if isinstance(value, torch.Tensor):
+            setattr(own, attribute, value.cpu())
+    if num_inference_steps is not None:
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected an integer of at least 1, got {num_inference_steps!r}")
+        try:
+            own.set_timesteps(num_inference_steps)
+        except Exception as error:
+            raise UnsupportedSchedulerError(
+                f"scheduler: {name}.set_timesteps({num_inference_steps}) fails: {type(error).__name__}: {error}"
+            ) from error
+    elif getattr(own, "timesteps", None) is None or getattr(own, "num_inference_steps", "unknown") is None:
+        raise ValueError(f"num_inference_steps: expected a number, as {name}.set_timesteps has not been called")
+    elif getattr(own, "_step_index", None) or getattr(own, "counter", 0):
+        raise ValueError(f"scheduler: {name} is in the middle of a run; call set_timesteps again")
+    return own
+
+
+def _loop(own: Any, begin_index: int, step_options: dict[str, Any]) -> Loop:
+    timesteps = own.timesteps
+    if type(own).__name__ in ENDS_WITH_ZERO:
+        timesteps = timesteps[:-1]
+    if not 0 <= begin_index < len(timesteps):
+        raise ValueError(f"begin_index: expected 0..{len(timesteps) - 1}, got {begin_index}")
+    if begin_index and hasattr(own, "set_begin_index"):
+        own.set_begin_index(begin_index)
+    return Loop(own, tuple(timesteps[begin_index:].cpu()), step_options)
+
+
+def _sigma_data(scheduler: Any, given: float | None) -> float:
+    if given is None:
+        given = float(scheduler.config.get("sigma_data", 1.0 if hasattr(scheduler, "scale_noise") else 0.5))
+    if not (np.isfinite(given) and given > 0):
+        raise ValueError(f"sigma_data: expected a finite number > 0, got {given}")
+    return given
