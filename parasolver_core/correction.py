@@ -57,6 +57,10 @@ class Moments:
     moved: Float64
     size: Float64
 
+    def norms(self, T: Float64) -> Float64:
+        """``||T r||`` of each row of T, (rows, n): how far defects move a state, known before it is moved."""
+        return np.sqrt(np.maximum(((T @ self.gram) * T).sum(axis=1), 0.0))
+
     @classmethod
     def unpack(cls, packed: Float64, n: int) -> Moments:
         """From the vector that :func:`take_defect` returns, brought to the host."""

@@ -141,9 +141,9 @@ class SpreadNodes:
 
         g, C = self._slope[self._level.nodes], self._level.response
         T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, due]).astype(np.float64, copy=False)
-        move = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", T, moments.gram, T), 0.0) / size) / self._scale
+        move = moments.norms(T) / np.sqrt(size) / self._scale
         at_end = self._level.end[due] + (self._level.end * g) @ T
-        change = np.sqrt(max(at_end @ moments.gram @ at_end, 0.0) / size) / self._scale[-1]
+        change = moments.norms(at_end[None, :])[0] / np.sqrt(size) / self._scale[-1]
         self._apply(due, T, g)
         self._moved[due] = 0.0
         self._moved = self._moved + move

@@ -147,8 +147,10 @@ class ParallelState(SolverState):
                 self.windows[sample] = self._sliding(sample)
 
     def _sliding(self, sample: int) -> SampleWindow:
+        source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
+
         def noise(step: int) -> Array:
-            return self.xp.reshape(self.noise(step, sample), (-1,))
+            return xp.reshape(source(step, sample), (-1,))
 
         return SampleWindow(self._plan, sample, self._flat[sample, :], noise)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class SampleWindow:
 
         # T maps defects to the states behind each node; a node's own input moves with the row before
         inputs_T = np.vstack([np.zeros(len(nodes)), propagation(self._recurrence, slope, lo)[:-1]])
-        move = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", inputs_T, moments.gram, inputs_T), 0.0))
+        move = moments.norms(inputs_T)
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
         view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
@@ -173,9 +174,7 @@ class SampleWindow:
     def _fill(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
         self._make_room(first, hi)
-        for j, x, m in self._continuation(first - 1):
-            if j >= hi:
-                break
+        for j, x, m in islice(self._continuation(first - 1), hi - first):
             self._X = assign(self._X, (j - self._base, slice(None)), x)
             self._M = assign(self._M, (j - self._base, slice(None)), m)
             self._evaluated[j] = False
