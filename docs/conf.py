@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Other arguments", "params_style")]
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"ParaSolver {release}"

@@ -17,8 +17,8 @@ from parasolver_core.schedules import NoiseSchedule
 class DenoiserFn(Protocol):
     """``denoiser(x, t) -> prediction``, the network in the form in which the solver calls it.
 
-    ``x`` is (rows, *event), where the rows are the time steps and samples of one round in any number and order; ``t``
-    is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
+    ``x`` is ``(rows, *event)``, where the rows are the time steps and samples of one round in any number and order;
+    ``t`` is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).
     """
@@ -58,7 +58,7 @@ class Evaluator:
         self.seconds = 0.0
 
     def __call__(self, x: Array, nodes: np.ndarray) -> Array:
-        """Predictions for rows ``x`` (rows, *event) at ``nodes`` (rows,), indices into the timesteps.
+        """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), indices into the timesteps.
 
         The network may work in place: ``x`` is its own. The result is good until the next call only.
         """

@@ -20,11 +20,11 @@ class NoiseSource:
     """Standard normal noise ``z`` of every (step, sample), each drawn once and kept until it is no longer needed.
 
     Args:
-        like: ``x_T``, (batch, *event): gives shape, device and array library.
+        like: ``x_T``, ``(batch, *event)``: gives shape, device and array library.
         dtype: dtype of the noise handed out.
         steps: number of steps of the recurrence.
         seed: one integer, or one for each sample; see :func:`draw`.
-        noise: instead of a seed, an array (steps, batch, *event) or a function ``noise(step, sample) -> (*event)``.
+        noise: instead of a seed, an array ``(steps, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
     """
 
     def __init__(self, like: Array, dtype: Any, steps: int, seed: Seed | None, noise: Array | NoiseFn | None) -> None:
@@ -46,7 +46,7 @@ class NoiseSource:
         self._kept: dict[tuple[int, int], Array] = {}
 
     def __call__(self, step: int, sample: int) -> Array:
-        """``z`` of one step and sample, shape (*event)."""
+        """``z`` of one step and sample, shape ``(*event)``."""
         at = (step, sample)
         if at not in self._kept:
             self._kept[at] = self._draw(step, sample)

@@ -122,17 +122,17 @@ class Solution:
     """The result of a run.
 
     Args:
-        sample: (batch, *event), like ``x_T`` in dtype, device and array library. For a sample that is not converged:
-            the best estimate, or the last final state where the network gave NaN.
+        sample: ``(batch, *event)``, like ``x_T`` in dtype, device and array library. For a sample that is not
+            converged: the best estimate, or the last final state where the network gave NaN.
         status: CONVERGED if every sample is, else the first other status.
         message: one sentence that says what happened and, after a failure, what to do.
         statuses: one status a sample.
         steps: (batch,), how many steps of each sample are final.
         error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS.
         stats: what it cost.
-        trajectory: (N + 1, batch, *event) with ``save="trajectory"``: all states, ``x_T`` first and the sample last;
-            NaN where a state is not final. Else None.
-        states: the last final state of each sample, (batch, *event).
+        trajectory: ``(N + 1, batch, *event)`` with ``save="trajectory"``: all states, ``x_T`` first, the sample
+            last; NaN where a state is not final. Else None.
+        states: the last final state of each sample, ``(batch, *event)``.
     """
 
     sample: Array

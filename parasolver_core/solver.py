@@ -90,12 +90,12 @@ class SolverState(ABC):
 
     @abstractmethod
     def estimate(self) -> Array:
-        """The best estimate of the sample so far, (batch, *event): a preview while the run goes on."""
+        """The best estimate of the sample so far, ``(batch, *event)``: a preview while the run goes on."""
 
     @property
     @abstractmethod
     def states(self) -> Array:
-        """The last final state of each sample, (batch, *event)."""
+        """The last final state of each sample, ``(batch, *event)``."""
 
     @abstractmethod
     def failure(self) -> tuple[int, int]:
@@ -103,7 +103,7 @@ class SolverState(ABC):
 
     @abstractmethod
     def trajectory(self) -> Array | None:
-        """All final states if they were to be saved, (N + 1, batch, *event)."""
+        """All final states if they were to be saved, ``(N + 1, batch, *event)``."""
 
     @abstractmethod
     def errors(self) -> NDArray[np.float64]:
@@ -254,7 +254,7 @@ class SequentialState(SolverState):
         return np.zeros(self.batch)
 
     def _all(self, alive: Array, others: dict[int, Array] | None = None) -> Array:
-        """Rows of the samples alive, and the others' in their places, (batch, *event)."""
+        """Rows of the samples alive, and the others' in their places, ``(batch, *event)``."""
         if not others:
             return alive
         rows = [others[s] if s in others else alive[self.alive.index(s), ...] for s in range(self.batch)]
@@ -546,9 +546,9 @@ def solve(
     """Sample in parallel: the sample that ``step_rule`` gives one step after another, in fewer rounds.
 
     Args:
-        denoiser: ``denoiser(x, t) -> prediction``; x is (rows, *event), t is (rows,). See
+        denoiser: ``denoiser(x, t) -> prediction``; x is ``(rows, *event)``, t is (rows,). See
             :class:`~parasolver_core.denoiser.DenoiserFn`.
-        x_T: where to start, (batch, *event), a floating-point array of any array library: for most schedules
+        x_T: where to start, ``(batch, *event)``, a floating-point array of any array library: for most schedules
             standard normal noise. Never changed.
         timesteps: (N,), in the sampler's order (decreasing for diffusion), given to the network as they are.
         step_rule: the sampler, for example ``DDIM(schedule)``.
@@ -560,7 +560,7 @@ def solve(
         method: "secant", "identity" (Picard), "sequential", or a :class:`~parasolver_core.methods.Method`.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
-        noise: instead, an array (N, batch, *event) or a function ``noise(step, sample) -> (*event)``.
+        noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
         max_rounds: the most rounds; by default unlimited, as N suffice (N and a few where nodes are spread).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory.
         warmup_steps: further sequential network calls after the first, before the window opens.

@@ -13,7 +13,7 @@ from parasolver_core.arrays import Array, is_array, to_host
 
 
 def check_start(x_T: Array) -> None:
-    """``x_T`` is a floating-point array (batch, *event) with at least one sample, all finite."""
+    """``x_T`` is a floating-point array ``(batch, *event)`` with at least one sample, all finite."""
     if not is_array(x_T):
         raise TypeError(f"x_T: expected an array (NumPy, torch, ...), got {type(x_T).__name__}")
     xp: Any = array_api_compat.array_namespace(x_T)

@@ -32,7 +32,7 @@ class Clip:
     """How a scheduler clips, on its own grid.
 
     Args:
-        function: the scheduler's clipping of predicted clean samples, (rows, *event).
+        function: the scheduler's clipping of predicted clean samples, ``(rows, *event)``.
         p, q, w: (N,), the coefficients above.
         scale: (N,), what the state is multiplied with before the network sees it.
         timesteps: (N,), to find the node from what the denoiser is given.

@@ -101,11 +101,11 @@ class SchedulerRule(StepRule):
         Args:
             generator: as a pipeline has it after drawing the first latents, or one for each sample; it is advanced.
                 None for the global stream.
-            shape: (batch, *event), of the sample.
+            shape: ``(batch, *event)``, of the sample.
             dtype: of the sample in the run that is reproduced.
 
         Returns:
-            (N, batch, *event), at least float32, zero where a step adds none.
+            ``(N, batch, *event)``, at least float32, zero where a step adds none.
 
         Raises:
             ValueError: the scheduler draws from the global stream, whatever generator it is given.
