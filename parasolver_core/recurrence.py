@@ -34,6 +34,8 @@ class Recurrence:
             its first evaluation. For diffusion it is the predicted clean sample. ``q`` is not 0.
         slope: (N,), a first guess of the slope ``dm/dx``, used before a node has been evaluated twice.
         identity_slope: (N,), the slope that makes a step's Jacobian the identity (Picard iteration).
+        signal: (N,), within (0, 1], the share of the clean sample in a state of unit size: an error in a state is
+            about 1 / signal times as large in the sample (:func:`signal_share`). None for 1.
         input_scale: (N,), ``s``, what a state is multiplied with before the network sees it; None for 1.
     """
 
@@ -44,14 +46,14 @@ class Recurrence:
     held: Float64
     slope: Float64
     identity_slope: Float64
+    signal: Float64 | None = None
     input_scale: Float64 | None = None
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
         shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
         shapes |= {"slope": (n,), "identity_slope": (n,)}
-        if self.input_scale is not None:
-            shapes["input_scale"] = (n,)
+        shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}
         for name, shape in shapes.items():
             table = getattr(self, name)
             if table.shape != shape:
@@ -144,7 +146,17 @@ def from_sample_form(
             held=np.stack([p, q], axis=1),
             slope=(gaussian - p) / q,
             identity_slope=(identity - p) / q,
+            signal=signal_share(alpha, sigma),
         )
+
+
+def signal_share(alpha: Float64, sigma: Float64) -> Float64:
+    """``alpha / sqrt(alpha^2 + sigma^2)``: the inverse of how an error in a state may grow on its way to the sample.
+
+    Once the flow has made up its mind, ``x = alpha x_0 + ...`` makes an error d in x one of d / alpha in the sample.
+    The share is not taken below 0.01: before that, nothing is decided.
+    """
+    return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 0.01)
 
 
 def posterior_slope(alpha: Float64, sigma: Float64, sigma_data: float) -> Float64:

@@ -120,7 +120,13 @@ class SampleWindow:
         move = moments.norms(inputs_T)
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
-        view = RoundView(lo=lo, move=relative, rounding=_ROUNDING * self._eps)
+        signal = self._recurrence.signal
+        view = RoundView(
+            lo=lo,
+            move=relative,
+            signal=np.ones(len(nodes)) if signal is None else signal[nodes],
+            rounding=_ROUNDING * self._eps,
+        )
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         accepted = min(max(accepted, 1), len(nodes))  # the first node is always final
         self._X, self._M, self._dX = apply_correction(

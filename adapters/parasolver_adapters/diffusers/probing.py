@@ -28,6 +28,7 @@ from parasolver_core.recurrence import (
     Recurrence,
     posterior_slope,
     predicted_sample_coefficients,
+    signal_share,
     trim,
 )
 
@@ -165,6 +166,7 @@ def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Re
     p, q = np.where(known, path.p, 0.0), np.where(known, path.q, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = (posterior_slope(path.alpha, path.sigma, sigma_data) - p) / q
+        signal = signal_share(path.alpha, path.sigma)
     slope = np.where(known & np.isfinite(slope), slope, 0.0)
     identity = identity_slope(a, b, p, q)
     recurrence = Recurrence(
@@ -175,6 +177,7 @@ def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Re
         held=np.stack([p, q], axis=1),
         slope=slope,
         identity_slope=np.where(np.isfinite(identity), identity, slope),
+        signal=np.where(np.isfinite(signal), signal, 1.0),
         input_scale=None if np.all(traced.scale == 1) else traced.scale,
     )
     return recurrence, path, independent
