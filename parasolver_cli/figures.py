@@ -174,11 +174,11 @@ def _title(figure: Figure, text: str, size: float = 15) -> None:
 
 
 def _chosen_rounds(count: int) -> NDArray[np.int64]:
-    """Indices of the rounds to show: close together at first, where most happens, and the last."""
-    spread = np.round(np.geomspace(1, count, ROUNDS_SHOWN)).astype(np.int64)
-    for at in range(1, len(spread)):  # rounding must not show one round twice
-        spread[at] = max(spread[at], spread[at - 1] + 1)
-    return np.unique(np.minimum(spread, count)) - 1
+    """Indices of the rounds to show: 1, 3 and 5, then ever farther apart up to the last."""
+    first = [1, 3, 5]
+    spread = np.geomspace(first[-1], max(count, first[-1]), ROUNDS_SHOWN - len(first) + 1)
+    shown = np.union1d(first, np.round(spread).astype(np.int64))
+    return shown[shown <= count] - 1
 
 
 def _percent(error: float) -> str:

@@ -145,7 +145,7 @@ class SampleWindow:
             return self.result
         if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
             return self.state
-        *_, (_, x, _) = self._continuation(self.hi - 1)
+        *_, (_, x, _) = self._continuation(self.hi - 1, *self._history(self.hi - 1), self._noise)
         return x
 
     @property
@@ -156,6 +156,7 @@ class SampleWindow:
     def _slide(self, accepted: int, sound: int) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
+        x = None
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._advance(i)
             if i + 1 < first_new:
@@ -168,6 +169,8 @@ class SampleWindow:
         self.lo += accepted
         width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
         self._fill(first_new, min(self.lo + width, n))
+        if self.lo == first_new:  # the whole window is final, so the first new state is too
+            self._X = assign(self._X, (first_new - self._base, slice(None)), x)
 
     def _end(self, x: Array) -> None:
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
@@ -179,11 +182,29 @@ class SampleWindow:
 
     def _fill(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
+        if hi <= first:
+            return
         self._make_room(first, hi)
-        for j, x, m in islice(self._continuation(first - 1), hi - first):
-            self._X = assign(self._X, (j - self._base, slice(None)), x)
-            self._M = assign(self._M, (j - self._base, slice(None)), m)
-            self._evaluated[j] = False
+        last, recurrence = first - 1, self._recurrence
+        xs, ms = self._history(last)
+        noisy = [i for i in range(last, hi - 1) if recurrence.c[i] != 0]
+        # The new rows are fixed combinations of these arrays, found by running the recurrence on unit vectors. The held
+        # quantity stands for the last output: made once, its rounding is the same in all rows, which must fit together.
+        p, q = recurrence.held[last]
+        held = xs[0] * float(p) + ms[0] * float(q)
+        sources = [*xs, held, *ms[1:], *(self._noise(i) for i in noisy)]
+        units = list(np.eye(len(sources)))
+        x_units, m_units = units[: len(xs)], units[len(xs) : 2 * len(xs)]
+        m_units[0] = (m_units[0] - p * x_units[0]) / q
+        noise_units = dict(zip(noisy, units[2 * len(xs) :], strict=True))
+        new = islice(self._continuation(last, x_units, m_units, noise_units.get), hi - first)
+        states, outputs = zip(*((x, m) for _, x, m in new), strict=True)
+        table = self._xp.asarray(np.stack([*states, *outputs]), dtype=self._X.dtype, device=device(self._X))
+        filled = self._xp.matmul(table, self._xp.stack(sources))
+        rows, count = slice(first - self._base, hi - self._base), hi - first
+        self._X = assign(self._X, (rows, slice(None)), filled[:count, :])
+        self._M = assign(self._M, (rows, slice(None)), filled[count:, :])
+        self._evaluated[first:hi] = False
         self.hi = hi
 
     def _advance(self, i: int) -> Array:
@@ -195,13 +216,17 @@ class SampleWindow:
         rows = [j - self._base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
         return [self._X[row, :] for row in rows], [self._M[row, :] for row in rows]
 
-    def _continuation(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
-        """States and outputs after node ``last`` with its held quantity (the predicted sample) kept; ends at N."""
+    def _continuation(
+        self, last: int, xs: list[Array], ms: list[Array], noise: Callable[[int], Array | None]
+    ) -> Iterator[tuple[int, Array, Array | None]]:
+        """States and outputs after node ``last`` with its held quantity (the predicted sample) kept; ends at N.
+
+        ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``.
+        """
         n, memory, held = len(self._recurrence), self._recurrence.memory, self._recurrence.held
-        xs, ms = self._history(last)
         constant = xs[0] * float(held[last, 0]) + ms[0] * float(held[last, 1])
         for i in range(last, n):
-            z = self._noise(i) if self._recurrence.c[i] != 0 else None
+            z = noise(i) if self._recurrence.c[i] != 0 else None
             x = self._recurrence.advance(i, xs, ms, z)
             if i + 1 == n:
                 yield n, x, None
