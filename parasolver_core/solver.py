@@ -7,15 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
-import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, narrow, no_grad, to_host, working_dtype
+from parasolver_core.arrays import Array, no_grad, to_host
 from parasolver_core.correction import fetch
-from parasolver_core.denoiser import DenoiserFn, Evaluator
+from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.errors import (
     ConvergenceError,
     NondeterministicDenoiserError,
@@ -24,241 +23,16 @@ from parasolver_core.errors import (
 )
 from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.methods import Method, get_method
-from parasolver_core.noise import NoiseFn, NoiseSource, Seed
+from parasolver_core.noise import NoiseFn, Seed
 from parasolver_core.progress import meter
-from parasolver_core.recurrence import Recurrence
-from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
+from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
+from parasolver_core.state import ParallelState, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
-from parasolver_core.validation import check_count, check_start, check_timesteps, check_tolerance
-from parasolver_core.window import Plan, SampleWindow
+from parasolver_core.validation import check_count, check_tolerance
+from parasolver_core.window import SampleWindow
 
-Save = Literal["sample", "trajectory"]
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 Callback = Callable[["SolverState"], Any]
-
-
-class SolverState(ABC):
-    """A run in progress, as :meth:`Solver.step` advances it and as callbacks see it."""
-
-    def __init__(
-        self,
-        denoiser: DenoiserFn,
-        x_T: Array,
-        timesteps: ArrayLike,
-        step_rule: StepRule,
-        *,
-        seed: Seed | None,
-        noise: Array | NoiseFn | None,
-        save: Save,
-        max_rows: int | None,
-    ) -> None:
-        if save not in ("sample", "trajectory"):
-            raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
-        if not isinstance(step_rule, StepRule):
-            raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
-        check_start(x_T)
-        grid = check_timesteps(timesteps)
-        step_rule.check_grid(grid)
-        self.x_T, self.save = detach(x_T), save
-        self.xp = array_api_compat.array_namespace(x_T)
-        self.dtype = working_dtype(self.xp, x_T.dtype)
-        self.recurrence: Recurrence = step_rule.recurrence(grid)
-        if len(self.recurrence) != len(grid):
-            raise ValueError(
-                f"step_rule: its table has {len(self.recurrence)} steps for {len(grid)} timesteps; one row a timestep"
-            )
-        self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows, self.recurrence.input_scale)
-        self.stats = Stats()
-        self.halted: Status | None = None
-        self.failed_rounds: dict[int, int] = {}
-
-    @property
-    def batch(self) -> int:
-        """Number of samples."""
-        return int(self.x_T.shape[0])
-
-    @property
-    @abstractmethod
-    def steps(self) -> tuple[int, ...]:
-        """How many steps of each sample are final."""
-
-    @property
-    @abstractmethod
-    def statuses(self) -> tuple[Status, ...]:
-        """How each sample stands."""
-
-    @abstractmethod
-    def estimate(self) -> Array:
-        """The best estimate of the sample so far, ``(batch, *event)``: a preview while the run goes on."""
-
-    @property
-    @abstractmethod
-    def states(self) -> Array:
-        """The last final state of each sample, ``(batch, *event)``."""
-
-    @abstractmethod
-    def failure(self) -> tuple[int, int]:
-        """``(sample, node)`` of the first sample whose status is not finite."""
-
-    @abstractmethod
-    def trajectory(self) -> Array | None:
-        """All final states if they were to be saved, ``(N + 1, batch, *event)``."""
-
-    @abstractmethod
-    def errors(self) -> NDArray[np.float64]:
-        """Estimated relative error of each sample, (batch,)."""
-
-    def halt(self, status: Status) -> None:
-        """End the run for all samples that are not final."""
-        self.halted = status
-
-
-class ParallelState(SolverState):
-    """A parallel run: a sliding window for each sample."""
-
-    def __init__(
-        self, *args: Any, method: Method, width: int, warmup_steps: int, tolerance: float, **options: Any
-    ) -> None:
-        super().__init__(*args, **options)
-        xp, n = self.xp, len(self.recurrence)
-        self._flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
-        self._plan = Plan(
-            xp=xp,
-            recurrence=self.recurrence,
-            method=method,
-            width=min(width, n),
-            warmup_steps=warmup_steps,
-            tolerance=tolerance,
-            keep=self.save == "trajectory",
-            on_cpu=str(array_api_compat.device(self.x_T)).lower().startswith("cpu"),
-        )
-        spread = method.spreads(self.recurrence, width, tolerance)
-        self.windows: list[SampleWindow | SpreadNodes] = [
-            SpreadNodes(self._plan, sample, self._flat[sample, :]) if spread else self._sliding(sample)
-            for sample in range(self.batch)
-        ]
-        self.first_prediction: Array | None = None
-
-    def slide_exhausted(self) -> None:
-        """Give samples whose spread nodes took too long a sliding window, which always ends."""
-        for sample, window in enumerate(self.windows):
-            if isinstance(window, SpreadNodes) and window.running and window.exhausted:
-                self.windows[sample] = self._sliding(sample)
-
-    def _sliding(self, sample: int) -> SampleWindow:
-        source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
-
-        def noise(step: int) -> Array:
-            return xp.reshape(source(step, sample), (-1,))
-
-        return SampleWindow(self._plan, sample, self._flat[sample, :], noise)
-
-    @property
-    def running(self) -> list[SampleWindow | SpreadNodes]:
-        return [window for window in self.windows if window.running]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return tuple(window.lo for window in self.windows)
-
-    @property
-    def statuses(self) -> tuple[Status, ...]:
-        return tuple(window.status for window in self.windows)
-
-    def estimate(self) -> Array:
-        return self._stack([window.estimate() for window in self.windows])
-
-    @property
-    def states(self) -> Array:
-        return self._stack([window.state for window in self.windows])
-
-    def failure(self) -> tuple[int, int]:
-        window = next(window for window in self.windows if window.failed_node >= 0)
-        return window.index, window.failed_node
-
-    def trajectory(self) -> Array | None:
-        if self.save != "trajectory":
-            return None
-        missing = self.xp.full_like(self.windows[0].state, float("nan"))
-        rows = [
-            self._stack([w.kept[i] if i < len(w.kept) else missing for w in self.windows])  # type: ignore[arg-type,index]
-            for i in range(len(self.recurrence) + 1)
-        ]
-        return self.xp.stack(rows)
-
-    def errors(self) -> NDArray[np.float64]:
-        return np.array([window.error for window in self.windows])
-
-    def _stack(self, rows: list[Array]) -> Array:
-        stacked = self.xp.reshape(self.xp.stack(rows), self.x_T.shape)
-        return narrow(self.xp, stacked, self.x_T.dtype)
-
-
-class SequentialState(SolverState):
-    """The plain loop: all samples at one step. A sample that fails leaves it with its last final state."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.step = 0
-        self.alive = list(range(self.batch))
-        self.xs, self.ms = [self.xp.astype(self.x_T, self.dtype, copy=True)], []  # rows of the samples alive
-        self.ended: dict[int, tuple[Status, int, Array]] = {}  # sample: status, node, state
-        self.kept: list[Array] | None = [self._all(self.xs[0])] if self.save == "trajectory" else None
-
-    def end(self, statuses: dict[int, Status], state: Array) -> None:
-        """Let samples fail at this step, with their rows of ``state``."""
-        for sample, status in statuses.items():
-            self.ended[sample] = (status, self.step, state[self.alive.index(sample), ...])
-        rows = [row for row, sample in enumerate(self.alive) if sample not in statuses]
-        index = self.xp.asarray(rows, dtype=self.xp.int64, device=array_api_compat.device(state))
-        self.xs, self.ms = ([self.xp.take(rows, index, axis=0) for rows in part] for part in (self.xs, self.ms))
-        self.alive = [sample for sample in self.alive if sample not in statuses]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return tuple(self.ended[sample][1] if sample in self.ended else self.step for sample in range(self.batch))
-
-    @property
-    def statuses(self) -> tuple[Status, ...]:
-        done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
-        return tuple(self.ended[sample][0] if sample in self.ended else done for sample in range(self.batch))
-
-    def estimate(self) -> Array:
-        return self.states
-
-    @property
-    def states(self) -> Array:
-        failed = {sample: state for sample, (_, _, state) in self.ended.items()}
-        return narrow(self.xp, self.xp.asarray(self._all(self.xs[0], failed), copy=True), self.x_T.dtype)
-
-    def failure(self) -> tuple[int, int]:
-        sample = min(self.ended)
-        return sample, self.ended[sample][1]
-
-    def keep(self, x: Array) -> None:
-        """Add a state to the trajectory; NaN for samples that have failed."""
-        if self.kept is not None:
-            missing = self.xp.full(
-                self.x_T.shape[1:], float("nan"), dtype=self.dtype, device=array_api_compat.device(x)
-            )
-            self.kept.append(self._all(x, dict.fromkeys(self.ended, missing)))
-
-    def trajectory(self) -> Array | None:
-        if self.kept is None:
-            return None
-        missing = [self.xp.full_like(self.kept[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
-        return narrow(self.xp, self.xp.stack([*self.kept, *missing]), self.x_T.dtype)
-
-    def errors(self) -> NDArray[np.float64]:
-        return np.zeros(self.batch)
-
-    def _all(self, alive: Array, others: dict[int, Array] | None = None) -> Array:
-        """Rows of the samples alive, and the others' in their places, ``(batch, *event)``."""
-        if not others:
-            return alive
-        rows = [others[s] if s in others else alive[self.alive.index(s), ...] for s in range(self.batch)]
-        return self.xp.stack(rows)
 
 
 @dataclass(frozen=True)
