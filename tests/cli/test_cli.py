@@ -82,7 +82,7 @@ def test_unwritable_folder_is_refused_before_sampling(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_demo_writes_figures_and_true_errors(tmp_path: Path, embedded: None) -> None:
-    text = run("demo", "--quick", "--count", 2, "--tolerance", "1e-3", "--threads", 1, "--out", tmp_path / "new")
+    text = run("demo", "--quick", "--count", 2, "--tolerance", "1e-2", "--threads", 1, "--out", tmp_path / "new")
     folder = tmp_path / "new"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, "result.json"])
     for name in FIGURES:
@@ -92,14 +92,13 @@ def test_demo_writes_figures_and_true_errors(tmp_path: Path, embedded: None) -> 
     assert result["version"] == __version__
     assert result["settings"]["count"] == 2
     assert result["machine"]["threads"] == 1
-    # The promise is kept for 95 % of samples, so a single one may miss the tolerance but not by much.
     assert all(one["error_mean"] < 1e-2 for one in result["samplers"])
     names = [one["name"] for one in result["samplers"]]
     assert names == ["DDIM-20", "DPM-Solver++(2M)-10", "DDPM-50"]
     for one in result["samplers"]:
         assert one["name"] in text
-        assert one["error_worst"] == max(one["errors"]) < 0.1
-        assert one["within_tolerance"] == (one["error_worst"] <= 1e-3)
+        assert one["error_worst"] == max(one["errors"]) <= 1e-2
+        assert one["within_tolerance"] == (one["error_worst"] <= 1e-2)
         assert len(one["errors"]) == one["samples"] == 2
         assert one["rounds"] < one["steps"] <= one["evaluations_per_sample"]
         assert one["errors_after_round"][-1] < 0.1 * one["errors_after_round"][0]
