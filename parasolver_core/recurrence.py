@@ -11,7 +11,7 @@ Sequential sampling, the fill-in of new nodes and the parallel correction all re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,23 @@ class Recurrence:
         node = np.maximum(np.arange(n)[:, None] - np.arange(width), 0)  # b is 0 where this would be below 0
         p, q = self.held[node, 0], self.held[node, 1]
         return a - b * p / q, b / q
+
+    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: Callable[[int], Any]) -> list[Any]:
+        """The outputs that would have made the steps from ``x_0`` to ``x_N``: N of them; zero where a step reads none.
+
+        Args:
+            xp: array namespace.
+            states: ``x_0 .. x_N``.
+            noise: ``z_i`` of step i.
+        """
+        outputs: list[Any] = []
+        for i in range(len(self)):
+            back = [i - k for k in range(min(self.memory, i + 1))]
+            ms = [xp.zeros_like(states[i]), *(outputs[j] for j in back[1:])]
+            z = noise(i) if self.c[i] != 0 else None
+            rest = states[i + 1] - self.advance(i, [states[j] for j in back], ms, z)
+            outputs.append(rest * float(1 / self.b[i, 0]) if self.b[i, 0] != 0 else ms[0])
+        return outputs
 
     def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
         """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.

@@ -60,6 +60,7 @@ class Solver(ABC):
         seed: Seed | None = None,
         noise: Array | NoiseFn | None = None,
         save: Save = "sample",
+        start: Array | None = None,
     ) -> SolverState:
         """A run that has not begun; no network call is made. Arguments as in :func:`solve`."""
 
@@ -136,6 +137,7 @@ class Solver(ABC):
         seed: Seed | None = None,
         noise: Array | NoiseFn | None = None,
         save: Save = "sample",
+        start: Array | None = None,
         callback: Callback | None = None,
         progress: bool = False,
         throw: bool = True,
@@ -143,7 +145,7 @@ class Solver(ABC):
         """Run to the end; arguments as in the function :func:`solve`."""
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function callback(state), got {type(callback).__name__}")
-        state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save)
+        state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
         try:
             with meter(progress, len(state.recurrence) * state.batch) as show:
                 while not self.done(state):
@@ -167,6 +169,7 @@ class SequentialSolver(Solver):
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
         options = {"seed": None, "noise": None, "save": "sample"} | options
+        options.pop("start", None)  # the sequential sampler has no use for it
         return SequentialState(denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
@@ -232,7 +235,7 @@ class ParallelIntegralSolver(Solver):
         get_method(self.method)
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> ParallelState:
-        options = {"seed": None, "noise": None, "save": "sample"} | options
+        options = {"seed": None, "noise": None, "save": "sample", "start": None} | options
         return ParallelState(
             denoiser,
             x_T,
@@ -312,6 +315,7 @@ def solve(
     max_rows: int | None = None,
     warmup_steps: int = 0,
     check: bool = True,
+    start: Array | None = None,
     save: Save = "sample",
     callback: Callback | None = None,
     progress: bool = False,
@@ -339,6 +343,8 @@ def solve(
         max_rows: the most rows in one network call; larger rounds are split, to bound memory.
         warmup_steps: further sequential network calls after the first, before the window opens.
         check: spend one evaluation on finding a denoiser that is not deterministic.
+        start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
+            one with the same noise and another condition. It changes the cost and not the result.
         save: "sample", or "trajectory" to keep all states.
         callback: ``callback(state)`` after each round; ``state.stats.history[-1]`` is the round's record and
             ``state.estimate()`` a preview. Raise ``StopIteration`` to end the run; the solution is then returned.
@@ -376,6 +382,7 @@ def solve(
         timesteps,
         seed=seed,
         noise=noise,
+        start=start,
         save=save,
         callback=callback,
         progress=progress,

@@ -9,7 +9,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, narrow, working_dtype
+from parasolver_core.arrays import Array, detach, is_array, narrow, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.methods import Method
@@ -104,7 +104,14 @@ class ParallelState(SolverState):
     """A parallel run: a sliding window for each sample."""
 
     def __init__(
-        self, *args: Any, method: Method, width: int, warmup_steps: int, tolerance: float, **options: Any
+        self,
+        *args: Any,
+        method: Method,
+        width: int,
+        warmup_steps: int,
+        tolerance: float,
+        start: Array | None,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         xp, n = self.xp, len(self.recurrence)
@@ -119,7 +126,8 @@ class ParallelState(SolverState):
             keep=self.save == "trajectory",
             on_cpu=str(array_api_compat.device(self.x_T)).lower().startswith("cpu"),
         )
-        spread = method.spreads(self.recurrence, width, tolerance)
+        self._start = None if start is None else self._check_guess(start)
+        spread = start is None and method.spreads(self.recurrence, width, tolerance)
         self.windows: list[SampleWindow | SpreadNodes] = [
             SpreadNodes(self._plan, sample, self._flat[sample, :]) if spread else self._sliding(sample)
             for sample in range(self.batch)
@@ -138,7 +146,20 @@ class ParallelState(SolverState):
         def noise(step: int) -> Array:
             return xp.reshape(source(step, sample), (-1,))
 
-        return SampleWindow(self._plan, sample, self._flat[sample, :], noise)
+        guess = None if self._start is None else self._start[:, sample, :]
+        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, guess)
+
+    def _check_guess(self, start: Array) -> Array:
+        """The warm start as (N + 1, batch, size)."""
+        expected = (len(self.recurrence) + 1, *self.x_T.shape)
+        if type(start) is not type(self.x_T) or tuple(start.shape) != expected:
+            got = f"shape {tuple(start.shape)}" if is_array(start) else type(start).__name__
+            raise ValueError(
+                f"start: expected a trajectory like x_T of shape (N + 1, batch, *event) = {expected}, got {got}"
+            )
+        if not bool(self.xp.all(self.xp.isfinite(start))):
+            raise ValueError("start: holds NaN or infinity; start from a trajectory that converged")
+        return self.xp.astype(self.xp.reshape(detach(start), (expected[0], self.batch, -1)), self.dtype)
 
     @property
     def running(self) -> list[SampleWindow | SpreadNodes]:

@@ -60,9 +60,12 @@ class SampleWindow:
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
         noise: ``noise(step)``, (size,).
+        guess: (N + 1, size), a trajectory expected to be near; None: new nodes are filled in with a held prediction.
     """
 
-    def __init__(self, plan: Plan, index: int, start: Array, noise: Callable[[int], Array]) -> None:
+    def __init__(
+        self, plan: Plan, index: int, start: Array, noise: Callable[[int], Array], guess: Array | None = None
+    ) -> None:
         self._plan, self.index, self._noise = plan, index, noise
         self._xp = xp = plan.xp
         self._recurrence = recurrence = plan.recurrence
@@ -78,6 +81,10 @@ class SampleWindow:
         slope = method.linearization.initial(recurrence)
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
+        self._guess: list[tuple[Array, Array]] | None = None
+        if guess is not None:
+            states = [guess[i, :] for i in range(n + 1)]
+            self._guess = list(zip(states, recurrence.implied_outputs(xp, states, noise), strict=False))
         self._eps = float(xp.finfo(start.dtype).eps)
         self.error = 0.0
         self.result: Array | None = None
@@ -185,6 +192,13 @@ class SampleWindow:
         if hi <= first:
             return
         self._make_room(first, hi)
+        self._evaluated[first:hi] = False
+        self.hi = hi
+        if self._guess is not None:
+            for j, x, m in islice(self._along(self._guess, first - 1), hi - first):
+                self._X = assign(self._X, (j - self._base, slice(None)), x)
+                self._M = assign(self._M, (j - self._base, slice(None)), m)
+            return
         last, recurrence = first - 1, self._recurrence
         xs, ms = self._history(last)
         noisy = [i for i in range(last, hi - 1) if recurrence.c[i] != 0]
@@ -204,8 +218,6 @@ class SampleWindow:
         rows, count = slice(first - self._base, hi - self._base), hi - first
         self._X = assign(self._X, (rows, slice(None)), filled[:count, :])
         self._M = assign(self._M, (rows, slice(None)), filled[count:, :])
-        self._evaluated[first:hi] = False
-        self.hi = hi
 
     def _advance(self, i: int) -> Array:
         z = self._noise(i) if self._recurrence.c[i] != 0 else None
@@ -235,6 +247,17 @@ class SampleWindow:
             m = (constant - x * float(p)) * float(1 / q)
             yield i + 1, x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
+
+    def _along(self, guess: list[tuple[Array, Array]], last: int) -> Iterator[tuple[int, Array, Array]]:
+        """States and outputs after node ``last`` near a trajectory: its outputs, corrected by the slopes."""
+        xs, ms = self._history(last)
+        for i in range(last, len(self._recurrence) - 1):
+            z = self._noise(i) if self._recurrence.c[i] != 0 else None
+            x = self._recurrence.advance(i, xs, ms, z)
+            near, output = guess[i + 1]
+            m = output + (x - near) * float(self._slope[i + 1])
+            yield i + 1, x, m
+            xs, ms = [x, *xs[: self._recurrence.memory - 1]], [m, *ms[: self._recurrence.memory - 1]]
 
     def _make_room(self, first_new: int, hi: int) -> None:
         """Move the rows to the front of the buffers when the window would run over their end."""
