@@ -142,7 +142,7 @@ def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm, floor: float) -> An
     axis.set_title(f"{one.case.name}: {n} rounds")
     axis.set_xlabel("step of the sampler: noise → picture")
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(integer=True))
+        side.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return image
 
 
