@@ -21,12 +21,14 @@ class RoundView:
             first, whose input is final.
         signal: (n,), the inverse of how an error in the node's input may grow on its way to the sample.
         rounding: the relative size of moves that are no more than the arithmetic's own noise.
+        noisy: whether the sampler adds noise.
     """
 
     lo: int
     move: Float64
     signal: Float64
     rounding: float
+    noisy: bool = False
 
 
 class Acceptance(ABC):
@@ -51,13 +53,15 @@ class RelativeMove(Acceptance):
 
     Args:
         factor: the largest accepted move over signal, in units of the tolerance.
+        noisy_factor: the same for samplers that add noise, whose trajectories decide again and again.
     """
 
     factor: float = 0.2
+    noisy_factor: float = 0.06
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        effect = view.move / view.signal
-        settled = (effect <= self.factor * tolerance) | (view.move <= view.rounding)  # NaN is never settled
+        effect = view.move / view.signal / (self.noisy_factor if view.noisy else self.factor)
+        settled = (effect <= tolerance) | (view.move <= view.rounding)  # NaN is never settled
         settled[0] = True
         count = int(np.argmin(settled)) if not settled.all() else len(settled)
-        return count, float(np.max(effect[:count])) / self.factor
+        return count, float(np.max(effect[:count]))

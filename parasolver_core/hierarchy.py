@@ -23,6 +23,7 @@ from parasolver_core.window import Plan
 
 Float64 = NDArray[np.float64]
 
+_CAUTION = 0.4  # what is asked of every change of the sample, in units of the tolerance
 _SKIP = 0.3  # a node moved by less, in units of the tolerance, keeps its last evaluation
 _STALE = 0.6  # a level may end while a node has moved by up to this since it was evaluated
 
@@ -81,6 +82,7 @@ class SpreadNodes:
         self.status, self.failed_node, self.error = Status.RUNNING, -1, 0.0
         self.lo, self.result, self.kept = 0, None, None
         self._rounds, self._checking = 0, False
+        self._tolerance = _CAUTION * plan.tolerance
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
         self._level = Level.of(recurrence, np.zeros(1, dtype=np.int64))
@@ -107,7 +109,7 @@ class SpreadNodes:
 
     @property
     def _due(self) -> NDArray[np.int64]:
-        return np.flatnonzero(self._moved > _SKIP * self._plan.tolerance)[: self._plan.width]
+        return np.flatnonzero(self._moved > _SKIP * self._tolerance)[: self._plan.width]
 
     @property
     def inputs(self) -> Array:
@@ -172,7 +174,7 @@ class SpreadNodes:
 
     def _settle(self, change: float) -> None:
         """After a round: go on, refine, or end."""
-        tolerance, complete = self._plan.tolerance, len(self._level.nodes) == len(self._recurrence)
+        tolerance, complete = self._tolerance, len(self._level.nodes) == len(self._recurrence)
         small = change <= tolerance
         self._checking = self._checking and small
         if len(self._due) and not (small and np.max(self._moved) <= _STALE * tolerance):

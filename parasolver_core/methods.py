@@ -9,7 +9,7 @@ from parasolver_core.linearization import Identity, Linearization, Secant
 from parasolver_core.recurrence import Recurrence
 
 _FEWEST_SPREAD = 12  # fewer nodes do not resolve a trajectory
-_LEAST_ERROR = 0.1  # tolerance times steps over window; below it sliding takes fewer rounds, as measured
+_LEAST_ERROR = 0.25  # tolerance times steps over window; below it sliding takes fewer rounds, as measured
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Method:
 
     linearization: Linearization = field(default_factory=Secant)
     acceptance: Acceptance = field(default_factory=RelativeMove)
-    spread_from: float | None = 12
+    spread_from: float | None = 24
 
     def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
         """Whether to spread nodes: many steps, a smooth trajectory, and an error to spend."""

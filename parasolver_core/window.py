@@ -133,6 +133,7 @@ class SampleWindow:
             move=relative,
             signal=np.ones(len(nodes)) if signal is None else signal[nodes],
             rounding=_ROUNDING * self._eps,
+            noisy=self._recurrence.stochastic,
         )
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         accepted = min(max(accepted, 1), len(nodes))  # the first node is always final
