@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from parasolver_adapters.embedded import EmbeddedDenoiser
+from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser
+from parasolver_cli import figures
+from parasolver_cli.outcome import Case, Look, Outcome
 from parasolver_core import (
     DDIM,
     DDPM,
     DPMSolver,
-    NoiseSchedule,
     ParallelIntegralSolver,
-    SampleRecord,
     Solution,
     StepRule,
     __version__,
@@ -54,69 +54,6 @@ class Settings:
     quick: bool
 
 
-@dataclass(frozen=True)
-class Case:
-    """One sampler of the demonstration.
-
-    Args:
-        name: the sampler and its number of steps.
-        step_rule: the sampler.
-        timesteps: (N,).
-        window: steps evaluated in one round.
-        samples: how many of the pictures it samples.
-    """
-
-    name: str
-    step_rule: StepRule
-    timesteps: NDArray[np.int64]
-    window: int
-    samples: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """The first picture's run, watched after each round.
-
-    Args:
-        estimates: (rounds, 28, 28), the estimate of the picture after each round.
-        errors: (rounds,), its distance to the sequential picture, relative to that.
-        records: what happened in each round.
-    """
-
-    estimates: NDArray[np.float32]
-    errors: NDArray[np.float64]
-    records: list[SampleRecord]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one sampler gave.
-
-    Args:
-        case: the sampler.
-        sequential, parallel: the pictures, (samples, 28, 28).
-        rounds, evaluations: of the parallel run; evaluations for each sample.
-        errors: (samples,), true distance to the sequential picture, relative to that.
-        seconds_sequential, seconds_parallel: all that the user waits for.
-        look: the first picture's run.
-    """
-
-    case: Case
-    sequential: NDArray[np.float32]
-    parallel: NDArray[np.float32]
-    rounds: int
-    evaluations: float
-    errors: NDArray[np.float64]
-    seconds_sequential: float
-    seconds_parallel: float
-    look: Look = field(repr=False)
-
-    @property
-    def steps(self) -> int:
-        """Steps of the sampler, which are the rounds of sequential sampling."""
-        return len(self.case.timesteps)
-
-
 def run(settings: Settings, console: Console) -> list[Outcome]:
     """Sample, draw and report."""
     if settings.threads is not None:
@@ -137,16 +74,15 @@ def run(settings: Settings, console: Console) -> list[Outcome]:
 
 def cases(settings: Settings) -> list[Case]:
     """The three samplers on the schedule that the embedded model was trained with."""
-    schedule = NoiseSchedule.linear(beta_start=1e-4, beta_end=0.02, train_steps=1000)
     ddim, dpm, ddpm = (20, 10, 50) if settings.quick else (50, 25, 1000)
     few = min(settings.count, FEW)
     rows: list[tuple[str, StepRule, int, int, int]] = [
-        ("DDIM", DDIM(schedule), ddim, settings.window, settings.count),
-        ("DPM-Solver++(2M)", DPMSolver(schedule, order=2), dpm, settings.window, settings.count),
-        ("DDPM", DDPM(schedule), ddpm, 4 * settings.window, few),
+        ("DDIM", DDIM(SCHEDULE), ddim, settings.window, settings.count),
+        ("DPM-Solver++(2M)", DPMSolver(SCHEDULE, order=2), dpm, settings.window, settings.count),
+        ("DDPM", DDPM(SCHEDULE), ddpm, 4 * settings.window, few),
     ]
     return [
-        Case(f"{name}-{steps}", rule, schedule.timesteps(steps), min(window, steps), samples)
+        Case(f"{name}-{steps}", rule, SCHEDULE.timesteps(steps), min(window, steps), samples)
         for name, rule, steps, window, samples in rows
     ]
 
@@ -285,8 +221,6 @@ def _note(outcomes: list[Outcome], count: int) -> str:
 
 
 def _save(outcomes: list[Outcome], settings: Settings, console: Console) -> None:
-    from parasolver_cli import figures
-
     with console.status("Drawing"):
         figures.draw_all(outcomes, settings.out)
     (settings.out / "result.json").write_text(json.dumps(summary(outcomes, settings), indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -14,8 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from parasolver_cli.demo import Look, Outcome
+from parasolver_cli.outcome import Look, Outcome
 
 INK, MUTED, OUTSIDE, FRONT = "#22272e", "#6b7480", "#eef0f2", "#e8590c"
 STYLE: dict[str, Any] = {

@@ -26,6 +26,11 @@ def to_host(array: Array) -> NDArray[Any]:
     return np.asarray(array)
 
 
+def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
+    """Which rows of ``(rows, *event)`` hold neither NaN nor infinity, on the host."""
+    return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
+
+
 def assign(target: Array, index: Any, value: Array) -> Array:
     """``target[index] = value``; returns the array to go on with (a new one where arrays are immutable, as in JAX)."""
     if array_api_compat.is_jax_array(target):

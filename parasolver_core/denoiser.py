@@ -74,9 +74,8 @@ class Evaluator:
             if chunk == rows:
                 return self._call(x, t, nodes)
             whole = xp.zeros_like(x)
-            for i in range(
-                0, rows, chunk
-            ):  # each part is copied at once: the network may use its output's memory again
+            # each part is copied at once: the network may use its output's memory again
+            for i in range(0, rows, chunk):
                 part = slice(i, i + chunk)
                 whole = assign(whole, (part, ...), self._call(x[part, ...], t[part], nodes[part]))
             return whole

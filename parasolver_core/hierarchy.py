@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, finite_rows
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import SampleRecord, Status
@@ -66,17 +66,32 @@ def interpolation(at: NDArray[np.int64], nodes: NDArray[np.int64]) -> Float64:
     return np.stack([np.interp(at, nodes, unit) for unit in np.eye(len(nodes))], axis=1)
 
 
+class Levels:
+    """The levels of one run: samples refine alike, so each is made once and shared."""
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self._recurrence = recurrence
+        self._made: dict[bytes, Level] = {}
+
+    def __call__(self, nodes: NDArray[np.int64]) -> Level:
+        key = nodes.tobytes()
+        if key not in self._made:
+            self._made[key] = Level.of(self._recurrence, nodes)
+        return self._made[key]
+
+
 class SpreadNodes:
     """One sample's nodes spread over the trajectory; serves the solver as a sliding window does.
 
     Args:
         plan: what all samples share; the recurrence is without noise.
+        levels: the tables that all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
     """
 
-    def __init__(self, plan: Plan, index: int, start: Array) -> None:
-        self._plan, self.index, self._start = plan, index, start
+    def __init__(self, plan: Plan, levels: Levels, index: int, start: Array) -> None:
+        self._plan, self._levels, self.index, self._start = plan, levels, index, start
         self._xp = xp = plan.xp
         self._recurrence = recurrence = plan.recurrence
         self.status, self.failed_node, self.error = Status.RUNNING, -1, 0.0
@@ -85,7 +100,7 @@ class SpreadNodes:
         self._tolerance = _CAUTION * plan.tolerance
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
-        self._level = Level.of(recurrence, np.zeros(1, dtype=np.int64))
+        self._level = levels(np.zeros(1, dtype=np.int64))
         self._X = xp.reshape(xp.asarray(start, copy=True), (1, -1))
         self._H = xp.zeros_like(self._X)
         self._since = xp.zeros_like(self._X)  # how far each input has moved since its last evaluation
@@ -194,7 +209,7 @@ class SpreadNodes:
         else:
             nodes = np.union1d(old, (old[:-1] + old[1:]) // 2)
             self._slope[nodes] = np.interp(nodes, old, self._slope[old])
-        self._level = Level.of(self._recurrence, nodes)
+        self._level = self._levels(nodes)
         weights = interpolation(nodes, old)
         known = np.isin(nodes, old)
         self._H = self._xp.matmul(self._asarray(weights), self._H)
@@ -223,8 +238,7 @@ class SpreadNodes:
         return states
 
     def _fail(self, D: Array, moments: Moments, nodes: NDArray[np.int64]) -> SampleRecord:
-        model = np.array([not bool(self._xp.all(self._xp.isfinite(D[row, :]))) for row in range(D.shape[0])])
-        model &= np.isfinite(moments.size)
+        model = ~finite_rows(self._xp, D) & np.isfinite(moments.size)
         self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
         self.failed_node = int(nodes[int(np.argmax(model))])
         nothing = np.full(len(nodes), np.nan)

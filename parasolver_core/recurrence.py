@@ -151,8 +151,8 @@ def from_sample_form(
     alpha, sigma = levels[0][:n], levels[1][:n]
     p, q = predicted_sample_coefficients(prediction_type, alpha, sigma)
     gaussian = posterior_slope(alpha, sigma, sigma_data)
-    reads = b.sum(axis=1)
-    identity = np.where(reads == 0, 0.0, (1 - a.sum(axis=1)) / np.where(reads == 0, 1.0, reads))
+    identity = identity_slope(a, b, np.zeros(n), np.ones(n))
+    identity = np.where(np.isfinite(identity), identity, 0.0)
     node = np.maximum(np.arange(n)[:, None] - np.arange(b.shape[1]), 0)  # b is 0 where this would be below 0
     with np.errstate(invalid="ignore"):  # what is not finite is refused by Recurrence, which names the step
         return Recurrence(
@@ -165,6 +165,18 @@ def from_sample_form(
             identity_slope=(identity - p) / q,
             signal=signal_share(alpha, sigma),
         )
+
+
+def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
+    """The slope of each step's network, equal in terms of the held quantity, that makes the step's Jacobian 1.
+
+    With ``p x + q m`` of slope g at all nodes that a step reads, ``sum_k a + sum_k b (g - p) / q = 1`` gives
+    g. NaN where a step does not depend on the network.
+    """
+    node = np.maximum(np.arange(len(b))[:, None] - np.arange(b.shape[1]), 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        g = (1 - a.sum(axis=1) + (b * (p / q)[node]).sum(axis=1)) / (b / q[node]).sum(axis=1)
+    return (g - p) / q
 
 
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, no_grad, to_host
+from parasolver_core.arrays import Array, finite_rows, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.errors import (
@@ -175,7 +175,7 @@ class SequentialSolver(Solver):
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
         m = state.evaluator(xp.asarray(state.xs[0], copy=True), np.full(len(alive), i))
-        outputs_ok = _finite_rows(xp, m)
+        outputs_ok = finite_rows(xp, m)
         memory = recurrence.memory
         state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
         z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
@@ -185,7 +185,7 @@ class SequentialSolver(Solver):
         failed = {
             sample: Status.NONFINITE_SOLVER if outputs_ok[row] else Status.NONFINITE_MODEL
             for row, sample in enumerate(alive)
-            if not outputs_ok[row] or not _finite_rows(xp, x)[row]
+            if not outputs_ok[row] or not finite_rows(xp, x)[row]
         }
         for sample in alive:
             state.noise.forget(i, sample)
@@ -408,10 +408,6 @@ def _call_back(callback: Callback, state: SolverState) -> bool:
 def _within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
     inside = xp.abs(rows) < float(xp.finfo(rows.dtype).max)
     return to_host(xp.all(xp.reshape(inside, (rows.shape[0], -1)), axis=1))
-
-
-def _finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
-    return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
 
 
 def _message(status: Status, state: SolverState) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, detach, is_array, narrow, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
-from parasolver_core.hierarchy import SpreadNodes
+from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
@@ -128,8 +128,9 @@ class ParallelState(SolverState):
         )
         self._start = None if start is None else self._check_guess(start)
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
+        levels = Levels(self.recurrence)
         self.windows: list[SampleWindow | SpreadNodes] = [
-            SpreadNodes(self._plan, sample, self._flat[sample, :]) if spread else self._sliding(sample)
+            SpreadNodes(self._plan, levels, sample, self._flat[sample, :]) if spread else self._sliding(sample)
             for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None

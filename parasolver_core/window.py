@@ -12,7 +12,7 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
-from parasolver_core.arrays import Array, assign, to_host
+from parasolver_core.arrays import Array, assign, finite_rows
 from parasolver_core.correction import Moments, apply_correction, propagation, take_defect
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
@@ -135,15 +135,15 @@ class SampleWindow:
             rounding=_ROUNDING * self._eps,
             noisy=self._recurrence.stochastic,
         )
+        wild = ~(relative <= _WILD)
+        sound = int(np.argmax(wild)) if wild.any() else len(wild)
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
-        accepted = min(max(accepted, 1), len(nodes))  # the first node is always final
+        accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
         self._X, self._M, self._dX = apply_correction(
             self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._plan.on_cpu
         )
         self.error = max(self.error, error)
-        wild = ~(relative <= _WILD)
-        sound = int(np.argmax(wild)) if wild.any() else len(wild)
-        self._slide(min(accepted, sound), sound)
+        self._slide(accepted, sound)
         defects = np.sqrt(np.diag(moments.gram) / size)
         return SampleRecord(self.index, nodes, accepted, relative, defects, self.error)
 
@@ -236,29 +236,40 @@ class SampleWindow:
 
         ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``.
         """
-        n, memory, held = len(self._recurrence), self._recurrence.memory, self._recurrence.held
+        held = self._recurrence.held
         constant = xs[0] * float(held[last, 0]) + ms[0] * float(held[last, 1])
+
+        def believe(j: int, x: Array) -> Array:
+            p, q = held[j]
+            return (constant - x * float(p)) * float(1 / q)
+
+        return self._steps(last, xs, ms, noise, believe)
+
+    def _along(self, guess: list[tuple[Array, Array]], last: int) -> Iterator[tuple[int, Array, Array | None]]:
+        """States and outputs after node ``last`` near a trajectory: its outputs, corrected by the slopes."""
+
+        def believe(j: int, x: Array) -> Array:
+            near, output = guess[j]
+            return output + (x - near) * float(self._slope[j])
+
+        return self._steps(last, *self._history(last), self._noise, believe)
+
+    def _steps(
+        self,
+        last: int,
+        xs: list[Array],
+        ms: list[Array],
+        noise: Callable[[int], Array | None],
+        believe: Callable[[int, Array], Array],
+    ) -> Iterator[tuple[int, Array, Array | None]]:
+        """The recurrence from node ``last`` to N, with ``believe(j, x)`` in the place of the network."""
+        n, memory = len(self._recurrence), self._recurrence.memory
         for i in range(last, n):
             z = noise(i) if self._recurrence.c[i] != 0 else None
             x = self._recurrence.advance(i, xs, ms, z)
-            if i + 1 == n:
-                yield n, x, None
-                return
-            p, q = held[i + 1]
-            m = (constant - x * float(p)) * float(1 / q)
+            m = believe(i + 1, x) if i + 1 < n else None
             yield i + 1, x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
-
-    def _along(self, guess: list[tuple[Array, Array]], last: int) -> Iterator[tuple[int, Array, Array]]:
-        """States and outputs after node ``last`` near a trajectory: its outputs, corrected by the slopes."""
-        xs, ms = self._history(last)
-        for i in range(last, len(self._recurrence) - 1):
-            z = self._noise(i) if self._recurrence.c[i] != 0 else None
-            x = self._recurrence.advance(i, xs, ms, z)
-            near, output = guess[i + 1]
-            m = output + (x - near) * float(self._slope[i + 1])
-            yield i + 1, x, m
-            xs, ms = [x, *xs[: self._recurrence.memory - 1]], [m, *ms[: self._recurrence.memory - 1]]
 
     def _make_room(self, first_new: int, hi: int) -> None:
         """Move the rows to the front of the buffers when the window would run over their end."""
@@ -279,12 +290,12 @@ class SampleWindow:
     def _salvage(self, D: Array) -> SampleRecord:
         """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
-        inputs_ok, outputs_ok = self._finite_rows(self.inputs), self._finite_rows(D)
+        inputs_ok, outputs_ok = finite_rows(self._xp, self.inputs), finite_rows(self._xp, D)
         model = inputs_ok & ~outputs_ok
         if model.any() or not inputs_ok[0]:
             self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
             self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
-            while self.lo > self._base and not self._finite_rows(self.inputs[:1, :])[0]:
+            while self.lo > self._base and not finite_rows(self._xp, self.inputs[:1, :])[0]:
                 self.lo -= 1  # the last state that is good
             return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
         # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
@@ -294,6 +305,3 @@ class SampleWindow:
         self._evaluated[nodes] = True
         self._slide(1, 1)
         return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
-
-    def _finite_rows(self, rows: Array) -> NDArray[np.bool_]:
-        return to_host(self._xp.all(self._xp.isfinite(rows), axis=1))

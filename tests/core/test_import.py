@@ -29,6 +29,22 @@ def run(code: str, *options: str) -> str:
     return done.stdout
 
 
+ALLOWED = {"parasolver_core", "numpy", "array_api_compat"}
+
+LOADED_BY_CORE = """
+import sys
+before = set(sys.modules)
+import parasolver_core
+files = [name for name in set(sys.modules) - before if getattr(sys.modules[name], "__spec__", None)]
+new = {name.partition(".")[0] for name in files}
+print(*sorted(new - set(sys.stdlib_module_names)))
+"""
+
+
+def test_core_loads_only_its_two_dependencies() -> None:
+    assert set(run(LOADED_BY_CORE).split()) <= ALLOWED
+
+
 def test_importing_the_core_loads_no_framework() -> None:
     loaded = run("import sys, parasolver_core, parasolver_core.step_rules; print(*sys.modules)").split()
     assert "numpy" in loaded

@@ -26,6 +26,7 @@ from parasolver_adapters.diffusers.stepping import (
 )
 from parasolver_core.recurrence import (
     Recurrence,
+    identity_slope,
     posterior_slope,
     predicted_sample_coefficients,
     signal_share,
@@ -137,18 +138,6 @@ def noise_terms(x: Sequence[Any] | Float64Array, a: Float64Array) -> Iterator[An
         for k in range(min(a.shape[1], i + 1)):
             term = term - float(a[i, k]) * x[i - k]
         yield term
-
-
-def identity_slope(a: Float64Array, b: Float64Array, p: Float64Array, q: Float64Array) -> Float64Array:
-    """The slope of each step's network, equal in terms of the held quantity, that makes the step's Jacobian 1.
-
-    With ``p x + q m`` of slope g at all nodes that a step reads, ``sum_k a + sum_k b (g - p) / q = 1`` gives
-    g. NaN where a step does not depend on the network.
-    """
-    node = np.maximum(np.arange(len(b))[:, None] - np.arange(b.shape[1]), 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        g = (1 - a.sum(axis=1) + (b * (p / q)[node]).sum(axis=1)) / (b / q[node]).sum(axis=1)
-    return (g - p) / q
 
 
 def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Recurrence, Path, bool]:
