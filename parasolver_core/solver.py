@@ -209,7 +209,7 @@ class ParallelIntegralSolver(Solver):
         method: a preset's name or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
-        max_rounds: give up after so many; by default never: N rounds suffice, N / window + 16 more where nodes are spread.
+        max_rounds: give up after so many; by default never: N suffice, N / window + 16 more where nodes are spread.
         max_rows: the most rows in one call of the network.
 
     Example, by hand::
