@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_core.recurrence import Recurrence
+
 Float64 = NDArray[np.float64]
 
 
@@ -19,20 +21,31 @@ class RoundView:
         lo: first node of the window.
         move: (n,), RMS move of each node's input by this round's correction, over the RMS of that input; 0 for the
             first, whose input is final.
-        signal: (n,), the inverse of how an error in the node's input may grow on its way to the sample.
+        size: (n,), RMS of each node's input.
+        bound: (n,), the acceptance's own :meth:`Acceptance.bounds` of these nodes.
         rounding: the relative size of moves that are no more than the arithmetic's own noise.
-        noisy: whether the sampler adds noise.
     """
 
     lo: int
     move: Float64
-    signal: Float64
+    size: Float64
+    bound: Float64
     rounding: float
-    noisy: bool = False
+
+    def leading(self, effect: Float64, tolerance: float) -> tuple[int, float]:
+        """How many leading nodes, at least 1, have an effect within the tolerance, and the largest effect of them."""
+        settled = (effect <= tolerance) | (self.move <= self.rounding)  # NaN is never settled
+        settled[0] = True
+        count = int(np.argmin(settled)) if not settled.all() else len(settled)
+        return count, float(np.max(effect[:count]))
 
 
 class Acceptance(ABC):
     """Decides how many nodes of a window are final."""
+
+    def bounds(self, recurrence: Recurrence) -> Float64:
+        """(N,), the move of each node's input that is worth a tolerance of 1; ones unless overridden."""
+        return np.ones(len(recurrence))
 
     @abstractmethod
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
@@ -59,9 +72,37 @@ class RelativeMove(Acceptance):
     factor: float = 0.2
     noisy_factor: float = 0.06
 
+    def bounds(self, recurrence: Recurrence) -> Float64:
+        signal = np.ones(len(recurrence)) if recurrence.signal is None else recurrence.signal
+        return signal * (self.noisy_factor if recurrence.stochastic else self.factor)
+
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        effect = view.move / view.signal / (self.noisy_factor if view.noisy else self.factor)
-        settled = (effect <= tolerance) | (view.move <= view.rounding)  # NaN is never settled
-        settled[0] = True
-        count = int(np.argmin(settled)) if not settled.all() else len(settled)
-        return count, float(np.max(effect[:count]))
+        return view.leading(view.move / view.bound, tolerance)
+
+
+@dataclass(frozen=True)
+class StepVariance(Acceptance):
+    """Accept the leading nodes whose input moved little beside the noise that a DDPM step adds there: a published rule.
+
+    A move d, RMS over the state's elements, is small if ``d^2 <= tolerance^2 v`` with the variance
+    ``v = (1 - abar') / (1 - abar) (1 - abar / abar')`` of the step from ``abar`` to ``abar'``, also for samplers that
+    add no noise. The tolerance is then not a distance to the sequential sample: 0.1 is usual, up to 0.5 with noise.
+    Made for variance-preserving schedules, whose states have RMS 1.
+
+    Reference: Shih et al., "Parallel Sampling of Diffusion Models", NeurIPS 2023, algorithm 1; ParaSolver, ICLR 2025.
+    """
+
+    def bounds(self, recurrence: Recurrence) -> Float64:
+        if recurrence.signal is None or len(recurrence) < 2:
+            raise ValueError(
+                "method: its stop rule weighs a move by the variance of a diffusion step, and this step rule has no "
+                "noise levels, or a single step; use method='identity' or 'secant'"
+            )
+        now = recurrence.signal[:-1] ** 2
+        after = np.maximum(recurrence.signal[1:] ** 2, now)
+        variance = (1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after)
+        return np.sqrt(np.append(variance, variance[-1]))  # the last step's end is not on the grid
+
+    def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return view.leading(view.move * view.size / view.bound, tolerance)

@@ -29,11 +29,11 @@ Indices = NDArray[np.int64]
 _FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level; noise makes a trajectory rough
 _SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
 _NEAR = 0.03  # with more nodes due than the window holds, those moved by less than this share of the most wait
-_EARLY = 7.5  # the midpoints join when a sweep changes the sample by less than so many interpolation errors
+_EARLY = 7.5  # midpoints that fit into one round join when a sweep changes the sample by less interpolation errors
 _UNMEASURED = 0.067  # the interpolation error of the first level, until it is measured
 _SETTLED = 0.5  # the last sweep's change of the sample, in units of the tolerance
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
-_GAIN, _GAIN_NOISY = 4.0, 2.0  # by what twice as many nodes divide the interpolation error
+_GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
@@ -316,10 +316,18 @@ class SpreadNodes:
             if settled:
                 self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
                 self.kept = self._all_states() if self._plan.keep else None
-        elif first or settled or self._change <= _EARLY * left:
+        elif first or settled or self._change <= self._early * left:
             self._lost = self._measured and not self._worth_refining()
             if not self._lost:
                 self._refine()
+
+    @property
+    def _early(self) -> float:
+        """How many interpolation errors a sweep may change the sample by when the midpoints join.
+
+        Less where the finer level takes several rounds a sweep: rounds on this level are cheaper then.
+        """
+        return _EARLY * min(1.0, self._plan.width / (2 * len(self._level.nodes) - 1))
 
     @property
     def _growth(self) -> float:

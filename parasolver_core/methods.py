@@ -1,11 +1,18 @@
-"""Methods: the choices that make one parallel solver out of the parts, under the names users know."""
+"""Methods: the choices that make one parallel solver out of the parts, under the names users know.
+
+``"secant"`` is the default and the best that was found; ``"identity"`` is the same with Picard's slope. ``"paradigms"``
+and ``"parasolver"`` are the published methods, with their own stop rule, for comparison: see
+:class:`~parasolver_core.acceptance.StepVariance` for what ``tolerance`` then means. Preconditioning steps are
+``warmup_steps`` plus one, since the first call of ``"parasolver"`` is always alone.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
-from parasolver_core.acceptance import Acceptance, RelativeMove
+from parasolver_core.acceptance import Acceptance, RelativeMove, StepVariance
 from parasolver_core.linearization import Identity, Linearization, Secant
 from parasolver_core.recurrence import Recurrence
 
@@ -14,18 +21,26 @@ _FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's s
 
 @dataclass(frozen=True)
 class Method:
-    """How a parallel solver linearizes and accepts.
+    """How a parallel solver linearizes, accepts and fills in.
 
     Args:
         linearization: how the surrogate's slope is chosen.
         acceptance: how many nodes are final after a round.
         spread: whether to begin with nodes spread over the whole trajectory where that takes fewer evaluations than a
             sliding window (:meth:`spreads`). Never with a tolerance of 0.
+        fill: where nodes that enter a window begin. ``"held"``: with the predicted sample of the node before them, as
+            corrected, held constant; ``"evaluated"``: as the network gave it; ``"copy"``: all at the state before them,
+            also in the first round, which is then a full window.
     """
 
     linearization: Linearization = field(default_factory=Secant)
     acceptance: Acceptance = field(default_factory=RelativeMove)
     spread: bool = True
+    fill: Literal["held", "evaluated", "copy"] = "held"
+
+    def __post_init__(self) -> None:
+        if self.fill not in ("held", "evaluated", "copy"):
+            raise ValueError(f'fill: expected "held", "evaluated" or "copy", got {self.fill!r}')
 
     def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
@@ -43,6 +58,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "secant": Method(),
     "identity": Method(linearization=Identity(), spread=False),
+    "paradigms": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="copy"),
+    "parasolver": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="evaluated"),
 }
 
 

@@ -121,6 +121,7 @@ class ParallelState(SolverState):
             xp=xp,
             recurrence=self.recurrence,
             method=method,
+            bound=method.acceptance.bounds(self.recurrence),
             width=min(width, n),
             warmup_steps=warmup_steps,
             tolerance=tolerance,

@@ -32,7 +32,8 @@ class Plan:
     Args:
         xp: array namespace.
         recurrence: the sampler.
-        method: linearization and acceptance.
+        method: how to linearize, accept and fill in.
+        bound: (N,), of the method's acceptance.
         width: the most nodes evaluated in one round.
         warmup_steps: how many nodes after the first are evaluated one at a time.
         tolerance: wanted relative error.
@@ -43,6 +44,7 @@ class Plan:
     xp: Any
     recurrence: Recurrence
     method: Method
+    bound: Float64
     width: int
     warmup_steps: int
     tolerance: float
@@ -120,8 +122,9 @@ class SampleWindow:
         self.result: Array | None = None
         self.kept: list[Array] | None = [start] if keep else None
         self._forecast = forecast
-        if forecast is not None and plan.warmup_steps == 0:
-            self._M = assign(self._M, (0, slice(None)), forecast(0, start, float(self._slope[0])))
+        if plan.warmup_steps == 0 and (forecast is not None or method.fill == "copy"):
+            m = forecast(0, start, float(self._slope[0])) if forecast is not None else self._stay(0, start, [start], [])
+            self._M = assign(self._M, (0, slice(None)), m)
             self._fill(1, min(width, n))
 
     @property
@@ -161,13 +164,12 @@ class SampleWindow:
         move = moments.norms(inputs_T)
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
-        signal = self._recurrence.signal
         view = RoundView(
             lo=lo,
             move=relative,
-            signal=np.ones(len(nodes)) if signal is None else signal[nodes],
+            size=np.sqrt(moments.size / size),
+            bound=self._plan.bound[nodes],
             rounding=_ROUNDING * self._eps,
-            noisy=self._recurrence.stochastic,
         )
         wild = ~(relative <= _WILD)
         sound = int(np.argmax(wild)) if wild.any() else len(wild)
@@ -187,7 +189,10 @@ class SampleWindow:
             return self.result
         if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
             return self.state
-        *_, (_, x, _) = self._continuation(self.hi - 1, *self._history(self.hi - 1), self._noise)
+        last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
+        p, q = self._recurrence.held[last]
+        constant = xs[0] * float(p) + ms[0] * float(q)
+        *_, (_, x, _) = self._continuation(last, xs, ms, self._noise, constant)
         return x
 
     @property
@@ -223,17 +228,27 @@ class SampleWindow:
             self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
     def _fill(self, first: int, hi: int) -> None:
-        """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
+        """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
         if hi <= first:
             return
         self._make_room(first, hi)
         self._evaluated[first:hi] = False
         self.hi = hi
         if self._forecast is not None:
-            for j, x, m in islice(self._along(self._forecast, first - 1), hi - first):
-                self._X = assign(self._X, (j - self._base, slice(None)), x)
-                self._M = assign(self._M, (j - self._base, slice(None)), m)
-            return
+            self._put(self._along(self._forecast, first - 1), hi - first)
+        elif self._method.fill == "copy":
+            self._put(self._copies(first - 1), hi - first)
+        else:
+            self._fill_held(first, hi)
+
+    def _put(self, filled: Iterator[tuple[int, Array, Array | None]], count: int) -> None:
+        """Write ``count`` nodes with their states and beliefs."""
+        for j, x, m in islice(filled, count):
+            self._X = assign(self._X, (j - self._base, slice(None)), x)
+            self._M = assign(self._M, (j - self._base, slice(None)), m)
+
+    def _fill_held(self, first: int, hi: int) -> None:
+        """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
         last, recurrence = first - 1, self._recurrence
         xs, ms = self._history(last)
         noisy = [i for i in range(last, hi - 1) if recurrence.c[i] != 0]
@@ -242,11 +257,16 @@ class SampleWindow:
         p, q = recurrence.held[last]
         held = xs[0] * float(p) + ms[0] * float(q)
         sources = [*xs, held, *ms[1:], *(self._noise(i) for i in noisy)]
+        if self._method.fill == "evaluated":
+            sources.append(self._dX[last - self._base, :])
         units = list(np.eye(len(sources)))
         x_units, m_units = units[: len(xs)], units[len(xs) : 2 * len(xs)]
-        m_units[0] = (m_units[0] - p * x_units[0]) / q
-        noise_units = dict(zip(noisy, units[2 * len(xs) :], strict=True))
-        new = islice(self._continuation(last, x_units, m_units, noise_units.get), hi - first)
+        constant = m_units[0]
+        m_units[0] = (constant - p * x_units[0]) / q
+        if self._method.fill == "evaluated":  # as the network gave it, before the correction
+            constant = constant - (p + q * self._slope[last]) * units[-1]
+        noise_units = dict(zip(noisy, units[2 * len(xs) :], strict=False))
+        new = islice(self._continuation(last, x_units, m_units, noise_units.get, constant), hi - first)
         states, outputs = zip(*((x, m) for _, x, m in new), strict=True)
         table = self._xp.asarray(np.stack([*states, *outputs]), dtype=self._X.dtype, device=device(self._X))
         filled = self._xp.matmul(table, self._xp.stack(sources))
@@ -264,14 +284,13 @@ class SampleWindow:
         return [self._X[row, :] for row in rows], [self._M[row, :] for row in rows]
 
     def _continuation(
-        self, last: int, xs: list[Array], ms: list[Array], noise: Callable[[int], Array | None]
+        self, last: int, xs: list[Array], ms: list[Array], noise: Callable[[int], Array | None], constant: Array
     ) -> Iterator[tuple[int, Array, Array | None]]:
-        """States and outputs after node ``last`` with its held quantity (the predicted sample) kept; ends at N.
+        """States and outputs after node ``last`` with the held quantity (the predicted sample) constant; ends at N.
 
         ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``.
         """
         held = self._recurrence.held
-        constant = xs[0] * float(held[last, 0]) + ms[0] * float(held[last, 1])
 
         def believe(j: int, x: Array) -> Array:
             p, q = held[j]
@@ -286,6 +305,21 @@ class SampleWindow:
             return forecast(j, x, float(self._slope[j]))
 
         return self._steps(last, *self._history(last), self._noise, believe)
+
+    def _copies(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+        """The state after node ``last`` again and again, with the outputs that would make it so."""
+        (xs, ms), memory = self._history(last), self._recurrence.memory
+        x = self._advance(last)
+        for j in range(last + 1, len(self._recurrence)):
+            xs, ms = [x, *xs[: memory - 1]], ms[: memory - 1]
+            m = self._stay(j, x, xs, ms)
+            yield j, x, m
+            ms = [m, *ms]
+
+    def _stay(self, i: int, x: Array, xs: list[Array], ms: list[Array]) -> Array:
+        """The output that makes step i end where it begins."""
+        z = self._noise(i) if self._recurrence.c[i] != 0 else None
+        return self._recurrence.implied_output(self._xp, i, x, xs, ms, z)
 
     def _steps(
         self,
