@@ -60,21 +60,21 @@ class RelativeMove(Acceptance):
     """Accept the leading nodes whose input the last correction moved little, as seen from the sample.
 
     A correction is the error of the state before it, and what is left behind is smaller by the contraction of a round.
-    Later steps amplify it again, by up to 1 / signal on average, and by more where the network decides between two
-    modes of the data. ``factor`` stands for both, and is chosen so that the distance to the sequential sample keeps
+    Later steps amplify it again, or forget it where noise is added, by about
+    :attr:`~parasolver_core.recurrence.Recurrence.influence`, and amplify it more where the network decides between two
+    modes of the data. ``factor`` stands for all this, and is chosen so that the distance to the sequential sample keeps
     within the tolerance for at least 95 % of samples.
 
     Args:
-        factor: the largest accepted move over signal, in units of the tolerance.
+        factor: the largest accepted move times influence, in units of the tolerance.
         noisy_factor: the same for samplers that add noise, whose trajectories decide again and again.
     """
 
     factor: float = 0.2
-    noisy_factor: float = 0.06
+    noisy_factor: float = 0.12
 
     def bounds(self, recurrence: Recurrence) -> Float64:
-        signal = np.ones(len(recurrence)) if recurrence.signal is None else recurrence.signal
-        return signal * (self.noisy_factor if recurrence.stochastic else self.factor)
+        return (self.noisy_factor if recurrence.stochastic else self.factor) / recurrence.influence
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         return view.leading(view.move / view.bound, tolerance)

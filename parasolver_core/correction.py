@@ -63,7 +63,7 @@ class Moments:
 
     @classmethod
     def unpack(cls, packed: Float64, n: int) -> Moments:
-        """From the vector that :func:`take_defect` returns, brought to the host."""
+        """From the vector of :func:`inner_products`, brought to the host."""
         gram, cross, moved, size = np.split(packed, [n * n, n * n + n, n * n + 2 * n])
         return cls(gram.reshape(n, n), cross, moved, size)
 
@@ -124,11 +124,10 @@ def apply_correction(
     return X, R, dX
 
 
-def fetch(xp: Any, packed: list[Array], counts: list[int]) -> list[Moments]:
-    """Bring the inner products of all samples to the host in one transfer."""
+def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
+    """Bring the inner products of all samples, a vector each, to the host in one transfer."""
     host = to_host(packed[0] if len(packed) == 1 else xp.concat(packed)).astype(np.float64)
-    ends = np.cumsum([n * n + 3 * n for n in counts])[:-1]
-    return [Moments.unpack(part, n) for part, n in zip(np.split(host, ends), counts, strict=True)]
+    return np.split(host, np.cumsum([len(one) for one in packed])[:-1])
 
 
 def _blocks(D: Array, on_cpu: bool) -> list[slice]:

@@ -168,7 +168,7 @@ class SpreadNodes:
         self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
         self._gain = _GAIN_NOISY if noisy else _GAIN
         self._first = min(_FIRST_NOISY if noisy else _FIRST, plan.width)
-        self._signal = np.ones(len(recurrence)) if recurrence.signal is None else recurrence.signal
+        self._influence = recurrence.influence
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
         self._rounds, self._lost, self._wild = 0, False, False
@@ -231,9 +231,10 @@ class SpreadNodes:
         self._R = self._column(held[:, 0]) * X + self._column(held[:, 1]) * D - self._take(self._H, picked)
         return inner_products(xp, X, self._take(self._since, picked), self._R)
 
-    def correct(self, D: Array, moments: Moments) -> SampleRecord:
+    def correct(self, D: Array, products: Float64) -> SampleRecord:
         """Second half: update the slopes, move all states, and decide how to go on."""
         picked, nodes, size = self._picked, self.nodes, self._X.shape[1]
+        moments = Moments.unpack(products, len(nodes))
         self._rounds += 1
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
             return self._abandon(nodes)  # a sliding window will find out whose fault it was, if it comes across it
@@ -295,7 +296,7 @@ class SpreadNodes:
 
     def _due(self) -> NDArray[np.bool_]:
         """The rows whose input has moved since they were evaluated, as seen from the sample."""
-        moved = self._moved / self._signal[self._level.nodes]
+        moved = self._moved * self._influence[self._level.nodes]
         due = moved > _SKIP * self._tolerance
         if due.sum() > self._plan.width:
             due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)

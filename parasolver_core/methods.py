@@ -1,9 +1,9 @@
 """Methods: the choices that make one parallel solver out of the parts, under the names users know.
 
-``"secant"`` is the default and the best that was found; ``"identity"`` is the same with Picard's slope. ``"paradigms"``
-and ``"parasolver"`` are the published methods, with their own stop rule, for comparison: see
-:class:`~parasolver_core.acceptance.StepVariance` for what ``tolerance`` then means. Preconditioning steps are
-``warmup_steps`` plus one, since the first call of ``"parasolver"`` is always alone.
+``"secant"`` is the default and the best that was found; ``"identity"`` is its sliding window with Picard's slope.
+``"paradigms"``, ``"parasolver"`` and ``"parataa"`` are the published methods, for comparison, with their own stop rules:
+see :class:`~parasolver_core.acceptance.StepVariance` and :class:`Anderson` for what ``tolerance`` then means.
+Preconditioning steps are ``warmup_steps`` plus one, since the first call of ``"parasolver"`` is always alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 from parasolver_core.acceptance import Acceptance, RelativeMove, StepVariance
 from parasolver_core.linearization import Identity, Linearization, Secant
 from parasolver_core.recurrence import Recurrence
+from parasolver_core.validation import check_count
 
 _FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's shape; fewer steps need no plan
 
@@ -55,10 +56,40 @@ class Method:
         return 2 * needed <= len(recurrence)
 
 
+@dataclass(frozen=True)
+class Anderson(Method):
+    """ParaTAA, in :mod:`parasolver_core.anderson`: no slopes, but a memory of earlier rounds.
+
+    A state is final when its residual, RMS over its elements, is within ``tolerance * max(sd, floor)``, with the
+    standard deviation ``sd`` of the noise that a DDPM step adds there. For rules that read one node: DDIM, DDPM, Euler.
+
+    Args:
+        order: how many steps back the fixed-point equation of a state begins; None: at the window's first node.
+        memory: how many changes between rounds are combined; 0: none, plain fixed-point iteration.
+        ridge: added to the diagonal of the least squares problem.
+        floor: see above; published are a tolerance of 0.05 and a floor of 0.2.
+
+    Reference: Tang et al., "Accelerating Parallel Sampling of Diffusion Models", ICML 2024, algorithm 1.
+    """
+
+    acceptance: Acceptance = field(default_factory=StepVariance)
+    spread: bool = False
+    order: int | None = None
+    memory: int = 2
+    ridge: float = 1e-3
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("order", self.order, optional=True)
+        check_count("memory", self.memory, minimum=0)
+
+
 METHODS: dict[str, Method] = {
     "secant": Method(),
     "identity": Method(linearization=Identity(), spread=False),
     "paradigms": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="copy"),
+    "parataa": Anderson(),
     "parasolver": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="evaluated"),
 }
 

@@ -34,8 +34,10 @@ class Recurrence:
             its first evaluation. For diffusion it is the predicted clean sample. ``q`` is not 0.
         slope: (N,), a first guess of the slope ``dm/dx``, used before a node has been evaluated twice.
         identity_slope: (N,), the slope that makes a step's Jacobian the identity (Picard iteration).
-        signal: (N,), within (0, 1], the share of the clean sample in a state of unit size: an error in a state is
-            about 1 / signal times as large in the sample (:func:`signal_share`). None for 1.
+        signal: (N,), within (0, 1], the share of the clean sample in a state of unit size (:func:`signal_share`). None
+            for 1.
+        noise_share: within [0, 1], how much of the noise of a full reverse diffusion the steps add
+            (:func:`added_noise_share`).
         input_scale: (N,), ``s``, what a state is multiplied with before the network sees it; None for 1.
     """
 
@@ -47,6 +49,7 @@ class Recurrence:
     slope: Float64
     identity_slope: Float64
     signal: Float64 | None = None
+    noise_share: float = 0.0
     input_scale: Float64 | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,19 @@ class Recurrence:
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool(np.any(self.c))
+
+    @property
+    def influence(self) -> Float64:
+        """(N,), about how large a relative error in a state may become in the sample.
+
+        Without noise, once the flow has made up its mind, ``x = alpha x_0 + ...`` makes an error d in x one of
+        d / alpha in the sample. A full reverse diffusion has the forward process's joint distribution, in which the
+        sample remembers only alpha of x. In between, the memory fades exponentially with the variance added.
+        """
+        if self.signal is None:
+            return np.ones(len(self))
+        power = 2 * self.noise_share - 1
+        return np.maximum(self.signal, 0.01 if power < 0 else 0.1) ** power
 
     def held_form(self) -> tuple[Float64, Float64]:
         """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
@@ -169,6 +185,7 @@ def from_sample_form(
             slope=(gaussian - p) / q,
             identity_slope=(identity - p) / q,
             signal=signal_share(alpha, sigma),
+            noise_share=added_noise_share(alpha, sigma, c),
         )
 
 
@@ -185,12 +202,25 @@ def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
 
 
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:
-    """``alpha / sqrt(alpha^2 + sigma^2)``: the inverse of how an error in a state may grow on its way to the sample.
-
-    Once the flow has made up its mind, ``x = alpha x_0 + ...`` makes an error d in x one of d / alpha in the sample.
-    The share is not taken below 0.01: before that, nothing is decided.
-    """
+    """``alpha / sqrt(alpha^2 + sigma^2)``, not below 0.01: before that, nothing of the sample is decided."""
     return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 0.01)
+
+
+def added_noise_share(alpha: Float64, sigma: Float64, c: Float64) -> float:
+    """The variance that the steps add, in units of what a full reverse diffusion adds; ``eta^2`` for DDIM.
+
+    Args:
+        alpha, sigma: (n,), levels at the first n nodes.
+        c: (n,) or longer, scales of the steps' noise; that of the last node is not used.
+    """
+    before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        full = after[1] ** 2 - (before[0] * after[1] ** 2 / (after[0] * before[1])) ** 2
+        size = after[0] ** 2 + after[1] ** 2
+        added, whole = c[: len(full)] ** 2 / size, np.maximum(full, 0.0) / size
+    known = np.isfinite(added) & np.isfinite(whole)
+    total = float(np.sum(whole[known]))
+    return min(float(np.sum(added[known])) / total, 1.0) if total > 0 else 0.0
 
 
 def posterior_slope(alpha: Float64, sigma: Float64, sigma_data: float) -> Float64:

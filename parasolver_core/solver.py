@@ -21,15 +21,13 @@ from parasolver_core.errors import (
     NonFiniteError,
     SolverError,
 )
-from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, Seed
 from parasolver_core.progress import meter
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
-from parasolver_core.state import ParallelState, Save, SequentialState, SolverState
+from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_tolerance
-from parasolver_core.window import SampleWindow
 
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 Callback = Callable[["SolverState"], Any]
@@ -255,16 +253,15 @@ class ParallelIntegralSolver(Solver):
         records = []
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
             packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
-            all_moments = fetch(state.xp, packed, [len(window.nodes) for window in running])
-            for window, D, moments in zip(running, outputs, all_moments, strict=True):
+            for window, D, products in zip(running, outputs, fetch(state.xp, packed), strict=True):
                 first = window.lo
-                records.append(window.correct(D, moments))
+                records.append(window.correct(D, products))
                 for step in range(first, window.lo):
                     state.noise.forget(step, window.index)
         state.slide_exhausted()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleWindow | SpreadNodes]) -> tuple[list[Array], int]:
+    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int]:
         """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]

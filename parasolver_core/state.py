@@ -9,10 +9,11 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from parasolver_core.anderson import AndersonWindow
 from parasolver_core.arrays import Array, detach, is_array, narrow, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.hierarchy import Levels, SpreadNodes
-from parasolver_core.methods import Method
+from parasolver_core.methods import Anderson, Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import Stats, Status
@@ -22,6 +23,7 @@ from parasolver_core.window import Forecast, Near, Plan, SampleWindow
 
 Float64 = NDArray[np.float64]
 Save = Literal["sample", "trajectory"]
+SampleRun = SampleWindow | SpreadNodes | AndersonWindow  # one sample's part of a run
 
 
 class SolverState(ABC):
@@ -131,7 +133,7 @@ class ParallelState(SolverState):
         self._start = None if start is None else self._check_guess(start)
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
         levels = Levels(self.recurrence)
-        self.windows: list[SampleWindow | SpreadNodes] = [
+        self.windows: list[SampleRun] = [
             self._spread(levels, sample) if spread else self._sliding(sample) for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None
@@ -152,12 +154,15 @@ class ParallelState(SolverState):
 
         return SpreadNodes(self._plan, levels, sample, self._flat[sample, :], noise)
 
-    def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow:
+    def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow | AndersonWindow:
         source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
 
         def noise(step: int) -> Array:
             return xp.reshape(source(step, sample), (-1,))
 
+        method, width = self._plan.method, self._plan.width
+        if isinstance(method, Anderson) and width > 1 and self._start is None:
+            return AndersonWindow(self._plan, method, sample, self._flat[sample, :], noise)
         forecast, slope = handover or (None, None)
         if self._start is not None:
             forecast = Near(self.recurrence, xp, self._start[:, sample, :], noise)
@@ -176,7 +181,7 @@ class ParallelState(SolverState):
         return self.xp.astype(self.xp.reshape(detach(start), (expected[0], self.batch, -1)), self.dtype)
 
     @property
-    def running(self) -> list[SampleWindow | SpreadNodes]:
+    def running(self) -> list[SampleRun]:
         return [window for window in self.windows if window.running]
 
     @property

@@ -147,8 +147,9 @@ class SampleWindow:
         self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._plan.on_cpu)
         return packed
 
-    def correct(self, D: Array, moments: Moments) -> SampleRecord:
+    def correct(self, D: Array, products: Float64) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
+        moments = Moments.unpack(products, len(self.nodes))
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
             return self._salvage(D)
         nodes, lo, size = self.nodes, self.lo, self._X.shape[1]

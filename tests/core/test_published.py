@@ -1,9 +1,13 @@
 """The published methods as presets: their rules, written out once more in the plainest form."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve, solve_sequential
+from parasolver_core.errors import NonFiniteError
+from parasolver_core.methods import Anderson
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -54,6 +58,89 @@ def test_a_published_method_is_its_algorithm(name, fill, steps, window, toleranc
     got = solve(network, x_T, timesteps, DDIM(SCHEDULE), window, tolerance=tolerance, method=name)
     assert got.stats.rounds == rounds
     assert relative(got.sample[0], sample) < 1e-10
+
+
+def anderson(network, x_T, timesteps, window, tolerance, order, memory):
+    """ParaTAA as the paper writes it, with explicit sums and a least squares problem for every state."""
+    n = len(timesteps)
+    ab = np.append(SCHEDULE.alphas_cumprod[timesteps], 1.0)
+    a = np.sqrt(ab[1:] / ab[:-1])
+    b = np.sqrt(1 - ab[1:]) - a * np.sqrt(1 - ab[:-1])
+    deviation = np.sqrt((1 - ab[1:n]) / (1 - ab[: n - 1]) * (1 - ab[: n - 1] / ab[1:n]))
+    deviation = np.append(deviation, deviation[-1])
+    x, lo, rounds, history = {i: x_T for i in range(window + 1)}, 0, 0, []
+    while lo < n:
+        hi = min(lo + window, n)
+        for i in range(lo, hi):
+            x.setdefault(i + 1, x[i])
+        eps = {i: network(x[i][None], timesteps[i : i + 1])[0] for i in range(lo, hi)}
+        rounds += 1
+        residual = {}
+        for i in range(lo, hi):
+            begin = max(i + 1 - order, lo)
+            value = x[begin]
+            for j in range(begin, i + 1):
+                value = a[j] * value + b[j] * eps[j]
+            residual[i + 1] = value - x[i + 1]
+        history.append((dict(x), residual))
+        first = next(
+            (
+                i
+                for i in range(lo, hi)
+                if np.sqrt(np.mean((a[i] * x[i] + b[i] * eps[i] - x[i + 1]) ** 2)) > tolerance * max(deviation[i], 0.2)
+            ),
+            hi - 1,
+        )
+        new = dict(x)
+        pairs = list(itertools.pairwise(history[-memory - 1 :]))
+        for i in range(lo, hi):
+            new[i + 1] = x[i + 1] + residual[i + 1]
+            if i <= first:
+                continue
+            rows = range(lo + 1, i + 2)
+            dR = [np.concatenate([p[1][s] - q[1][s] if s in q[1] else 0 * x_T for s in rows]) for q, p in pairs]
+            R = np.concatenate([residual[s] for s in rows])
+            gram = np.array([[p @ q for q in dR] for p in dR])
+            if pairs:
+                weights = np.linalg.solve(gram + 1e-3 * np.eye(len(dR)), np.array([p @ R for p in dR]))
+                for weight, (q, p) in zip(weights, pairs, strict=True):
+                    if i + 1 in q[1]:
+                        new[i + 1] = new[i + 1] - weight * (p[0][i + 1] - q[0][i + 1] + p[1][i + 1] - q[1][i + 1])
+        x, lo = new, first + 1
+    return rounds, x[n]
+
+
+@pytest.mark.parametrize(("order", "memory"), [(1, 0), (4, 0), (4, 2), (16, 1), (16, 3)])
+@pytest.mark.parametrize(("steps", "window"), [(16, 16), (25, 8)])
+@pytest.mark.parametrize("tolerance", [0.05, 0.001])
+def test_parataa_is_its_algorithm(steps, window, tolerance, order, memory) -> None:
+    network, x_T, timesteps = TanhNetwork(), normal((1, 6)), SCHEDULE.timesteps(steps)
+    rounds, sample = anderson(network, x_T[0], timesteps, window, tolerance, order, memory)
+    method = Anderson(order=order, memory=memory)
+    got = solve(network, x_T, timesteps, DDIM(SCHEDULE), window, tolerance=tolerance, method=method)
+    assert got.stats.rounds == rounds
+    assert relative(got.sample[0], sample) < 1e-9
+
+
+def test_parataa_refuses_multistep_rules() -> None:
+    with pytest.raises(ValueError, match="read the current node only"):
+        solve(TanhNetwork(), normal((1, 6)), SCHEDULE.timesteps(9), DPMSolver(SCHEDULE), method="parataa")
+
+
+def test_parataa_with_noise_is_exact_without_tolerance() -> None:
+    arguments = (TanhNetwork(), normal((2, 6)), SCHEDULE.timesteps(24), DDPM(SCHEDULE))
+    exact = solve_sequential(*arguments, seed=3, save="trajectory")
+    got = solve(*arguments, 7, tolerance=0, method="parataa", seed=3, save="trajectory")
+    assert relative(got.trajectory, exact.trajectory) < 1e-10
+
+
+def test_parataa_reports_a_network_that_fails() -> None:
+    def broken(x, t):
+        return np.where(t[:, None] < 500, np.nan, x)
+
+    with pytest.raises(NonFiniteError) as raised:
+        solve(broken, normal((1, 6)), SCHEDULE.timesteps(16), DDIM(SCHEDULE), 8, method="parataa")
+    assert np.all(np.isfinite(raised.value.solution.states))
 
 
 @pytest.mark.parametrize("name", ["paradigms", "parasolver"])

@@ -26,6 +26,7 @@ from parasolver_adapters.diffusers.stepping import (
 )
 from parasolver_core.recurrence import (
     Recurrence,
+    added_noise_share,
     identity_slope,
     posterior_slope,
     predicted_sample_coefficients,
@@ -167,6 +168,7 @@ def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Re
         slope=slope,
         identity_slope=np.where(np.isfinite(identity), identity, slope),
         signal=np.where(np.isfinite(signal), signal, 1.0),
+        noise_share=added_noise_share(path.alpha, path.sigma, c),
         input_scale=None if np.all(traced.scale == 1) else traced.scale,
     )
     return recurrence, path, independent

@@ -1,0 +1,209 @@
+"""ParaTAA: a fixed-point iteration of high order with triangular Anderson acceleration, a published method.
+
+Reference: Tang, Tang, Luo, Wang, Chang, "Accelerating Parallel Sampling of Diffusion Models", ICML 2024
+(https://arxiv.org/abs/2402.09970).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from array_api_compat import device
+from numpy.typing import NDArray
+
+from parasolver_core.arrays import Array
+from parasolver_core.methods import Anderson
+from parasolver_core.solution import SampleRecord, Status
+from parasolver_core.window import Plan
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """The states behind the window's nodes in one round, and their residuals, both (n, size).
+
+    Args:
+        states, residuals: rows that were not yet in the window are zero.
+        known: how many leading rows were in the window.
+    """
+
+    states: Array
+    residuals: Array
+    known: int
+
+
+class AndersonWindow:
+    """One sample's nodes ``lo .. hi - 1`` under ParaTAA; serves the solver as a sliding window does.
+
+    Args:
+        plan: what all samples share.
+        method: order, memory and ridge.
+        index: the sample's place in the batch.
+        start: ``x_T`` of the sample, (size,), in the working dtype.
+        noise: ``noise(step)``, (size,).
+
+    Raises:
+        ValueError: the step rule reads earlier nodes; the method is defined for one-step rules.
+    """
+
+    def __init__(self, plan: Plan, method: Anderson, index: int, start: Array, noise: Callable[[int], Array]) -> None:
+        if plan.recurrence.memory > 1:
+            raise ValueError(
+                "method: 'parataa' is defined for step rules that read the current node only (DDIM, DDPM, order 1), "
+                f"got one that reads {plan.recurrence.memory}; use method='secant'"
+            )
+        self._plan, self._method, self.index, self._noise = plan, method, index, noise
+        self._xp = plan.xp
+        self.status, self.failed_node, self.error = Status.RUNNING, -1, 0.0
+        self.lo, self.hi = 0, plan.width
+        self._X = plan.xp.stack([start] * (plan.width + 1))  # the states lo .. hi, at first copies
+        self._past: list[Iterate] = []
+        self.result: Array | None = None
+        self.kept: list[Array] | None = [start] if plan.keep else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the sample takes part in the next round."""
+        return self.status is Status.RUNNING
+
+    @property
+    def nodes(self) -> NDArray[np.int64]:
+        """The window's nodes."""
+        return np.arange(self.lo, self.hi)
+
+    @property
+    def inputs(self) -> Array:
+        """The window's states, (n, size); a view."""
+        return self._X[:-1, :]
+
+    @property
+    def state(self) -> Array:
+        """The last final state, (size,)."""
+        return self._X[0, :] if self.result is None else self.result
+
+    def estimate(self) -> Array:
+        """The sample, or the best estimate of it so far, (size,)."""
+        return self._X[-1, :] if self.result is None else self.result
+
+    def take_defect(self, D: Array) -> Array:
+        """First half of a round: residuals of first and of high order; inner products for the host."""
+        xp, nodes, recurrence = self._xp, self.nodes, self._plan.recurrence
+        forcing = self._column(recurrence.b[nodes, 0]) * xp.astype(D, self._X.dtype, copy=False)
+        if recurrence.stochastic:
+            forcing = forcing + xp.stack([self._noise(i) * float(recurrence.c[i]) for i in nodes.tolist()])
+        before, after = self._X[:-1, :], self._X[1:, :]
+        first = self._column(recurrence.a[nodes, 0]) * before + forcing - after
+        from_states, from_forcing = high_order(recurrence.a[nodes, 0], self._method.order or len(nodes))
+        R = xp.matmul(self._asarray(from_states), before) + xp.matmul(self._asarray(from_forcing), forcing) - after
+        self._past = [*self._past, Iterate(after, R, len(nodes))][-self._method.memory - 1 :]
+        self._changes = [self._change(*pair) for pair in zip(self._past, self._past[1:], strict=False)]
+        dot, residuals = xp.linalg.vecdot, [change.residuals for change in self._changes]
+        products = [dot(p, q) for p in residuals for q in residuals] + [dot(p, R) for p in residuals]
+        return xp.concat([dot(first, first), dot(R, R), dot(after, after), *products])
+
+    def correct(self, D: Array, sums: Float64) -> SampleRecord:
+        """Second half: accelerate, accept what is final, slide, and copy the last state into new nodes."""
+        nodes, size, m, n = self.nodes, self._X.shape[1], len(self._changes), len(self.nodes)
+        first, high, squared, *products = sums.reshape(-1, n)
+        if not np.all(np.isfinite(sums)):
+            return self._fail(D)
+        residual = np.sqrt(first / size)
+        settled = residual <= self._plan.tolerance * np.maximum(self._plan.bound[nodes], self._method.floor)
+        # the first state that has not settled is final too: all before it are
+        count = len(nodes) if settled.all() else int(np.argmin(settled)) + 1
+        gram, cross = np.reshape(products[: m * m], (m, m, n)), np.reshape(products[m * m :], (m, n))
+        weights = triangular_weights(gram, cross, self._method.ridge)
+        weights[:, :count] = 0.0  # the safeguard: these are exact without
+        now = self._past[-1]
+        new = now.states + now.residuals
+        for weight, change in zip(weights, self._changes, strict=True):
+            new = new - self._column(weight) * (change.states + change.residuals)
+        self.error = max(self.error, float(np.max(residual[: count - 1], initial=0.0)))
+        move = np.sqrt(high / np.maximum(squared, np.finfo(float).tiny))
+        record = SampleRecord(self.index, nodes, count, np.append(0.0, move[:-1]), residual, self.error)
+        self._slide(new, count)
+        return record
+
+    def _slide(self, new: Array, count: int) -> None:
+        """Drop ``count`` final nodes and let as many in; the remembered rounds follow."""
+        total, xp = len(self._plan.recurrence), self._xp
+        if self.kept is not None:
+            self.kept += [new[i, :] for i in range(count)]
+        self.lo += count
+        if self.lo == total:
+            self.result, self.status = new[-1, :], Status.CONVERGED
+            return
+        hi = min(self.lo + self._plan.width, total)
+        entering = hi - self.hi
+        self.hi, self._X = hi, xp.concat([new[count - 1 :, :], *[new[-1:, :]] * entering])
+        nothing = [xp.zeros_like(new[:1, :])] * entering
+        self._past = [
+            Iterate(
+                *(xp.concat([rows[count:, :], *nothing]) for rows in (one.states, one.residuals)), one.known - count
+            )
+            for one in self._past
+            if one.known > count
+        ]
+
+    def _change(self, before: Iterate, after: Iterate) -> Iterate:
+        """What a round changed; zero in the rows of nodes that were not there."""
+        known = min(before.known, after.known)
+        there = self._column((np.arange(after.states.shape[0]) < known).astype(np.float64))
+        states, residuals = after.states - before.states, after.residuals - before.residuals
+        return Iterate(states * there, residuals * there, known)
+
+    def _fail(self, D: Array) -> SampleRecord:
+        """Numbers ran out of range: by the network, or by the acceleration."""
+        ok = self._xp.all(self._xp.isfinite(D))
+        self.status = Status.NONFINITE_SOLVER if bool(ok) else Status.NONFINITE_MODEL
+        self.failed_node = self.lo
+        nothing = np.full(len(self.nodes), np.nan)
+        return SampleRecord(self.index, self.nodes, 0, nothing, nothing, self.error)
+
+    def _asarray(self, table: Float64) -> Array:
+        return self._xp.asarray(table, dtype=self._X.dtype, device=device(self._X))
+
+    def _column(self, values: Float64) -> Array:
+        return self._asarray(values[:, None])
+
+
+def high_order(a: Float64, order: int) -> tuple[Float64, Float64]:
+    """Every state of a window from the state ``order`` steps before it, or from the window's first.
+
+    Args:
+        a: (n,), what each step multiplies its state with.
+        order: at least 1.
+
+    Returns:
+        Tables (n, n), which map the window's states, and what each step adds, to the states behind the nodes.
+    """
+    n = len(a)
+    states, forcing = np.zeros((n, n)), np.zeros((n, n))
+    for i in range(n):
+        begin = max(i + 1 - order, 0)
+        gain = np.append(
+            np.cumprod(a[begin : i + 1][::-1])[::-1], 1.0
+        )  # from each of these nodes to the state behind i
+        states[i, begin], forcing[i, begin : i + 1] = gain[0], gain[1:]
+    return states, forcing
+
+
+def triangular_weights(gram: Float64, cross: Float64, ridge: float) -> Float64:
+    """Anderson weights of each node from sums over the nodes up to it, so that nothing flows backwards in time.
+
+    Args:
+        gram: (m, m, n), inner products of the changes of the residuals.
+        cross: (m, n), of these with the residuals.
+        ridge: added to the diagonal.
+
+    Returns:
+        (m, n).
+    """
+    m = len(cross)
+    if m == 0:
+        return np.zeros(cross.shape)
+    left = np.cumsum(gram, axis=2).transpose(2, 0, 1) + ridge * np.eye(m)
+    return np.linalg.solve(left, np.cumsum(cross, axis=1).T[:, :, None])[:, :, 0].T
