@@ -1,7 +1,7 @@
 """Methods: the choices that make one parallel solver out of the parts, under the names users know.
 
 ``"secant"`` is the default and the best that was found; ``"identity"`` is its sliding window with Picard's slope.
-``"paradigms"``, ``"parasolver"`` and ``"parataa"`` are the published methods, for comparison, with their own stop rules:
+``"paradigms"``, ``"parasolver"`` and ``"parataa"`` are the published methods, for comparison, with their stop rules:
 see :class:`~parasolver_core.acceptance.StepVariance` and :class:`Anderson` for what ``tolerance`` then means.
 Preconditioning steps are ``warmup_steps`` plus one, since the first call of ``"parasolver"`` is always alone.
 """

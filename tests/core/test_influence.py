@@ -1,0 +1,61 @@
+"""What an error in a state becomes in the sample, by the table and on networks whose answer is known."""
+
+import numpy as np
+import pytest
+
+from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
+from tests.core.problems import Gaussian, TanhNetwork, normal, relative
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [15, 100])
+def test_the_share_of_added_noise_is_eta_squared(eta: float, steps: int) -> None:
+    table = DDIM(SCHEDULE, eta=eta).recurrence(SCHEDULE.timesteps(steps))
+    assert table.noise_share == pytest.approx(eta**2, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "share"),
+    [(DDPM(SCHEDULE), 1.0), (DPMSolver(SCHEDULE, 2, stochastic=True), 1.0), (DPMSolver(SCHEDULE), 0.0)],
+)
+def test_the_share_of_other_samplers(rule: StepRule, share: float) -> None:
+    assert rule.recurrence(SCHEDULE.timesteps(50)).noise_share == pytest.approx(share, abs=1e-9)
+
+
+def test_influence_of_flow_and_diffusion() -> None:
+    """1 / alpha without noise, alpha with all of it, between the floors."""
+    timesteps = SCHEDULE.timesteps(50)
+    alpha = np.sqrt(SCHEDULE.alphas_cumprod[timesteps])
+    flow = DDIM(SCHEDULE).recurrence(timesteps).influence
+    np.testing.assert_allclose(flow, 1 / np.maximum(alpha, 0.01))
+    noisy = DDPM(SCHEDULE).recurrence(timesteps).influence
+    np.testing.assert_allclose(noisy, np.maximum(alpha, 0.1))
+    assert np.all(Euler(NoiseSchedule.flow_matching()).recurrence(np.linspace(1, 0.1, 10)).influence >= 1)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("window", [8, 40])
+def test_little_noise_is_not_taken_for_much(eta: float, window: int) -> None:
+    """Early errors are forgotten only as far as noise is added."""
+    arguments = (TanhNetwork(), normal((8, 6)), SCHEDULE.timesteps(60), DDIM(SCHEDULE, eta=eta))
+    exact = solve_sequential(*arguments, seed=2).sample
+    got = solve(*arguments, window, tolerance=1e-2, seed=2).sample
+    assert max(relative(one, other) for one, other in zip(got, exact, strict=True)) < 1e-2
+
+
+def test_a_full_reverse_diffusion_forgets_as_its_joint_distribution_says() -> None:
+    """Gaussian data: moving x_i by d moves the sample by d alpha s^2 / (alpha^2 s^2 + sigma^2) on average."""
+    timesteps = SCHEDULE.timesteps(1000)
+    network = Gaussian(SCHEDULE, "epsilon")
+    x = normal((1, 6))
+    first = 400
+    noise = normal((1000, 1, 6), seed=4)
+    ends = [
+        solve_sequential(network, start, timesteps[first:], DDPM(SCHEDULE), noise=noise[first:]).sample
+        for start in (x, x + 1e-3)
+    ]
+    bar = SCHEDULE.alphas_cumprod[timesteps[first]]
+    memory = np.sqrt(bar) * network.std**2 / (bar * network.std**2 + 1 - bar)
+    np.testing.assert_allclose((ends[1] - ends[0]) / 1e-3, memory, rtol=0.03)
