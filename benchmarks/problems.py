@@ -1,0 +1,117 @@
+"""The problems that methods are compared on: four networks of different character, each with its own schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from safetensors.torch import load
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from benchmarks.policy import SCHEDULE as POLICY_SCHEDULE
+from benchmarks.policy import WAYPOINTS, demonstrations, load_policy
+from benchmarks.train_emoji import MODEL_CONFIG as EMOJI_CONFIG
+from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser, NoiseUNet2DModel
+from parasolver_core import NoiseSchedule
+from parasolver_core.schedules import DiscreteSchedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network to sample from.
+
+    Args:
+        name: in tables.
+        about: one line on it.
+        shape: of one sample.
+        schedule: its noise schedule.
+        prediction_type: what it predicts.
+        make: makes the denoiser.
+        dtype: of the states.
+    """
+
+    name: str
+    about: str
+    shape: tuple[int, ...]
+    schedule: DiscreteSchedule
+    make: Callable[[], Denoiser]
+    prediction_type: str = "epsilon"
+    dtype: torch.dtype = torch.float32
+
+    def starts(self, count: int, seed: int = 0) -> Tensor:
+        """``x_T`` of ``count`` samples, the same however many there are."""
+        rows = [
+            torch.randn(self.shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
+            for i in range(count)
+        ]
+        return torch.stack(rows).to(self.dtype)
+
+
+def emoji_denoiser() -> Denoiser:
+    """The U-Net trained by ``benchmarks.train_emoji``, without a class."""
+    model = NoiseUNet2DModel(**EMOJI_CONFIG)
+    model.load_state_dict(load(resources.files("benchmarks").joinpath("weights/emoji.safetensors").read_bytes()))
+    model.eval().requires_grad_(False)
+    no_class = EMOJI_CONFIG["num_class_embeds"] - 1
+    return lambda x, t: model(x, t, class_labels=torch.full_like(t, no_class)).sample
+
+
+def policy_denoiser(dtype: torch.dtype = torch.float32) -> Denoiser:
+    """The diffusion policy, told one obstacle."""
+    policy = load_policy(dtype)
+    obstacle = demonstrations(1, torch.Generator().manual_seed(7))[1].to(dtype)
+    return lambda x, t: policy(x, t, obstacle.expand(len(x), -1))
+
+
+MIXTURE_SCHEDULE = NoiseSchedule.scaled_linear()
+
+
+def mixture_denoiser(std: float = 0.2) -> Denoiser:
+    """The exact noise prediction for data that are scikit-learn's 1797 digits, 8 x 8, each blurred by ``std``."""
+    digits = torch.from_numpy(load_digits().data / 8.0 - 1.0)
+    table = torch.from_numpy(MIXTURE_SCHEDULE.alphas_cumprod)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        a, variance = table[t].sqrt()[:, None], (1 - table[t])[:, None]
+        total = a**2 * std**2 + variance
+        distance = (x**2).sum(1, keepdim=True) - 2 * a * x @ digits.T + a**2 * (digits**2).sum(1)
+        mean = torch.softmax(-distance / (2 * total), dim=1) @ digits
+        x_0 = mean + a * std**2 / total * (x - a * mean)
+        return (x - a * x_0) / variance.sqrt()
+
+    return denoiser
+
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem(
+            "policy",
+            "diffusion policy, paths of 16 waypoints",
+            (WAYPOINTS, 2),
+            POLICY_SCHEDULE,
+            policy_denoiser,
+            "v_prediction",
+        ),
+        Problem(
+            "mixture",
+            "exact score of 1797 digits of 8 x 8",
+            (64,),
+            MIXTURE_SCHEDULE,
+            mixture_denoiser,
+            dtype=torch.float64,
+        ),
+        Problem("clothes", "embedded U-Net, Fashion-MNIST 28 x 28", (1, 28, 28), SCHEDULE, EmbeddedDenoiser),
+        Problem(
+            "clothes, guided",
+            "the same, class 3, guidance scale 7.5",
+            (1, 28, 28),
+            SCHEDULE,
+            lambda: EmbeddedDenoiser(labels=3, guidance_scale=7.5),
+        ),
+        Problem("emoji", "U-Net, emoji 3 x 32 x 32", (3, 32, 32), SCHEDULE, emoji_denoiser),
+    )
+}
