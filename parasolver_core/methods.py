@@ -64,7 +64,8 @@ class Anderson(Method):
     standard deviation ``sd`` of the noise that a DDPM step adds there. For rules that read one node: DDIM, DDPM, Euler.
 
     Args:
-        order: how many steps back the fixed-point equation of a state begins; None: at the window's first node.
+        order: how many steps back the fixed-point equation of a state begins; None: at the window's first node. The
+            paper's best were about 8.
         memory: how many changes between rounds are combined; 0: none, plain fixed-point iteration.
         ridge: added to the diagonal of the least squares problem.
         floor: see above; published are a tolerance of 0.05 and a floor of 0.2.
@@ -74,7 +75,7 @@ class Anderson(Method):
 
     acceptance: Acceptance = field(default_factory=StepVariance)
     spread: bool = False
-    order: int | None = None
+    order: int | None = 8
     memory: int = 2
     ridge: float = 1e-3
     floor: float = 0.2
