@@ -64,7 +64,7 @@ class Networks:
 
     def _reference(self, call: Call) -> Reference | None:
         """The known call, if it could be part of this batch."""
-        reference = self._references.get(call.signature[: 2 + len(call.leaves)])
+        reference = self._references.get(call.signature[0])
         if reference is None:
             return None
         rest = zip(call.leaves, reference.leaves, call.batched, strict=True)
@@ -114,7 +114,8 @@ class RecordedDenoiser:
         programs: one for each node but the first.
         first: the first node's output, known from the pipeline's own call at its only input.
         networks: makes the calls.
-        correct: ``correct(node, state, x, m)``: the output that the recurrence is to be given in place of m.
+        correct: ``correct(node, state, x, m)``: the output that the recurrence is to be given in place of m; x is the
+            state as the loop has changed it, or None.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class RecordedDenoiser:
         programs: Sequence[Program],
         first: torch.Tensor,
         networks: Networks,
-        correct: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        correct: Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
     ) -> None:
         self._programs, self._first, self._networks, self._correct = programs, first, networks, correct
         self.outputs: dict[int, torch.Tensor] = {}  # of each node, as the pipeline would give it to its scheduler
@@ -130,7 +131,7 @@ class RecordedDenoiser:
     def __call__(self, x: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
         numbers = nodes.tolist()
         runs = {row: self._programs[node - 1].run(x[row]) for row, node in enumerate(numbers) if node > 0}
-        results: list[Any] = [(x[row], self._first) for row in range(len(numbers))]
+        results: list[Any] = [(None, self._first) for row in range(len(numbers))]
         waiting: dict[int, Any] = dict.fromkeys(runs)
         while waiting:
             requests = {}

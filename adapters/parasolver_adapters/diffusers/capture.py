@@ -1,15 +1,16 @@
 """What a pipeline's loop does between two steps of its scheduler, recorded once and run again at will.
 
-A pipeline's loop turns the state ``x_i`` into inputs of the network (scaling, doubling for guidance, masks, packing), and
-the network's outputs into the ``m_i`` that it gives to ``scheduler.step`` (guidance, rescaling, dropping the learned
-variance). None of that is written down here. One pass of the loop is watched: every tensor operation that depends on the
-state is kept with its arguments, and calls of the pipeline's networks become calls to be made later. A recorded step is a
-:class:`Program`; running it repeats the pipeline's own operations, whatever they are.
+A pipeline's loop turns the state ``x_i`` into inputs of the network (scaling, doubling for guidance, masks, packing),
+and the network's outputs into the ``m_i`` that it gives to ``scheduler.step`` (guidance, rescaling, dropping the
+learned variance). None of that is written down here. One pass of the loop is watched: every tensor operation that
+depends on the state is kept with its arguments, and calls of the pipeline's networks become calls to be made later. A
+recorded step is a :class:`Program`; running it repeats the pipeline's own operations, whatever they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ class Operation:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    reads: tuple[int, ...]
     results: int | list[int | None] | None
 
 
@@ -54,6 +56,7 @@ class Call:
         rows: the number of rows of the batch that it was given.
         batched: which of the leaves hold one row for each of those.
         signature: equal for calls that can be made as one.
+        reads: the values among the arguments.
         results: numbers of the tensors in its output.
     """
 
@@ -63,6 +66,7 @@ class Call:
     rows: int
     batched: tuple[bool, ...]
     signature: tuple[Any, ...]
+    reads: tuple[int, ...]
     results: list[int]
 
 
@@ -70,10 +74,12 @@ class Call:
 class Program:
     """One step of a loop: from the state to ``(x, m)``, the ``sample`` and ``model_output`` of ``scheduler.step``.
 
-    ``x`` is the state itself unless the loop changes it between two steps, as inpainting does.
+    ``x`` is the state itself (number 0) unless the loop changes it between two steps, as inpainting does. ``dtype`` is
+    that of the state, which need not be that of the first: some schedulers return their network's.
     """
 
     operations: list[Operation | Call] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
     size: int = 1
     x: int = 0
     m: int = -1
@@ -85,9 +91,12 @@ class Program:
         return self.size - 1
 
     def run(self, state: torch.Tensor) -> Generator[tuple[Call, list[Any]], list[Any], tuple[Any, Any]]:
-        """Repeat the step from another state: yields each network call with its arguments, and is sent the output."""
+        """Repeat the step from another state: yields each network call with its arguments, and is sent the output.
+
+        Returns ``(x, m)``; None for x where it is the state.
+        """
         values: list[Any] = [None] * self.size
-        values[0] = state.clone() if self.mutates else state
+        values[0] = state.to(self.dtype, copy=self.mutates)
         for operation in self.operations:
             if isinstance(operation, Call):
                 leaves = [values[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in operation.leaves]
@@ -102,7 +111,7 @@ class Program:
                 for index, one in zip(operation.results, result, strict=True):
                     if index is not None:
                         values[index] = one
-        return values[self.x], values[self.m]
+        return values[self.x] if self.x else None, values[self.m]
 
     def prune(self) -> None:
         """Forget operations whose results nobody reads, unless some are done in place."""
@@ -113,8 +122,7 @@ class Program:
             if needed.isdisjoint(_indices(operation.results)):
                 continue
             kept.append(operation)
-            args = operation.leaves if isinstance(operation, Call) else (operation.args, operation.kwargs)
-            needed.update(ref.index for ref in tree_flatten(args)[0] if isinstance(ref, Ref))
+            needed.update(operation.reads)
         self.operations = kept[::-1]
 
 
@@ -128,49 +136,60 @@ class Reference:
 
 
 class Recorder(TorchDispatchMode):
-    """While active: records what is done with the state, one :class:`Program` a step.
+    """Records what is done with the state between :meth:`begin` and :meth:`finish`, one :class:`Program` a step.
 
-    Before the first :meth:`begin` networks are really called; after it only where the form of their output is not known.
+    Networks are really called before the first :meth:`begin`, and after it only where the form of their output is not
+    known yet.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.program: Program | None = None
-        self.paused = False
         self.references: dict[tuple[Any, ...], Reference] = {}
         self.extra_calls = 0
-        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._values: Any = WeakTensorKeyDictionary()  # tensors: their program and number
         self._constants: dict[tuple[Any, ...], Any] = {}
 
     def begin(self, state: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
-        """A step has returned ``state``, and ``others`` that the loop must not use but for the next step."""
-        self.program = program = Program()
+        """Record from here: a step has returned ``state``, and ``others`` that only the next step may use."""
+        self.program = program = Program(dtype=state.dtype)
         self._values[state] = (program, 0)
         for other in others:
             if other is not state:
                 self._values[other] = (None, 0)
+        self.__enter__()
 
     def finish(self, x: torch.Tensor, m: torch.Tensor) -> Program:
-        """The loop calls the next step with these; what was recorded since :meth:`begin`."""
+        """Stop: the loop calls the next step with these. What was recorded since :meth:`begin`."""
         program = self.program
         assert program is not None
-        at = {name: self._values.get(value, (None, -1)) for name, value in (("sample", x), ("model_output", m))}
-        for name, (owner, _) in at.items():
+        self.close()
+        for name, value in (("sample", x), ("model_output", m)):
+            owner, index = self._values[value] if value in self._values else (None, -1)
             if owner is not program:
                 raise PipelineNotParallelError(
                     f"the {name} given to scheduler.step is not computed from the state by tensor operations"
                 )
-        program.x, program.m = at["sample"][1], at["model_output"][1]
+            if name == "sample":
+                program.x = index
+            else:
+                program.m = index
         program.prune()
-        self.program = None
         return program
+
+    def close(self) -> None:
+        """Stop recording."""
+        if self.program is not None:
+            self.program = None
+            self.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or self.program is None:
+        if self.program is None:
             return func(*args, **kwargs)
-        values, depends = self._refs((args, kwargs))
-        if not depends:
+        reads: list[int] = []
+        own_args, own_kwargs = self._refs(args, reads), self._refs(kwargs, reads)
+        if not reads:
             return func(*args, **kwargs)
         mutates = self._check(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -186,40 +205,49 @@ class Recorder(TorchDispatchMode):
             results = self._number(result)
         elif isinstance(result, (tuple, list)):
             results = [self._number(one) if isinstance(one, torch.Tensor) else None for one in result]
-        program.operations.append(Operation(func, *values, results))
+        program.operations.append(Operation(func, own_args, own_kwargs, tuple(reads), results))
         return result
 
     def call(self, module: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """In the place of a network's forward."""
         leaves, spec = tree_flatten((args, kwargs))
-        key = (id(module), str(spec), *(_form(leaf) for leaf in leaves))
-        refs = [self._ref(leaf) for leaf in leaves]
-        recorded = self.program is not None and any(isinstance(ref, Ref) for ref in refs)
-        if self.program is not None and not recorded:
+        reads: list[int] = []
+        refs = self._refs(leaves, reads) if self.program is not None else leaves
+        if self.program is not None and not reads:
             return forward(*args, **kwargs)
+        key = form_of_call(module, kwargs, leaves)
         if key not in self.references:
             self.extra_calls += self.program is not None
-            paused, self.paused = self.paused, True
-            try:
+            with self._outside():
                 output = forward(*args, **kwargs)
-            finally:
-                self.paused = paused
-            outputs, out_spec = tree_flatten(output)
-            self.references[key] = Reference(leaves, outputs, out_spec)
-            if not recorded:
+            self.references[key] = Reference(leaves, *tree_flatten(output))
+            if not reads:
                 return output
-        elif not recorded:
+        elif not reads:
             return forward(*args, **kwargs)
-        return self._record_call(module, refs, spec, leaves, kwargs, key)
+        return self._record_call(module, refs, spec, leaves, kwargs, key, tuple(reads))
 
-    def blank(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Zeros in the form of a network's output, or None where that is not known."""
-        leaves, spec = tree_flatten((args, kwargs))
-        reference = self.references.get((id(module), str(spec), *(_form(leaf) for leaf in leaves)))
-        return reference and tree_unflatten([_zeros(leaf) for leaf in reference.outputs], reference.spec)
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """While active: nothing is seen."""
+        if self.program is None:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _record_call(
-        self, module: torch.nn.Module, refs: list[Any], spec: TreeSpec, leaves: list[Any], kwargs: Any, key: Any
+        self,
+        module: torch.nn.Module,
+        refs: list[Any],
+        spec: TreeSpec,
+        leaves: list[Any],
+        kwargs: Any,
+        key: tuple[Any, ...],
+        reads: tuple[int, ...],
     ) -> Any:
         program, reference = self.program, self.references[key]
         assert program is not None
@@ -228,7 +256,7 @@ class Recorder(TorchDispatchMode):
         batched = tuple(_is_batched(leaf, rows, name) for leaf, name in zip(leaves, names, strict=True))
         own, rest = [], []
         for at, (ref, leaf, by_rows) in enumerate(zip(refs, leaves, batched, strict=True)):
-            constant = ref if isinstance(ref, Ref) else self._intern((*key, at), leaf)
+            constant = ref if isinstance(ref, Ref) else self._intern((key, at), leaf)
             own.append(constant)
             if isinstance(leaf, torch.Tensor):
                 rest.append(None if by_rows else id(constant))
@@ -236,12 +264,12 @@ class Recorder(TorchDispatchMode):
                 rest.append(leaf if _hashable(leaf) else id(leaf))
         outputs = [_zeros(leaf) for leaf in reference.outputs]
         results = [self._number(one) if isinstance(one, torch.Tensor) else program.new() for one in outputs]
-        program.operations.append(Call(module, own, spec, rows, batched, (*key, *rest), results))
+        program.operations.append(Call(module, own, spec, rows, batched, (key, *rest), reads, results))
         return tree_unflatten(outputs, reference.spec)
 
     def _intern(self, key: tuple[Any, ...], leaf: Any) -> Any:
         """The same object as in earlier steps for an equal tensor, so that conditioning is kept once."""
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= 1:
             return leaf
         known = self._constants.get(key)
         if known is not None and (known is leaf or torch.equal(known, leaf)):
@@ -266,16 +294,16 @@ class Recorder(TorchDispatchMode):
             )
         return Ref(index)
 
-    def _refs(self, values: Any) -> tuple[Any, bool]:
-        """The arguments with :class:`Ref` in place of values that depend on the state, and whether there are any."""
+    def _refs(self, values: Any, reads: list[int]) -> Any:
+        """The arguments with :class:`Ref` in place of values that depend on the state, whose numbers join ``reads``."""
         if isinstance(values, (tuple, list)):
-            parts = [self._refs(value) for value in values]
-            return type(values)(part for part, _ in parts), any(depends for _, depends in parts)
+            return type(values)(self._refs(value, reads) for value in values)
         if isinstance(values, dict):
-            parts = {key: self._refs(value) for key, value in values.items()}
-            return {key: part for key, (part, _) in parts.items()}, any(depends for _, depends in parts.values())
+            return {key: self._refs(value, reads) for key, value in values.items()}
         ref = self._ref(values)
-        return ref, isinstance(ref, Ref)
+        if isinstance(ref, Ref):
+            reads.append(ref.index)
+        return ref
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Refuse what cannot be repeated; whether the operation works in place on values that depend on the state."""
@@ -306,6 +334,11 @@ def _resolve(value: Any, values: Sequence[Any]) -> Any:
 
 def _indices(results: Any) -> set[int]:
     return {results} if isinstance(results, int) else {one for one in results or () if one is not None}
+
+
+def form_of_call(module: torch.nn.Module, kwargs: dict[str, Any], leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """Equal for calls whose outputs are of one form."""
+    return (id(module), *kwargs, *map(_form, leaves))
 
 
 def _form(leaf: Any) -> Any:

@@ -2,9 +2,9 @@
 
 The pipeline's own ``__call__`` runs twice. The first pass is broken off after the loop: its networks answer with zeros
 after the first step, and it is only watched (:mod:`~parasolver_adapters.diffusers.capture`). That gives each step as a
-program and the scheduler's steps as a table, all that the core's solver needs. The second pass is the real one. Where it
-calls ``scheduler.step``, the solver goes on until that step is final, so that progress, callbacks and interrupts happen
-as in a sequential run, and decoding follows as ever.
+program and the scheduler's steps as a table, all that the core's solver needs. The second pass is the real one. Where
+it calls ``scheduler.step``, the solver goes on until that step is final, so that progress, callbacks and interrupts
+happen as in a sequential run, and decoding follows as ever.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
-from parasolver_adapters.diffusers.capture import PipelineNotParallelError, Program, Recorder
+from parasolver_adapters.diffusers.capture import PipelineNotParallelError, Program, Recorder, form_of_call
 from parasolver_adapters.diffusers.schedulers import (
     GIVEN_BY_THE_LOOP,
     SchedulerRule,
@@ -35,7 +35,7 @@ from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUM
 from parasolver_core import ConvergenceError, NonFiniteError, ParallelIntegralSolver, Status, StepRule
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
-from parasolver_core.solution import Stats
+from parasolver_core.solution import RoundRecord, Stats
 from parasolver_core.validation import check_count
 
 Preview = Callable[[int, torch.Tensor], Any]
@@ -47,15 +47,17 @@ _MOST_RULES = 16
 
 @dataclass(frozen=True, eq=False)
 class _ByNode(StepRule):
-    """A scheduler's table with the nodes' numbers for timesteps: the recorded steps know their own."""
+    """The first steps of a scheduler's table, with the nodes' numbers for timesteps: recorded steps know their own."""
 
-    table: Recurrence = field(repr=False)
-
-    def check_grid(self, timesteps: NDArray[Any]) -> None:
-        """The table holds one grid."""
+    table: Recurrence | None = field(repr=False)
 
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
-        return replace(self.table, timesteps=timesteps, input_scale=None)
+        table, n = self.table, len(timesteps)
+        assert table is not None
+        tables = {
+            name: getattr(table, name)[:n] for name in ("a", "b", "c", "held", "slope", "identity_slope", "signal")
+        }
+        return Recurrence(timesteps=timesteps, **tables)
 
 
 @dataclass
@@ -64,7 +66,8 @@ class ParallelRun:
 
     Args:
         stats: what the last call of the pipeline cost; evaluations count each sample of the batch.
-        status: how it ended; None before the first call.
+        status: how it ended: CONVERGED also for a call that was left to the pipeline, STOPPED if it was interrupted,
+            FAILED by an exception; None before the first call.
         reason: why it was not sampled in parallel, if it was not.
     """
 
@@ -126,7 +129,7 @@ def parallel_sampling(
     check_count("max_rows", max_rows, optional=True)
     sequential = isinstance(method, str) and method == "sequential"
     solver = ParallelIntegralSolver(
-        _ByNode(None),  # type: ignore[arg-type]  # each call of the pipeline brings its own table
+        _ByNode(None),  # each call of the pipeline brings its own table
         window,
         tolerance=tolerance,
         method="secant" if sequential else method,
@@ -197,34 +200,43 @@ class _Session:
 
     def sample(self, bound: inspect.BoundArguments) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run, kwargs = self.run, dict(bound.arguments)
-        kwargs.pop("self", None)
-        kwargs |= kwargs.pop("kwargs", {})
-        run.stats, run.status, run.reason = Stats(), Status.RUNNING, None
-        if self.choices.sequential:
-            return self._sequential(kwargs)
-        streams = _Streams(kwargs)
+        run, kwargs = self.run, _named(bound)
+        del kwargs["self"]
+        run.stats, run.status, run.reason = Stats(), None, None
         try:
-            self._refuse_caches()
-            capture = self._capture(kwargs)
+            return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
+        except BaseException:
+            run.status = run.status or Status.FAILED
+            raise
+
+    def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
+        run, streams = self.run, _Streams(kwargs)
+        try:
+            return self._parallel(kwargs, streams)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
-            reason = str(error)
+            run.reason = str(error)
             if self.choices.fallback == "error":
-                if isinstance(error, PipelineNotParallelError):
-                    raise
-                raise PipelineNotParallelError(reason) from error
-            warnings.warn(f"sampled sequentially: {reason}", stacklevel=4)
-            run.reason = reason
-            streams.restore()
-            return self._sequential(kwargs)
+                raise PipelineNotParallelError(run.reason) from error
+        warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=5)
+        streams.restore()
+        run.stats, run.status = Stats(), None
+        self._remembered, self._replayed = [], None
+        return self._sequential(kwargs)
+
+    def _parallel(self, kwargs: dict[str, Any], streams: _Streams) -> Any:
+        self._refuse_caches()
+        capture = self._capture(kwargs)
         streams.restore()
         self._replayed = iter(self._remembered)
         replay = _Replay(self, capture)
         try:
             with _listening(self.pipe, replay):
-                return self.call(**replay.watched(kwargs))
-        finally:
-            replay.close()
+                result = self.call(**replay.watched(kwargs))
+        except BaseException:
+            self.run.status = replay.status
+            raise
+        self.run.status = replay.status or Status.STOPPED
+        return result
 
     def remember(self, encode: Callable[[], Any]) -> Any:
         """The same prompt embeddings in the second pass as in the first."""
@@ -236,7 +248,7 @@ class _Session:
     def _capture(self, kwargs: dict[str, Any]) -> _Capture:
         capture = _Capture(self.pipe)
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
-        shown = vars(self.pipe).get("_progress_bar_config", _capture_missing)
+        shown = vars(self.pipe).get("_progress_bar_config", _UNSET)
         self.pipe.set_progress_bar_config(**{**(shown if isinstance(shown, dict) else {}), "disable": True})
         try:
             with _listening(self.pipe, capture):
@@ -244,8 +256,8 @@ class _Session:
         except _CaptureDone:
             pass
         finally:
-            capture.close()
-            if shown is _capture_missing:
+            capture.recorder.close()
+            if shown is _UNSET:
                 del self.pipe._progress_bar_config
             else:
                 self.pipe._progress_bar_config = shown
@@ -268,7 +280,7 @@ class _Session:
                 )
 
 
-_capture_missing = object()
+_UNSET = object()
 
 
 class _Listener:
@@ -304,9 +316,8 @@ class _Capture(_Listener):
         self.forwards: dict[int, Callable[..., Any]] = {}
         self.timesteps: list[Any] = []
         self.options: dict[str, Any] = {}
-        self.start: torch.Tensor | None = None
-        self.first: torch.Tensor | None = None
-        self._recording = False
+        self.start: Any = None
+        self.first: Any = None
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.forwards[id(module)] = forward
@@ -315,9 +326,9 @@ class _Capture(_Listener):
     def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
         x, m = given.arguments["sample"], given.arguments["model_output"]
         options = _options(given, scheduler)
-        if self.start is None or self.first is None:
+        if self.start is None:
             self.start, self.first = x.detach().clone(), m.detach().clone()
-            self.options, self.generator = options, given.arguments.get("generator")
+            self.options, self.generator = options, _named(given).get("generator")
             self._keep_scheduler(scheduler, given)
             self.streams = _Streams({"generator": self.generator})
         else:
@@ -333,24 +344,14 @@ class _Capture(_Listener):
                 )
             self.programs.append(self.recorder.finish(x, m))
         self.timesteps.append(given.arguments["timestep"])
-        self.recorder.paused = True
         given.arguments["model_output"] = self.first  # finite, unlike what zeros may have been turned into
         output = step(*given.args, **given.kwargs)
-        self.recorder.paused = False
         if len(self.timesteps) == self.expected:
             raise _CaptureDone
         state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.start = self.start.to(torch.promote_types(self.start.dtype, state.dtype))
         self.recorder.begin(state, others)
-        if not self._recording:
-            self._recording = True
-            self.recorder.__enter__()
         return output
-
-    def close(self) -> None:
-        """End the recording."""
-        if self._recording:
-            self._recording = False
-            self.recorder.__exit__(None, None, None)
 
     def finish(self) -> None:
         """After the pass: the scheduler's steps as a table."""
@@ -358,18 +359,22 @@ class _Capture(_Listener):
             raise PipelineNotParallelError("the pipeline never called scheduler.step(model_output, timestep, sample)")
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
-        self.rule = _rule(self.scheduler, self.begin, len(self.timesteps), self.options)
+        self.rule = _rule(self.scheduler, self.begin, self.options)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the loop gives the scheduler the very states that it returned."""
+        return all(program.x == 0 for program in self.programs)
 
     def noise(self) -> torch.Tensor | None:
         """The noise of the pipeline's own steps, ``(N, 1, batch, *event)``."""
-        assert self.start is not None
         if not self.rule.table.stochastic:
             return None
         now = _Streams({"generator": self.generator})
         self.streams.restore()
         noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype)
         now.restore()
-        return noise.unsqueeze(1)
+        return noise[: len(self.timesteps)].unsqueeze(1)
 
     def _keep_scheduler(self, scheduler: Any, given: inspect.BoundArguments) -> None:
         """A copy as it was at the start of the loop, and where in its timesteps that was."""
@@ -379,10 +384,11 @@ class _Capture(_Listener):
         timesteps = getattr(own, "timesteps", None)
         if timesteps is None or isinstance(timesteps, (list, tuple)):
             raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
-        self.begin = getattr(own, "_begin_index", None)
-        if self.begin is None:
+        begin = getattr(own, "_begin_index", None)
+        if begin is None:
             at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given.arguments["timestep"]).flatten()[0].cpu())
-            self.begin = int(at[0, 0]) if len(at) else 0
+            begin = int(at[0, 0]) if len(at) else 0
+        self.begin: int = begin
         self.expected = len(timesteps) - self.begin - (type(own).__name__ in ENDS_WITH_ZERO)
         for name in ("_step_index", "_begin_index"):
             if hasattr(own, name):
@@ -393,7 +399,6 @@ class _Replay(_Listener):
     """The second pass: each step waits until the solver has its result."""
 
     def __init__(self, session: _Session, capture: _Capture) -> None:
-        assert capture.start is not None and capture.first is not None
         self._pipe, self._run, self._choices = session.pipe, session.run, session.choices
         self._capture, self._rule = capture, capture.rule
         self._batch = capture.start.shape[0]
@@ -409,27 +414,55 @@ class _Replay(_Listener):
             self._denoiser, capture.start[None], np.arange(n), noise=capture.noise(), save="trajectory"
         )
         self._step, self._plain = 0, False
+        self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._plain:
             return forward(*args, **kwargs)
-        blank = self._capture.recorder.blank(module, args, kwargs)
-        return forward(*args, **kwargs) if blank is None else blank
+        return self._blank(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
         i, self._step = self._step, self._step + 1
         if self._plain:
-            self._count_plain(given)
+            stats = self._state.stats
+            stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
+            self._publish()
             return step(*given.args, **given.kwargs)
-        if i == 0 and not torch.equal(given.arguments["sample"], self._capture.start):
+        if i == 0 and not torch.equal(given.arguments["sample"].to(self._capture.start.dtype), self._capture.start):
             raise PipelineNotParallelError(
                 "two calls of the pipeline start from different latents; pass generator=..., and no function that "
                 "draws random numbers of its own"
             )
         target = self._until(i + 1)
+        if i == 0 and not self._solver.done(self._state):
+            self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
+        known = i in self._denoiser.outputs
         given.arguments["model_output"] = self._denoiser.outputs.pop(i, given.arguments["model_output"])
         output = step(*given.args, **given.kwargs)
+        if known and self._capture.unchanged:
+            self._check(scheduler, i, tree_leaves(output)[0], target)
         return _with_state(output, target)
+
+    def _check(self, scheduler: Any, i: int, own: torch.Tensor, target: torch.Tensor) -> None:
+        """The scheduler's own step from here, on the same output of the network, has to lead where the table led."""
+        error = float((own.to(target.dtype) - target).norm() / target.norm().clamp_min(torch.finfo(target.dtype).tiny))
+        if not error <= max(self._choices.solver.tolerance, torch.finfo(own.dtype).eps ** 0.5, 1e-3):
+            raise PipelineNotParallelError(
+                f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; its steps depend on more "
+                "than the state, the network's output and its noise"
+            )
+
+    def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
+        key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        if key not in self._blanks:
+            reference = self._capture.recorder.references.get(key)
+            if reference is None:
+                return forward(*args, **kwargs)
+            zeros = [torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for one in reference.outputs]
+            self._blanks[key] = tree_unflatten(zeros, reference.spec)
+        return self._blanks[key]
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with a callback that tells us when it changes what the pipeline goes on with."""
@@ -450,37 +483,38 @@ class _Replay(_Listener):
 
         return kwargs | {"callback_on_step_end": watching}
 
-    def close(self) -> None:
-        """Hand over what the run has cost, also after an exception."""
-        if self._state.halted is None and self._run.status is Status.RUNNING:
-            status = self._state.statuses[0]
-            self._run.status = Status.STOPPED if status is Status.RUNNING else status
-        self._publish()
+    @property
+    def status(self) -> Status | None:
+        """How the solver ended; None if it has not."""
+        status = Status.CONVERGED if self._plain else self._state.halted or self._state.statuses[0]
+        return None if status is Status.RUNNING else status
 
     def _until(self, steps: int) -> torch.Tensor:
         """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
         state, window = self._state, self._state.windows
         while state.steps[0] < steps and not self._solver.done(state):
-            self._solver.step(state)
-            self._publish()
-            if self._choices.preview is not None:
-                self._choices.preview(state.stats.rounds, state.estimate()[0])
+            self._round()
             if getattr(self._pipe, "interrupt", False) and state.steps[0] < steps:
                 return state.estimate()[0]
         if state.steps[0] < steps:
             solution = self._solver.result(state)
-            self._run.status = solution.status
             error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
             raise error(solution.message, solution)
         kept = window[0].kept
         assert kept is not None
         return kept[steps].reshape(state.x_T.shape[1:]).to(state.x_T.dtype, copy=True)
 
-    def _correct(self, node: int, state: torch.Tensor, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    def _round(self) -> None:
+        self._solver.step(self._state)
+        self._publish()
+        if self._choices.preview is not None:
+            self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
+
+    def _correct(self, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
         """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
         if self._rule.clip is not None:
-            m = self._rule.clip.correct(node, x, m)
-        if x is state:
+            m = self._rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
+        if x is None:
             return m
         table = self._rule.table
         one_step = table.memory == 1 and table.b[node, 0] != 0
@@ -491,15 +525,11 @@ class _Replay(_Listener):
         self._plain, self._run.reason = True, reason
         warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
 
-    def _count_plain(self, given: inspect.BoundArguments) -> None:
-        self._state.stats.rounds += 1
-        self._state.stats.calls += 1
-        self._state.stats.evaluations += 1
-
     def _publish(self) -> None:
         stats, batch = self._state.stats, self._batch
-        history = [replace(record, evaluations=record.evaluations * batch) for record in stats.history]
-        self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=history)
+        for record in stats.history[len(self._history) :]:
+            self._history.append(replace(record, evaluations=record.evaluations * batch))
+        self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
 
 
 class _Streams:
@@ -566,24 +596,31 @@ def _options(given: inspect.BoundArguments, scheduler: Any) -> dict[str, Any]:
     name = type(scheduler).__name__
     others = GIVEN_BY_THE_LOOP | SPECIAL_ARGUMENTS.get(name, set()) | _ONCE_A_STEP | {"self"}
     defaults = {key: one.default for key, one in given.signature.parameters.items()}
-    given_options = {key: value for key, value in given.arguments.items() if key not in others}
-    given_options |= given_options.pop("kwargs", {})
-    return {key: value for key, value in given_options.items() if value is not defaults.get(key)}
+    named = {key: value for key, value in _named(given).items() if key not in others}
+    return {key: value for key, value in named.items() if key not in defaults or value is not defaults[key]}
 
 
-def _rule(scheduler: Any, begin: int, steps: int, options: dict[str, Any]) -> SchedulerRule:
+def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by their names, those of ``**kwargs`` among them."""
+    named = dict(given.arguments)
+    for name, parameter in given.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
     """The scheduler's steps; kept for the next call with the same schedule."""
-    tables = [np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)]
-    key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, steps, repr(options))
+    tables = [
+        np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)
+    ]
+    key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, repr(options))
     if key not in _RULES:
-        rule = step_rule_from_scheduler(
-            scheduler, begin_index=begin, clipping="denoiser", **options
-        )
+        rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
         if len(_RULES) >= _MOST_RULES:
             _RULES.pop(next(iter(_RULES)))
         _RULES[key] = rule
-    rule = _RULES[key]
-    return rule
+    return _RULES[key]
 
 
 def _with_state(output: Any, state: torch.Tensor) -> Any:
