@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from parasolver_core import DDIM, NoiseSchedule, ParallelIntegralSolver
+from parasolver_core import DDIM, Method, NoiseSchedule, ParallelIntegralSolver
 
 SCHEDULE = NoiseSchedule.linear()
 LIBRARIES = ("numpy", "torch")
@@ -85,7 +85,7 @@ class _Runs:
 
     def __init__(self, event: tuple[int, ...], window: int) -> None:
         self.window = window
-        self.solver = ParallelIntegralSolver(DDIM(SCHEDULE), window)
+        self.solver = ParallelIntegralSolver(DDIM(SCHEDULE), window, method=Method(spread=False))
         self.timesteps = SCHEDULE.timesteps(4 * window)
         alpha, sigma = SCHEDULE.levels(np.arange(SCHEDULE.train_steps))
         # epsilon of Gaussian data of standard deviation 0.5 is this times x

@@ -1,31 +1,40 @@
-"""Nodes spread over the whole trajectory: what to do when there are many more steps than the window holds.
+"""Nodes spread over the whole trajectory: the trajectory is coarse before it is exact, so few nodes do at first.
 
 The network is evaluated at a few nodes only. Between them the predicted sample (the held quantity ``h = p x + q m`` of
-the recurrence) is interpolated linearly, which closes the system: every state is a linear function of ``x_T`` and of
-the predictions at the nodes. The nodes are solved for together, with the same slopes and the same correction as in a
-sliding window. Then the midpoints join, and their defects are the interpolation's error, measured; when these no
-longer change the sample, it is done. Only an ODE sampler has a trajectory smooth enough for this.
+the recurrence) is interpolated linearly, which closes the system: every state is a linear function of ``x_T``, of the
+noise and of the predictions at the nodes. The nodes are solved for together, with the same slopes and the same
+correction as in a sliding window. As the rounds go on, the change of a round comes down to the error of the
+interpolation; then the midpoints join, whose defects are that error, measured. When what is left of both is within the
+tolerance, it is done. Where too many nodes would be needed for that, a sliding window goes on from what is known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, finite_rows
+from parasolver_core.arrays import Array
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import SampleRecord, Status
-from parasolver_core.window import Plan
+from parasolver_core.window import Forecast, Plan
 
 Float64 = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
-_CAUTION = 0.4  # what is asked of every change of the sample, in units of the tolerance
-_SKIP = 0.3  # a node moved by less, in units of the tolerance, keeps its last evaluation
-_STALE = 0.6  # a level may end while a node has moved by up to this since it was evaluated
+_FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level; noise makes a trajectory rough
+_SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
+_NEAR = 0.03  # with more nodes due than the window holds, those moved by less than this share of the most wait
+_EARLY = 7.5  # the midpoints join when a sweep changes the sample by less than so many interpolation errors
+_UNMEASURED = 0.067  # the interpolation error of the first level, until it is measured
+_SETTLED = 0.5  # the last sweep's change of the sample, in units of the tolerance
+_SWEEPS = 3  # sweeps over a level that follow its last refinement
+_GAIN, _GAIN_NOISY = 4.0, 2.0  # by what twice as many nodes divide the interpolation error
+_CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
 @dataclass(frozen=True)
@@ -71,41 +80,115 @@ class Levels:
 
     def __init__(self, recurrence: Recurrence) -> None:
         self._recurrence = recurrence
+        self._place = placement(recurrence)
         self._made: dict[bytes, Level] = {}
 
-    def __call__(self, nodes: NDArray[np.int64]) -> Level:
+    def __call__(self, nodes: Indices) -> Level:
         key = nodes.tobytes()
         if key not in self._made:
             self._made[key] = Level.of(self._recurrence, nodes)
         return self._made[key]
 
+    def first(self, count: int) -> Level:
+        """``count`` nodes, or fewer where two would fall together."""
+        return self(np.unique(self._nearest(np.linspace(0.0, 1.0, count))))
+
+    def finer(self, level: Level) -> Level:
+        """The level with the midpoints added."""
+        left, right = level.nodes[:-1], level.nodes[1:]
+        middle = self._nearest((self._place[left] + self._place[right]) / 2)
+        return self(np.union1d(level.nodes, np.clip(middle, left + 1, np.maximum(right - 1, left))))
+
+    def _nearest(self, at: Float64) -> Indices:
+        return np.round(np.interp(at, self._place, np.arange(len(self._place)))).astype(np.int64)
+
+
+def placement(recurrence: Recurrence) -> Float64:
+    """Where each step lies in [0, 1] if nodes are to be equally far apart, (N,), increasing.
+
+    Half of it counts steps. The other half counts the logarithm of the signal-to-noise ratio, in which the predicted
+    sample is smooth (Lu et al., "DPM-Solver", NeurIPS 2022): schedules pass through much of it in their first and last
+    few steps. Either half alone was measured to need two to four times as many nodes.
+    """
+    n = len(recurrence)
+    steps = np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1)
+    if recurrence.signal is None or n == 1:
+        return steps
+    share = np.minimum(recurrence.signal, np.sqrt(1 - 1e-8))
+    log_snr = np.maximum.accumulate(np.log(share) - np.log1p(-(share**2)) / 2)
+    span = log_snr[-1] - log_snr[0]
+    return (steps + (log_snr - log_snr[0]) / span) / 2 if span > 0 else steps
+
+
+@dataclass(frozen=True)
+class Interpolated(Forecast):
+    """Outputs expected by a sliding window that goes on from spread nodes.
+
+    Args:
+        nodes: (n,), increasing.
+        predictions: (n, size), of the held quantity at the nodes.
+        held: (N, 2), as in :class:`~parasolver_core.recurrence.Recurrence`.
+    """
+
+    nodes: Indices
+    predictions: Array
+    held: Float64
+
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        p, q = self.held[i]
+        weights = interpolation(np.array([i]), self.nodes)[0]
+        used = np.flatnonzero(weights)
+        h = self.predictions[int(used[0]), :] * float(weights[used[0]])
+        for row in used[1:]:
+            h = h + self.predictions[int(row), :] * float(weights[row])
+        return (h - x * float(p)) * float(1 / q)
+
 
 class SpreadNodes:
     """One sample's nodes spread over the trajectory; serves the solver as a sliding window does.
 
+    The nodes that are due are evaluated in sweeps: a sweep ends when each node that was due at its beginning has been
+    evaluated, which is one round unless more are due than the window holds. After a sweep it is decided how to go on.
+
     Args:
-        plan: what all samples share; the recurrence is without noise.
+        plan: what all samples share.
         levels: the tables that all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
+        noise: ``noise(step)``, (size,).
     """
 
-    def __init__(self, plan: Plan, levels: Levels, index: int, start: Array) -> None:
-        self._plan, self._levels, self.index, self._start = plan, levels, index, start
+    def __init__(self, plan: Plan, levels: Levels, index: int, start: Array, noise: Callable[[int], Array]) -> None:
+        self._plan, self._levels, self.index, self._start, self._noise = plan, levels, index, start, noise
         self._xp = xp = plan.xp
         self._recurrence = recurrence = plan.recurrence
-        self.status, self.failed_node, self.error = Status.RUNNING, -1, 0.0
+        self.status, self.failed_node, self.error = Status.RUNNING, -1, float("inf")
         self.lo, self.result, self.kept = 0, None, None
-        self._rounds, self._checking = 0, False
-        self._tolerance = _CAUTION * plan.tolerance
+        noisy = recurrence.stochastic
+        self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
+        self._gain = _GAIN_NOISY if noisy else _GAIN
+        self._first = min(_FIRST_NOISY if noisy else _FIRST, plan.width)
+        self._signal = np.ones(len(recurrence)) if recurrence.signal is None else recurrence.signal
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
+        self._rounds, self._lost, self._wild = 0, False, False
+
+        # rows of the level's nodes: states, predictions, moves of the states since their last evaluation
         self._level = levels(np.zeros(1, dtype=np.int64))
         self._X = xp.reshape(xp.asarray(start, copy=True), (1, -1))
-        self._H = xp.zeros_like(self._X)
-        self._since = xp.zeros_like(self._X)  # how far each input has moved since its last evaluation
-        self._moved = np.full(1, np.inf)  # at least the RMS of that over the input's; inf: never evaluated
-        self._scale = np.ones(1)
+        self._H, self._since = xp.zeros_like(self._X), xp.zeros_like(self._X)
+        self._free: Array = self._X  # what the states are made of x_T and the noise; and the sample:
+        self._end_free: Array = start
+        self._moved = np.full(1, np.inf)  # at least the RMS of `since` over the input's; inf: never evaluated
+        self._scale = np.ones(1)  # RMS of the inputs
+
+        self._picked = np.zeros(1, dtype=np.int64)  # rows evaluated in the next round
+        self._waiting = np.ones(1, dtype=bool)  # rows that the sweep has still to evaluate
+        self._change = 0.0  # of the sample, in this sweep
+        self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
+        self._left = _UNMEASURED  # the interpolation error of this level,
+        self._measured, self._measuring = False, False  # known from a level's midpoints after their first sweep
+        self._changes: list[float] = []  # of the sample, in the sweeps since the midpoints joined
 
     @property
     def running(self) -> bool:
@@ -114,22 +197,26 @@ class SpreadNodes:
 
     @property
     def exhausted(self) -> bool:
-        """Whether a sliding window would have been done by now."""
-        return self._rounds > len(self._recurrence) // self._plan.width + 16
+        """Whether a sliding window should go on: too many nodes are needed, or it takes too long."""
+        return self._lost or self._rounds > len(self._recurrence) // self._plan.width + 16
+
+    def handover(self) -> tuple[Forecast, Float64] | None:
+        """For a sliding window: the outputs expected, and all N slopes; None if numbers ran out of range."""
+        if self._wild:
+            return None
+        nodes, held = self._level.nodes, self._recurrence.held
+        slope = np.interp(np.arange(len(held)), nodes, self._slope[nodes])
+        return Interpolated(nodes, self._H, held), (slope - held[:, 0]) / held[:, 1]
 
     @property
-    def nodes(self) -> NDArray[np.int64]:
-        """The nodes of the next round: those that moved, the first ``width`` of them."""
-        return self._level.nodes[self._due]
-
-    @property
-    def _due(self) -> NDArray[np.int64]:
-        return np.flatnonzero(self._moved > _SKIP * self._tolerance)[: self._plan.width]
+    def nodes(self) -> Indices:
+        """The nodes of the next round."""
+        return self._level.nodes[self._picked]
 
     @property
     def inputs(self) -> Array:
         """The states of :attr:`nodes`, (n, size)."""
-        return self._take(self._X, self._due)
+        return self._take(self._X, self._picked)
 
     @property
     def state(self) -> Array:
@@ -138,91 +225,157 @@ class SpreadNodes:
 
     def take_defect(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
-        due, xp = self._due, self._xp
-        X = self._take(self._X, due)
+        picked, xp = self._picked, self._xp
+        X = self._take(self._X, picked)
         held = self._recurrence.held[self.nodes]
-        self._R = self._column(held[:, 0]) * X + self._column(held[:, 1]) * D - self._take(self._H, due)
-        return inner_products(xp, X, self._take(self._since, due), self._R)
+        self._R = self._column(held[:, 0]) * X + self._column(held[:, 1]) * D - self._take(self._H, picked)
+        return inner_products(xp, X, self._take(self._since, picked), self._R)
 
     def correct(self, D: Array, moments: Moments) -> SampleRecord:
-        """Second half: update the slopes, move all states, and refine where the level has settled."""
-        due, nodes = self._due, self.nodes
+        """Second half: update the slopes, move all states, and decide how to go on."""
+        picked, nodes, size = self._picked, self.nodes, self._X.shape[1]
         self._rounds += 1
         if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
-            return self._fail(D, moments, nodes)
-        size = self._X.shape[1]
-        known = np.isfinite(self._moved[due])
-        moved = np.where(known, moments.moved, 0.0)
-        self._slope[nodes] = self._plan.method.linearization.update(self._slope[nodes], moved, moments.cross)
-        self._scale[due] = np.sqrt(moments.size / size)
+            return self._abandon(nodes)  # a sliding window will find out whose fault it was, if it comes across it
+        new = ~np.isfinite(self._moved[picked])
+        moved = np.where(new, 0.0, moments.moved)
+        slope = self._plan.method.linearization.update(self._slope[nodes], moved, moments.cross)
+        self._slope[nodes] = np.where(np.isfinite(slope), slope, self._slope[nodes])
+        self._scale[picked] = np.sqrt(moments.size / size)
 
         g, C = self._slope[self._level.nodes], self._level.response
-        T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, due]).astype(np.float64, copy=False)
+        T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, picked]).astype(np.float64, copy=False)
         move = moments.norms(T) / np.sqrt(size) / self._scale
-        at_end = self._level.end[due] + (self._level.end * g) @ T
-        change = moments.norms(at_end[None, :])[0] / np.sqrt(size) / self._scale[-1]
-        self._apply(due, T, g)
-        self._moved[due] = 0.0
+        at_end = self._level.end[picked] + (self._level.end * g) @ T
+        unit = np.sqrt(size) * self._scale[-1]
+        change, midpoints = moments.norms(np.stack([at_end, at_end * new])) / unit
+        if not np.isfinite(change) or not np.all(np.isfinite(move)):
+            return self._abandon(nodes)
+        self._apply(T, g)
+        self._moved[picked] = 0.0
         self._moved = self._moved + move
-        self.error = float(change)
-        self._settle(self.error)
+        self._waiting[picked] = False
+        self._change = float(np.hypot(self._change, change))
+        self._midpoints = float(np.hypot(self._midpoints, midpoints))
+        self._continue()
         defects = np.sqrt(np.diag(moments.gram) / size)
         accepted = len(self._recurrence) if self.status is Status.CONVERGED else 0
-        return SampleRecord(self.index, nodes, accepted, move[due], defects, self.error)
+        return SampleRecord(self.index, nodes, accepted, move[picked], defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
-        if self.result is not None or self._rounds == 0 or self.status is not Status.RUNNING:
+        if self.result is not None or self._rounds == 0 or self._lost:
             return self.state
         return self._sample()
 
-    def _apply(self, due: NDArray[np.int64], T: Float64, g: Float64) -> None:
+    def _apply(self, T: Float64, g: Float64) -> None:
         """Move all states by ``T r``; evaluated nodes believe what the network said, the others what it would say."""
-        xp = self._xp
+        xp, picked = self._xp, self._picked
         step = xp.matmul(self._asarray(T), self._R)
-        evaluated = np.zeros((len(g), len(due)))
-        evaluated[due, np.arange(len(due))] = 1.0
+        evaluated = np.zeros((len(g), len(picked)))
+        evaluated[picked, np.arange(len(picked))] = 1.0
         self._H = self._H + xp.matmul(self._asarray(evaluated), self._R) + self._column(g) * step
         kept = np.ones(len(g))
-        kept[due] = 0.0
+        kept[picked] = 0.0
         self._X, self._since = self._X + step, self._column(kept) * self._since + step
 
-    def _settle(self, change: float) -> None:
-        """After a round: go on, refine, or end."""
-        tolerance, complete = self._tolerance, len(self._level.nodes) == len(self._recurrence)
-        small = change <= tolerance
-        self._checking = self._checking and small
-        if len(self._due) and not (small and np.max(self._moved) <= _STALE * tolerance):
-            return
-        if self._checking or complete:
-            self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
-            self.kept = self._all_states() if self._plan.keep else None
-        else:
-            self._refine()
+    def _continue(self) -> None:
+        """Choose the next round's nodes; between two sweeps, refine or end."""
+        while self.running and not self._lost:
+            if not self._waiting.any():
+                self._settle()
+                due = self._due()
+                self._waiting, self._change = due.copy(), 0.0
+            else:
+                due = self._due()
+            rows = np.concatenate([np.flatnonzero(self._waiting), np.flatnonzero(due & ~self._waiting)])
+            if len(rows):
+                self._picked = np.sort(rows[: self._plan.width])
+                return
+
+    def _due(self) -> NDArray[np.bool_]:
+        """The rows whose input has moved since they were evaluated, as seen from the sample."""
+        moved = self._moved / self._signal[self._level.nodes]
+        due = moved > _SKIP * self._tolerance
+        if due.sum() > self._plan.width:
+            due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)
+        return due
+
+    def _settle(self) -> None:
+        """After a sweep: go on, refine, or end."""
+        complete, first = len(self._level.nodes) == len(self._recurrence), len(self._level.nodes) == 1
+        if self._measuring:
+            self._measured, self._measuring = True, False
+            self._left = self._midpoints / (self._gain - 1)  # what all further levels would add, a geometric series
+            self._changes = []
+        self._changes.append(self._change)
+        left = 0.0 if complete else self._left * self._growth
+        self.error = max(self._change / _SETTLED, left) * self._plan.tolerance / self._tolerance
+        settled = self._change <= _SETTLED * self._tolerance
+        if complete or (self._measured and left <= self._tolerance):
+            if settled:
+                self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
+                self.kept = self._all_states() if self._plan.keep else None
+        elif first or settled or self._change <= _EARLY * left:
+            self._lost = self._measured and not self._worth_refining()
+            if not self._lost:
+                self._refine()
+
+    @property
+    def _growth(self) -> float:
+        """By what the midpoints' effect grew after their first sweep: slopes underestimate an expansive network."""
+        first, later = self._changes[0], sum(self._changes[1:])
+        return max(1.0, later / first) if self._measured and first > 0 else 1.0
+
+    def _worth_refining(self) -> bool:
+        """Whether the nodes that the tolerance needs take fewer rounds than a window that slides over the steps."""
+        n, width = len(self._recurrence), self._plan.width
+        needed = len(self._level.nodes) * (self._left / self._tolerance) ** (1 / np.log2(self._gain))
+        return needed <= n / _SWEEPS + width
 
     def _refine(self) -> None:
         """Add the midpoints (at first: spread the nodes), with interpolated predictions and slopes."""
-        n, old = len(self._recurrence), self._level.nodes
-        self._checking = len(old) > 1
-        if len(old) == 1:
-            nodes = np.unique(np.round(np.linspace(0, n - 1, self._plan.width)).astype(np.int64))
-        else:
-            nodes = np.union1d(old, (old[:-1] + old[1:]) // 2)
+        old = self._level.nodes
+        self._level = self._levels.first(self._first) if len(old) == 1 else self._levels.finer(self._level)
+        nodes = self._level.nodes
+        if len(old) > 1:
             self._slope[nodes] = np.interp(nodes, old, self._slope[old])
-        self._level = self._levels(nodes)
-        weights = interpolation(nodes, old)
-        known = np.isin(nodes, old)
+        weights, known = interpolation(nodes, old), np.isin(nodes, old)
         self._H = self._xp.matmul(self._asarray(weights), self._H)
         self._since = self._xp.matmul(self._asarray(weights * known[:, None]), self._since)
-        free = self._column(self._level.free) * self._start
-        self._X = free + self._xp.matmul(self._asarray(self._level.response), self._H)
+        self._set_free()
+        self._X = self._free + self._xp.matmul(self._asarray(self._level.response), self._H)
         moved = np.full(len(nodes), np.inf)
         moved[known] = self._moved
         self._moved, self._scale = moved, weights @ self._scale
+        self._measuring, self._midpoints = len(old) > 1, 0.0
+
+    def _set_free(self) -> None:
+        """What the level's states, and the sample, are made of ``x_T`` and the noise."""
+        level = self._level
+        self._free, self._end_free = self._column(level.free) * self._start, self._start * level.end_free
+        if self._recurrence.stochastic:
+            wanted = {*level.nodes.tolist(), len(self._recurrence)}
+            rows = [row for i, row in enumerate(self._made_of_noise()) if i in wanted]
+            self._free, self._end_free = self._free + self._xp.stack(rows[:-1]), self._end_free + rows[-1]
+
+    def _made_of_noise(self) -> Iterator[Array]:
+        """The N + 1 states if ``x_T`` and all predictions were 0. A state at a time: all of them may not fit."""
+        recurrence, (a, _) = self._recurrence, self._recurrence.held_form()
+        states = [self._xp.zeros_like(self._start)]
+        yield states[0]
+        for i in range(len(recurrence)):
+            new = states[0] * float(a[i, 0])
+            for k in range(1, len(states)):
+                new = new + states[k] * float(a[i, k])
+            if recurrence.c[i] != 0:
+                new = new + self._noise(i) * float(recurrence.c[i])
+            states = [new, *states[: recurrence.memory - 1]]
+            yield new
 
     def _sample(self) -> Array:
         end = self._xp.matmul(self._asarray(self._level.end[None, :]), self._H)
-        return self._start * self._level.end_free + self._xp.reshape(end, (-1,))
+        return self._end_free + self._xp.reshape(end, (-1,))
 
     def _all_states(self) -> list[Array]:
         """Every state, by the recurrence with interpolated predictions."""
@@ -234,17 +387,16 @@ class SpreadNodes:
             p, q = recurrence.held[i]
             outputs.insert(0, (h - states[-1] * float(p)) * float(1 / q))
             del outputs[recurrence.memory :]
-            states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs))
+            z = self._noise(i) if recurrence.c[i] != 0 else None
+            states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return states
 
-    def _fail(self, D: Array, moments: Moments, nodes: NDArray[np.int64]) -> SampleRecord:
-        model = ~finite_rows(self._xp, D) & np.isfinite(moments.size)
-        self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
-        self.failed_node = int(nodes[int(np.argmax(model))])
+    def _abandon(self, nodes: Indices) -> SampleRecord:
+        self._lost = self._wild = True
         nothing = np.full(len(nodes), np.nan)
         return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
 
-    def _take(self, rows: Array, index: NDArray[np.int64]) -> Array:
+    def _take(self, rows: Array, index: Indices) -> Array:
         return self._xp.take(rows, self._xp.asarray(index, device=device(rows)), axis=0)
 
     def _asarray(self, table: Float64) -> Array:

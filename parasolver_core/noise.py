@@ -56,6 +56,11 @@ class NoiseSource:
         """Free the noise of a step that is final."""
         self._kept.pop((step, sample), None)
 
+    def release(self, step: int, sample: int) -> None:
+        """Free the noise of a step if it can be had again; what a user's function gave cannot."""
+        if not callable(self._noise):
+            self.forget(step, sample)
+
     def _draw(self, step: int, sample: int) -> Array:
         event, z = tuple(self._like.shape[1:]), self._noise
         if z is None:

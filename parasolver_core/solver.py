@@ -209,7 +209,7 @@ class ParallelIntegralSolver(Solver):
         method: a preset's name or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
-        max_rounds: give up after so many; by default never, as N rounds suffice (and a few where nodes are spread).
+        max_rounds: give up after so many; by default never: N suffice, N / window + 16 more where nodes are spread.
         max_rows: the most rows in one call of the network.
 
     Example, by hand::
@@ -339,7 +339,7 @@ def solve(
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
-        max_rounds: the most rounds; by default unlimited, as N suffice (N and a few where nodes are spread).
+        max_rounds: the most rounds; by default unlimited, as N suffice (N / window + 16 more where nodes are spread).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory.
         warmup_steps: further sequential network calls after the first, before the window opens.
         check: spend one evaluation on finding a denoiser that is not deterministic.

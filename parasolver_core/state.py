@@ -18,8 +18,9 @@ from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import Stats, Status
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_start, check_timesteps
-from parasolver_core.window import Plan, SampleWindow
+from parasolver_core.window import Forecast, Near, Plan, SampleWindow
 
+Float64 = NDArray[np.float64]
 Save = Literal["sample", "trajectory"]
 
 
@@ -130,25 +131,36 @@ class ParallelState(SolverState):
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
         levels = Levels(self.recurrence)
         self.windows: list[SampleWindow | SpreadNodes] = [
-            SpreadNodes(self._plan, levels, sample, self._flat[sample, :]) if spread else self._sliding(sample)
-            for sample in range(self.batch)
+            self._spread(levels, sample) if spread else self._sliding(sample) for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None
 
     def slide_exhausted(self) -> None:
-        """Give samples whose spread nodes took too long a sliding window, which always ends."""
+        """Give samples for which nodes are spread no longer a sliding window, which always ends."""
         for sample, window in enumerate(self.windows):
             if isinstance(window, SpreadNodes) and window.running and window.exhausted:
-                self.windows[sample] = self._sliding(sample)
+                self.windows[sample] = self._sliding(sample, window.handover())
 
-    def _sliding(self, sample: int) -> SampleWindow:
+    def _spread(self, levels: Levels, sample: int) -> SpreadNodes:
+        source, xp = self.noise, self.xp
+
+        def noise(step: int) -> Array:
+            z = xp.reshape(source(step, sample), (-1,))
+            source.release(step, sample)
+            return z
+
+        return SpreadNodes(self._plan, levels, sample, self._flat[sample, :], noise)
+
+    def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow:
         source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
 
         def noise(step: int) -> Array:
             return xp.reshape(source(step, sample), (-1,))
 
-        guess = None if self._start is None else self._start[:, sample, :]
-        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, guess)
+        forecast, slope = handover or (None, None)
+        if self._start is not None:
+            forecast = Near(self.recurrence, xp, self._start[:, sample, :], noise)
+        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, forecast, slope)
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,6 +50,32 @@ class Plan:
     on_cpu: bool
 
 
+class Forecast(ABC):
+    """The outputs expected of nodes that enter a window, from an earlier solution or a coarser one."""
+
+    @abstractmethod
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        """The network's output at node i for the state x, (size,), which may be near or not; its slope there."""
+
+
+class Near(Forecast):
+    """Outputs along a trajectory that is expected to be near.
+
+    Args:
+        recurrence: the sampler.
+        xp: array namespace.
+        trajectory: (N + 1, size).
+        noise: ``noise(step)``, (size,).
+    """
+
+    def __init__(self, recurrence: Recurrence, xp: Any, trajectory: Array, noise: Callable[[int], Array]) -> None:
+        self._states = [trajectory[i, :] for i in range(len(recurrence) + 1)]
+        self._outputs = recurrence.implied_outputs(xp, self._states, noise)
+
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        return self._outputs[i] + (x - self._states[i]) * slope
+
+
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
@@ -60,11 +87,18 @@ class SampleWindow:
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
         noise: ``noise(step)``, (size,).
-        guess: (N + 1, size), a trajectory expected to be near; None: new nodes are filled in with a held prediction.
+        forecast: outputs expected of new nodes; None: they are filled in with a held prediction.
+        slope: (N,), slopes to begin with; None: the linearization's.
     """
 
     def __init__(
-        self, plan: Plan, index: int, start: Array, noise: Callable[[int], Array], guess: Array | None = None
+        self,
+        plan: Plan,
+        index: int,
+        start: Array,
+        noise: Callable[[int], Array],
+        forecast: Forecast | None = None,
+        slope: Float64 | None = None,
     ) -> None:
         self._plan, self.index, self._noise = plan, index, noise
         self._xp = xp = plan.xp
@@ -78,17 +112,17 @@ class SampleWindow:
             xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
         )
         self._X = assign(self._X, (0, slice(None)), start)
-        slope = method.linearization.initial(recurrence)
+        slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
-        self._guess: list[tuple[Array, Array]] | None = None
-        if guess is not None:
-            states = [guess[i, :] for i in range(n + 1)]
-            self._guess = list(zip(states, recurrence.implied_outputs(xp, states, noise), strict=False))
         self._eps = float(xp.finfo(start.dtype).eps)
         self.error = 0.0
         self.result: Array | None = None
         self.kept: list[Array] | None = [start] if keep else None
+        self._forecast = forecast
+        if forecast is not None and plan.warmup_steps == 0:
+            self._M = assign(self._M, (0, slice(None)), forecast(0, start, float(self._slope[0])))
+            self._fill(1, min(width, n))
 
     @property
     def running(self) -> bool:
@@ -195,8 +229,8 @@ class SampleWindow:
         self._make_room(first, hi)
         self._evaluated[first:hi] = False
         self.hi = hi
-        if self._guess is not None:
-            for j, x, m in islice(self._along(self._guess, first - 1), hi - first):
+        if self._forecast is not None:
+            for j, x, m in islice(self._along(self._forecast, first - 1), hi - first):
                 self._X = assign(self._X, (j - self._base, slice(None)), x)
                 self._M = assign(self._M, (j - self._base, slice(None)), m)
             return
@@ -245,12 +279,11 @@ class SampleWindow:
 
         return self._steps(last, xs, ms, noise, believe)
 
-    def _along(self, guess: list[tuple[Array, Array]], last: int) -> Iterator[tuple[int, Array, Array | None]]:
-        """States and outputs after node ``last`` near a trajectory: its outputs, corrected by the slopes."""
+    def _along(self, forecast: Forecast, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+        """States and outputs after node ``last`` as forecast."""
 
         def believe(j: int, x: Array) -> Array:
-            near, output = guess[j]
-            return output + (x - near) * float(self._slope[j])
+            return forecast(j, x, float(self._slope[j]))
 
         return self._steps(last, *self._history(last), self._noise, believe)
 

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, Recurrence, solve, solve_sequential
-from parasolver_core.hierarchy import Level, interpolation
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    DPMSolver,
+    Euler,
+    Method,
+    NoiseSchedule,
+    Recurrence,
+    solve,
+    solve_sequential,
+)
+from parasolver_core.hierarchy import Interpolated, Level, Levels, interpolation, placement
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -62,11 +72,13 @@ def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:
     ("rule", "steps", "window", "tolerance", "spread"),
     [
         (DDIM(SCHEDULE), 500, 20, 1e-2, True),
+        (DDIM(SCHEDULE), 50, 16, 1e-2, True),
+        (DDIM(SCHEDULE), 50, 16, 1e-3, False),
         (DDIM(SCHEDULE), 500, 20, 0.0, False),
-        (DDIM(SCHEDULE), 500, 20, 1e-3, False),
-        (DDIM(SCHEDULE), 200, 20, 1e-2, False),
-        (DDIM(SCHEDULE), 500, 5, 1e-2, False),
-        (DDPM(SCHEDULE), 500, 20, 1e-2, False),
+        (DDIM(SCHEDULE), 500, 4, 1e-2, False),
+        (DPMSolver(SCHEDULE), 25, 8, 1e-2, False),
+        (DDPM(SCHEDULE), 1000, 100, 1e-2, False),
+        (DDPM(SCHEDULE), 1000, 100, 5e-2, True),
     ],
 )
 def test_nodes_are_spread_only_where_it_pays(
@@ -74,7 +86,74 @@ def test_nodes_are_spread_only_where_it_pays(
 ) -> None:
     recurrence = rule.recurrence(SCHEDULE.timesteps(steps))
     assert Method().spreads(recurrence, window, tolerance) is spread
-    assert not Method(spread_from=None).spreads(recurrence, window, tolerance)
+    assert not Method(spread=False).spreads(recurrence, window, tolerance)
+
+
+@pytest.mark.parametrize(
+    "recurrence",
+    [
+        DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(1)),
+        DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(1000)),
+        Euler(NoiseSchedule.karras()).recurrence(NoiseSchedule.karras().timesteps(40)),
+        Euler(NoiseSchedule.flow_matching()).recurrence(NoiseSchedule.flow_matching().timesteps(40)),
+    ],
+    ids=["one step", "ddim-1000", "karras", "flow"],
+)
+def test_placement_increases_from_0_to_1_and_levels_nest(recurrence: Recurrence) -> None:
+    place = placement(recurrence)
+    assert place[0] == 0
+    assert len(place) == 1 or place[-1] == pytest.approx(1)
+    assert np.all(np.diff(place) > 0)
+    levels, n = Levels(recurrence), len(recurrence)
+    level = levels.first(7)
+    assert level.nodes[0] == 0
+    assert level.nodes[-1] == n - 1
+    for _ in range(10):
+        finer = levels.finer(level)
+        assert np.isin(level.nodes, finer.nodes).all()
+        assert np.diff(level.nodes).max(initial=1) == 1 or len(finer.nodes) > len(level.nodes)
+        level = finer
+    np.testing.assert_array_equal(level.nodes, np.arange(n))
+
+
+@pytest.mark.parametrize("noise_kind", ["seed", "array", "function"])
+def test_sampler_with_noise_is_within_tolerance_at_a_fraction_of_the_cost(noise_kind: str) -> None:
+    x_T, timesteps = noise(), SCHEDULE.timesteps(1000)
+    z = np.random.default_rng(1).standard_normal((1000, 4, 32))
+    drawn: dict[tuple[int, int], int] = {}
+
+    def function(step: int, sample: int) -> np.ndarray:
+        drawn[step, sample] = drawn.get((step, sample), 0) + 1
+        return z[step, sample]
+
+    options = {"seed": {"seed": 3}, "array": {"noise": z}, "function": {"noise": function}}[noise_kind]
+    truth = solve_sequential(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), **options).sample
+    drawn.clear()
+    solution = solve(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), window=50, tolerance=0.1, **options)
+    assert np.all(relative_error(solution.sample, truth) <= 0.1)
+    assert set(drawn.values()) <= {1}  # a function may not be able to give the same twice
+    sliding = Method(spread=False)
+    plain = solve(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), 50, tolerance=0.1, method=sliding, **options)
+    assert solution.stats.evaluations <= 0.8 * plain.stats.evaluations
+
+
+def test_trajectory_of_a_sampler_with_noise_follows_the_sequential_one() -> None:
+    x_T, timesteps = noise(2), SCHEDULE.timesteps(1000)
+    options = {"seed": 5, "save": "trajectory"}
+    truth = solve_sequential(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), **options).trajectory
+    solution = solve(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), window=50, tolerance=0.1, **options)
+    np.testing.assert_allclose(solution.trajectory[-1], solution.sample, rtol=1e-9, atol=1e-12)
+    assert np.sqrt(((solution.trajectory - truth) ** 2).mean(axis=(1, 2))).max() <= 0.1
+
+
+def test_expected_outputs_of_a_sliding_window_are_the_interpolated_predictions() -> None:
+    recurrence = DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(9))
+    nodes, predictions = np.array([0, 4, 8]), np.array([[1.0], [3.0], [2.0]])
+    x = np.array([0.7])
+    for i, expected in ((0, 1.0), (1, 1.5), (4, 3.0), (6, 2.5), (8, 2.0)):
+        m = Interpolated(nodes, predictions, recurrence.held)(i, x, 0.0)
+        p, q = recurrence.held[i]
+        np.testing.assert_allclose(p * x + q * m, [expected], rtol=1e-12)
 
 
 def test_a_sample_that_does_not_settle_goes_over_to_a_sliding_window() -> None:
