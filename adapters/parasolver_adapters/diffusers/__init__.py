@@ -1,9 +1,18 @@
-"""diffusers: a scheduler's own step as a step rule. Importing this package imports PyTorch and diffusers."""
+"""diffusers: pipelines and schedulers as they are. Importing this package imports PyTorch and diffusers."""
 
+from parasolver_adapters.diffusers.capture import PipelineNotParallelError
+from parasolver_adapters.diffusers.pipelines import ParallelRun, parallel_sampling
 from parasolver_adapters.diffusers.schedulers import (
     SchedulerRule,
     UnsupportedSchedulerError,
     step_rule_from_scheduler,
 )
 
-__all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
+__all__ = [
+    "ParallelRun",
+    "PipelineNotParallelError",
+    "SchedulerRule",
+    "UnsupportedSchedulerError",
+    "parallel_sampling",
+    "step_rule_from_scheduler",
+]

@@ -1,0 +1,168 @@
+"""The recorded steps as a denoiser: all nodes of a round together, their network calls made as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from parasolver_adapters.diffusers.capture import Call, PipelineNotParallelError, Program, Reference
+
+Forward = Callable[..., Any]
+
+
+class Networks:
+    """Calls of the pipeline's networks for many nodes at once.
+
+    Conditioning is repeated once, for the largest round, and not in every round. The first batch of each form holds one
+    row more, whose output is known from the pipeline's own call: so arguments that were wrongly taken for a batch, and
+    networks that mix the rows of a batch, are found.
+
+    Args:
+        forwards: each network's forward, by its id.
+        references: calls that were made by the pipeline itself.
+    """
+
+    def __init__(self, forwards: dict[int, Forward], references: dict[tuple[Any, ...], Reference]) -> None:
+        self._forwards, self._references = forwards, references
+        self._repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._checked: set[tuple[Any, ...]] = set()
+        self.calls = 0
+
+    def together(self, requests: Sequence[tuple[Call, list[Any]]]) -> list[list[Any]]:
+        """The outputs of these calls, each flattened; calls of one signature are made as one."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for at, (call, _) in enumerate(requests):
+            groups.setdefault(call.signature, []).append(at)
+        outputs: list[list[Any]] = [[]] * len(requests)
+        for members in groups.values():
+            call = requests[members[0]][0]
+            results = self._group(call, [requests[at][1] for at in members])
+            for at, result in zip(members, results, strict=True):
+                outputs[at] = result
+        return outputs
+
+    def _group(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
+        reference = None if call.signature in self._checked else self._reference(call)
+        if reference is None:
+            return self._batch(call, nodes)
+        try:
+            *results, again = self._batch(call, [*nodes, reference.leaves])
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise PipelineNotParallelError(
+                f"{type(call.module).__name__} fails for a batch of several steps: {type(error).__name__}: {error}"
+            ) from error
+        for got, want in zip(again, reference.outputs, strict=True):
+            if isinstance(want, torch.Tensor) and want.is_floating_point():
+                _compare(call, got, want)
+        self._checked.add(call.signature)
+        return results
+
+    def _reference(self, call: Call) -> Reference | None:
+        """The known call, if it could be part of this batch."""
+        reference = self._references.get(call.signature[0])
+        if reference is None:
+            return None
+        rest = zip(call.leaves, reference.leaves, call.batched, strict=True)
+        same = all(
+            by_rows or (torch.equal(own, other) if isinstance(own, torch.Tensor) else own is other or own == other)
+            for own, other, by_rows in rest
+        )
+        return reference if same else None
+
+    def _batch(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
+        self.calls += 1
+        forward = self._forwards[id(call.module)]
+        if len(nodes) == 1:
+            args, kwargs = tree_unflatten(nodes[0], call.spec)
+            return [tree_flatten(forward(*args, **kwargs))[0]]
+        leaves = [
+            self._rows(call, [node[at] for node in nodes]) if by_rows else nodes[0][at]
+            for at, by_rows in enumerate(call.batched)
+        ]
+        args, kwargs = tree_unflatten(leaves, call.spec)
+        outputs = tree_flatten(forward(*args, **kwargs))[0]
+        return [list(parts) for parts in zip(*(_split(call, one, len(nodes)) for one in outputs), strict=True)]
+
+    def _rows(self, call: Call, values: list[torch.Tensor]) -> torch.Tensor:
+        """One argument of all nodes, ``(nodes x rows, ...)``."""
+        first = values[0]
+        if first.ndim == 0 or first.shape[0] != call.rows:  # one number for all rows of a node
+            values = [value.reshape(-1).expand(call.rows) for value in values]
+            return torch.cat(values)
+        if first.ndim > 1 and all(value is first for value in values):
+            return self._repeat(first, len(values))
+        return torch.cat(values)
+
+    def _repeat(self, constant: torch.Tensor, count: int) -> torch.Tensor:
+        known = self._repeated.get(id(constant))
+        wanted = count * constant.shape[0]
+        if known is None or known[1].shape[0] < wanted:
+            known = constant, constant.repeat(count, *[1] * (constant.ndim - 1))
+            self._repeated[id(constant)] = known
+        return known[1][:wanted]
+
+
+class RecordedDenoiser:
+    """``denoiser(x, nodes) -> m`` of the recorded steps; a row of x is the state of the whole batch at one node.
+
+    Args:
+        programs: one for each node but the first.
+        first: the first node's output, known from the pipeline's own call at its only input.
+        networks: makes the calls.
+        correct: ``correct(node, state, x, m)``: the output that the recurrence is to be given in place of m; x is the
+            state as the loop has changed it, or None.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        first: torch.Tensor,
+        networks: Networks,
+        correct: Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._programs, self._first, self._networks, self._correct = programs, first, networks, correct
+        self.outputs: dict[int, torch.Tensor] = {}  # of each node, as the pipeline would give it to its scheduler
+
+    def __call__(self, x: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        numbers = nodes.tolist()
+        runs = {row: self._programs[node - 1].run(x[row]) for row, node in enumerate(numbers) if node > 0}
+        results: list[Any] = [(None, self._first) for row in range(len(numbers))]
+        waiting: dict[int, Any] = dict.fromkeys(runs)
+        while waiting:
+            requests = {}
+            for row, sent in waiting.items():
+                try:
+                    requests[row] = runs[row].send(sent)
+                except StopIteration as end:
+                    results[row] = end.value
+            waiting = dict(zip(requests, self._networks.together(list(requests.values())), strict=True))
+        rows = []
+        for row, (node, (own, m)) in enumerate(zip(numbers, results, strict=True)):
+            self.outputs[node] = m
+            rows.append(self._correct(node, x[row], own, m.to(x.dtype)))
+        return torch.stack(rows)
+
+
+def _split(call: Call, output: Any, count: int) -> Sequence[Any]:
+    if not isinstance(output, torch.Tensor):
+        return [output] * count
+    if output.ndim == 0 or output.shape[0] % count:
+        raise PipelineNotParallelError(
+            f"{type(call.module).__name__} returns a tensor of shape {tuple(output.shape)} for a batch of {count} steps"
+        )
+    return output.chunk(count)
+
+
+def _compare(call: Call, got: torch.Tensor, want: torch.Tensor) -> None:
+    difference, size = float((got - want).abs().max()), float(want.abs().max())
+    if not difference <= torch.finfo(want.dtype).eps ** 0.5 * size:
+        raise PipelineNotParallelError(
+            f"{type(call.module).__name__} gives other values in a batch of several steps than alone (by "
+            f"{difference / size if size else difference:.2g} of their size); it mixes the rows of a batch, is not "
+            "deterministic, or takes arguments whose batch could not be told"
+        )

@@ -1,0 +1,649 @@
+"""Parallel sampling of unmodified diffusers pipelines.
+
+The pipeline's own ``__call__`` runs twice. The first pass is broken off after the loop: its networks answer with zeros
+after the first step, and it is only watched (:mod:`~parasolver_adapters.diffusers.capture`). That gives each step as a
+program and the scheduler's steps as a table, all that the core's solver needs. The second pass is the real one. Where
+it calls ``scheduler.step``, the solver goes on until that step is final, so that progress, callbacks and interrupts
+happen as in a sequential run, and decoding follows as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
+from parasolver_adapters.diffusers.capture import PipelineNotParallelError, Program, Recorder, form_of_call
+from parasolver_adapters.diffusers.schedulers import (
+    GIVEN_BY_THE_LOOP,
+    SchedulerRule,
+    UnsupportedSchedulerError,
+    step_rule_from_scheduler,
+)
+from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
+from parasolver_core import ConvergenceError, NonFiniteError, ParallelIntegralSolver, Status, StepRule
+from parasolver_core.methods import Method
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.solution import RoundRecord, Stats
+from parasolver_core.validation import check_count
+
+Preview = Callable[[int, torch.Tensor], Any]
+
+_ONCE_A_STEP = {"prev_timestep"}  # an argument of UnCLIPScheduler.step that follows from the timesteps
+_RULES: dict[tuple[Any, ...], SchedulerRule] = {}
+_MOST_RULES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _ByNode(StepRule):
+    """The first steps of a scheduler's table, with the nodes' numbers for timesteps: recorded steps know their own."""
+
+    table: Recurrence | None = field(repr=False)
+
+    def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
+        table, n = self.table, len(timesteps)
+        assert table is not None
+        tables = {
+            name: getattr(table, name)[:n] for name in ("a", "b", "c", "held", "slope", "identity_slope", "signal")
+        }
+        return Recurrence(timesteps=timesteps, **tables)
+
+
+@dataclass
+class ParallelRun:
+    """What happens inside a :func:`parallel_sampling` block.
+
+    Args:
+        stats: what the last call of the pipeline cost; evaluations count each sample of the batch.
+        status: how it ended: CONVERGED also for a call that was left to the pipeline, STOPPED if it was interrupted,
+            FAILED by an exception; None before the first call.
+        reason: why it was not sampled in parallel, if it was not.
+    """
+
+    stats: Stats = field(default_factory=Stats)
+    status: Status | None = None
+    reason: str | None = None
+
+
+@contextmanager
+def parallel_sampling(
+    pipe: Any,
+    window: int = 5,
+    *,
+    tolerance: float = 1e-2,
+    method: str | Method = "secant",
+    max_rounds: int | None = None,
+    max_rows: int | None = None,
+    warmup_steps: int = 0,
+    preview: Preview | None = None,
+    fallback: Literal["error", "sequential"] = "error",
+) -> Iterator[ParallelRun]:
+    """Calls of ``pipe`` inside the block sample in parallel; the pipeline itself is not changed.
+
+    Preparation, progress bar, callbacks, decoding and outputs are the pipeline's own. The result is that of the
+    untouched pipeline within the tolerance, for the same generator. A batch converges together: its error is the RMS
+    over all samples.
+
+    Args:
+        pipe: a diffusers pipeline with a ``scheduler``.
+        window: steps evaluated in one round. 1 leaves the pipeline to itself.
+
+    Other arguments:
+        tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
+        max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
+        preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents.
+        fallback: what to do with a call that cannot be sampled in parallel. "error": raise. "sequential": warn, and
+            leave the pipeline to itself; ``run.reason`` says why.
+
+    Yields:
+        A :class:`ParallelRun`.
+
+    Raises:
+        PipelineNotParallelError: from the pipeline's call, with the reason.
+        ConvergenceError, NonFiniteError: as :func:`parasolver_core.solve`, from the pipeline's call.
+
+    Example::
+
+        with parallel_sampling(pipe, window=16) as run:
+            image = pipe(prompt, num_inference_steps=50).images[0]
+        run.stats.rounds
+    """
+    for name in ("scheduler", "components"):
+        if not hasattr(pipe, name):
+            raise TypeError(f"pipe: expected a diffusers pipeline with {name}, got {type(pipe).__name__}")
+    if fallback not in ("error", "sequential"):
+        raise ValueError(f'fallback: expected "error" or "sequential", got {fallback!r}')
+    if preview is not None and not callable(preview):
+        raise TypeError(f"preview: expected a function preview(round, latents), got {type(preview).__name__}")
+    check_count("max_rows", max_rows, optional=True)
+    sequential = isinstance(method, str) and method == "sequential"
+    solver = ParallelIntegralSolver(
+        _ByNode(None),  # each call of the pipeline brings its own table
+        window,
+        tolerance=tolerance,
+        method="secant" if sequential else method,
+        max_rounds=max_rounds,
+        warmup_steps=warmup_steps,
+        check=False,  # batches are compared with the pipeline's own call instead
+    )
+    choices = _Choices(solver, max_rows, preview, fallback, sequential or window == 1)
+    run, own = ParallelRun(), type(pipe)
+    pipe.__class__ = _parallel_class(own, choices, run)
+    try:
+        yield run
+    finally:
+        pipe.__class__ = own
+
+
+@dataclass(frozen=True)
+class _Choices:
+    solver: ParallelIntegralSolver
+    max_rows: int | None
+    preview: Preview | None
+    fallback: str
+    sequential: bool
+
+
+def _parallel_class(own: type, choices: _Choices, run: ParallelRun) -> type:
+    """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
+    active: list[_Session] = []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if active:  # a pipeline that calls itself
+            return own.__call__(self, *args, **kwargs)
+        session = _Session(self, functools.partial(own.__call__, self), choices, run)
+        active.append(session)
+        try:
+            return session.sample(inspect.signature(own.__call__).bind(self, *args, **kwargs))
+        finally:
+            active.clear()
+
+    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call)}
+    if hasattr(own, "encode_prompt"):
+
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            encode = functools.partial(own.encode_prompt, self, *args, **kwargs)
+            return active[0].remember(encode) if active else encode()
+
+        members["encode_prompt"] = functools.wraps(own.encode_prompt)(encode_prompt)
+    return _subclass(own, members)
+
+
+def _subclass(own: type, members: dict[str, Any]) -> type:
+    """A subclass that passes for the class itself."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), names | members)
+
+
+class _CaptureDone(BaseException):
+    """Leaves the first pass after its loop; not an error, and not to be caught by the pipeline."""
+
+
+class _Session:
+    """One call of the pipeline."""
+
+    def __init__(self, pipe: Any, call: Callable[..., Any], choices: _Choices, run: ParallelRun) -> None:
+        self.pipe, self.call, self.choices, self.run = pipe, call, choices, run
+        self._remembered: list[Any] = []
+        self._replayed: Iterator[Any] | None = None
+
+    def sample(self, bound: inspect.BoundArguments) -> Any:
+        """Both passes, or the pipeline left to itself."""
+        run, kwargs = self.run, _named(bound)
+        del kwargs["self"]
+        run.stats, run.status, run.reason = Stats(), None, None
+        try:
+            return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
+        except BaseException:
+            run.status = run.status or Status.FAILED
+            raise
+
+    def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
+        run, streams = self.run, _Streams(kwargs)
+        try:
+            return self._parallel(kwargs, streams)
+        except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
+            run.reason = str(error)
+            if self.choices.fallback == "error":
+                raise PipelineNotParallelError(run.reason) from error
+        warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=5)
+        streams.restore()
+        run.stats, run.status = Stats(), None
+        self._remembered, self._replayed = [], None
+        return self._sequential(kwargs)
+
+    def _parallel(self, kwargs: dict[str, Any], streams: _Streams) -> Any:
+        self._refuse_caches()
+        capture = self._capture(kwargs)
+        streams.restore()
+        self._replayed = iter(self._remembered)
+        replay = _Replay(self, capture)
+        try:
+            with _listening(self.pipe, replay):
+                result = self.call(**replay.watched(kwargs))
+        except BaseException:
+            self.run.status = replay.status
+            raise
+        self.run.status = replay.status or Status.STOPPED
+        return result
+
+    def remember(self, encode: Callable[[], Any]) -> Any:
+        """The same prompt embeddings in the second pass as in the first."""
+        if self._replayed is not None:
+            return next(self._replayed)
+        self._remembered.append(encode())
+        return self._remembered[-1]
+
+    def _capture(self, kwargs: dict[str, Any]) -> _Capture:
+        capture = _Capture(self.pipe)
+        silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
+        shown = vars(self.pipe).get("_progress_bar_config", _UNSET)
+        self.pipe.set_progress_bar_config(**{**(shown if isinstance(shown, dict) else {}), "disable": True})
+        try:
+            with _listening(self.pipe, capture):
+                self.call(**kwargs | silent)
+        except _CaptureDone:
+            pass
+        finally:
+            capture.recorder.close()
+            if shown is _UNSET:
+                del self.pipe._progress_bar_config
+            else:
+                self.pipe._progress_bar_config = shown
+        capture.finish()
+        return capture
+
+    def _sequential(self, kwargs: dict[str, Any]) -> Any:
+        counter = _Counter(self.run.stats)
+        with _listening(self.pipe, counter):
+            result = self.call(**kwargs)
+        self.run.status = Status.CONVERGED
+        return result
+
+    def _refuse_caches(self) -> None:
+        for name, module in _networks(self.pipe).items():
+            if getattr(module, "is_cache_enabled", False):
+                raise PipelineNotParallelError(
+                    f"{name} has a step cache enabled, whose state depends on the order of the steps; call "
+                    f"pipe.{name}.disable_cache() first"
+                )
+
+
+_UNSET = object()
+
+
+class _Listener:
+    """Sees the calls of networks and of ``scheduler.step`` in one pass."""
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+        return step(*given.args, **given.kwargs)
+
+
+class _Counter(_Listener):
+    """Counts a sequential run."""
+
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+        self._stats.rounds += 1
+        self._stats.calls += 1
+        self._stats.evaluations += given.arguments["sample"].shape[0]
+        return super().step(scheduler, step, given)
+
+
+class _Capture(_Listener):
+    """The first pass: records the steps, and what the scheduler is."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.recorder = Recorder()
+        self.programs: list[Program] = []
+        self.forwards: dict[int, Callable[..., Any]] = {}
+        self.timesteps: list[Any] = []
+        self.options: dict[str, Any] = {}
+        self.start: Any = None
+        self.first: Any = None
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.forwards[id(module)] = forward
+        return self.recorder.call(module, forward, args, kwargs)
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+        x, m = given.arguments["sample"], given.arguments["model_output"]
+        options = _options(given, scheduler)
+        if self.start is None:
+            self.start, self.first = x.detach().clone(), m.detach().clone()
+            self.options, self.generator = options, _named(given).get("generator")
+            self._keep_scheduler(scheduler, given)
+            self.streams = _Streams({"generator": self.generator})
+        else:
+            if scheduler is not self.driven:
+                raise PipelineNotParallelError("the pipeline steps two schedulers in one loop")
+            if not _same(options, self.options):
+                raise PipelineNotParallelError(
+                    f"arguments of scheduler.step change from step to step: {', '.join(options) or 'none given'}"
+                )
+            if x.shape != self.start.shape:
+                raise PipelineNotParallelError(
+                    f"the state changes its shape on the way, from {tuple(self.start.shape)} to {tuple(x.shape)}"
+                )
+            self.programs.append(self.recorder.finish(x, m))
+        self.timesteps.append(given.arguments["timestep"])
+        given.arguments["model_output"] = self.first  # finite, unlike what zeros may have been turned into
+        output = step(*given.args, **given.kwargs)
+        if len(self.timesteps) == self.expected:
+            raise _CaptureDone
+        state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.start = self.start.to(torch.promote_types(self.start.dtype, state.dtype))
+        self.recorder.begin(state, others)
+        return output
+
+    def finish(self) -> None:
+        """After the pass: the scheduler's steps as a table."""
+        if self.start is None:
+            raise PipelineNotParallelError("the pipeline never called scheduler.step(model_output, timestep, sample)")
+        if not self.start.is_floating_point():
+            raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
+        self.rule = _rule(self.scheduler, self.begin, self.options)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the loop gives the scheduler the very states that it returned."""
+        return all(program.x == 0 for program in self.programs)
+
+    def noise(self) -> torch.Tensor | None:
+        """The noise of the pipeline's own steps, ``(N, 1, batch, *event)``."""
+        if not self.rule.table.stochastic:
+            return None
+        now = _Streams({"generator": self.generator})
+        self.streams.restore()
+        noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype)
+        now.restore()
+        return noise[: len(self.timesteps)].unsqueeze(1)
+
+    def _keep_scheduler(self, scheduler: Any, given: inspect.BoundArguments) -> None:
+        """A copy as it was at the start of the loop, and where in its timesteps that was."""
+        self.driven = scheduler
+        self.scheduler = own = copy.deepcopy(scheduler)
+        own.__class__ = type(scheduler).__mro__[1]
+        timesteps = getattr(own, "timesteps", None)
+        if timesteps is None or isinstance(timesteps, (list, tuple)):
+            raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
+        begin = getattr(own, "_begin_index", None)
+        if begin is None:
+            at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given.arguments["timestep"]).flatten()[0].cpu())
+            begin = int(at[0, 0]) if len(at) else 0
+        self.begin: int = begin
+        self.expected = len(timesteps) - self.begin - (type(own).__name__ in ENDS_WITH_ZERO)
+        for name in ("_step_index", "_begin_index"):
+            if hasattr(own, name):
+                setattr(own, name, None)
+
+
+class _Replay(_Listener):
+    """The second pass: each step waits until the solver has its result."""
+
+    def __init__(self, session: _Session, capture: _Capture) -> None:
+        self._pipe, self._run, self._choices = session.pipe, session.run, session.choices
+        self._capture, self._rule = capture, capture.rule
+        self._batch = capture.start.shape[0]
+        self._networks = Networks(capture.forwards, capture.recorder.references)
+        self._denoiser = RecordedDenoiser(capture.programs, capture.first, self._networks, self._correct)
+        max_rows, n = self._choices.max_rows, len(capture.timesteps)
+        self._solver = replace(
+            self._choices.solver,
+            step_rule=_ByNode(self._rule.table),
+            max_rows=None if max_rows is None else max(max_rows // self._batch, 1),
+        )
+        self._state = self._solver.init(
+            self._denoiser, capture.start[None], np.arange(n), noise=capture.noise(), save="trajectory"
+        )
+        self._step, self._plain = 0, False
+        self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._history: list[RoundRecord] = []
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._plain:
+            return forward(*args, **kwargs)
+        return self._blank(module, forward, args, kwargs)
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+        i, self._step = self._step, self._step + 1
+        if self._plain:
+            stats = self._state.stats
+            stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
+            self._publish()
+            return step(*given.args, **given.kwargs)
+        if i == 0 and not torch.equal(given.arguments["sample"].to(self._capture.start.dtype), self._capture.start):
+            raise PipelineNotParallelError(
+                "two calls of the pipeline start from different latents; pass generator=..., and no function that "
+                "draws random numbers of its own"
+            )
+        target = self._until(i + 1)
+        if i == 0 and not self._solver.done(self._state):
+            self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
+        known = i in self._denoiser.outputs
+        given.arguments["model_output"] = self._denoiser.outputs.pop(i, given.arguments["model_output"])
+        output = step(*given.args, **given.kwargs)
+        if known and self._capture.unchanged:
+            self._check(scheduler, i, tree_leaves(output)[0], target)
+        return _with_state(output, target)
+
+    def _check(self, scheduler: Any, i: int, own: torch.Tensor, target: torch.Tensor) -> None:
+        """The scheduler's own step from here, on the same output of the network, has to lead where the table led."""
+        error = float((own.to(target.dtype) - target).norm() / target.norm().clamp_min(torch.finfo(target.dtype).tiny))
+        if not error <= max(self._choices.solver.tolerance, torch.finfo(own.dtype).eps ** 0.5, 1e-3):
+            raise PipelineNotParallelError(
+                f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; its steps depend on more "
+                "than the state, the network's output and its noise"
+            )
+
+    def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
+        key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        if key not in self._blanks:
+            reference = self._capture.recorder.references.get(key)
+            if reference is None:
+                return forward(*args, **kwargs)
+            zeros = [torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for one in reference.outputs]
+            self._blanks[key] = tree_unflatten(zeros, reference.spec)
+        return self._blanks[key]
+
+    def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, with a callback that tells us when it changes what the pipeline goes on with."""
+        callback = kwargs.get("callback_on_step_end")
+        if callback is None:
+            return kwargs
+        inputs = getattr(callback, "tensor_inputs", None)
+        if inputs is not None:
+            kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
+
+        def watching(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            versions = {name: (value, getattr(value, "_version", 0)) for name, value in given.items()}
+            settings = {name: value for name, value in vars(pipe).items() if name != "_interrupt"}
+            returned = callback(pipe, step, timestep, given)
+            if not self._plain and (_changed(versions, returned) or not _same(settings, vars(pipe), "_interrupt")):
+                self._give_up("callback_on_step_end changed what the pipeline goes on with")
+            return returned
+
+        return kwargs | {"callback_on_step_end": watching}
+
+    @property
+    def status(self) -> Status | None:
+        """How the solver ended; None if it has not."""
+        status = Status.CONVERGED if self._plain else self._state.halted or self._state.statuses[0]
+        return None if status is Status.RUNNING else status
+
+    def _until(self, steps: int) -> torch.Tensor:
+        """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
+        state, window = self._state, self._state.windows
+        while state.steps[0] < steps and not self._solver.done(state):
+            self._round()
+            if getattr(self._pipe, "interrupt", False) and state.steps[0] < steps:
+                return state.estimate()[0]
+        if state.steps[0] < steps:
+            solution = self._solver.result(state)
+            error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
+            raise error(solution.message, solution)
+        kept = window[0].kept
+        assert kept is not None
+        return kept[steps].reshape(state.x_T.shape[1:]).to(state.x_T.dtype, copy=True)
+
+    def _round(self) -> None:
+        self._solver.step(self._state)
+        self._publish()
+        if self._choices.preview is not None:
+            self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
+
+    def _correct(self, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
+        """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
+        if self._rule.clip is not None:
+            m = self._rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
+        if x is None:
+            return m
+        table = self._rule.table
+        one_step = table.memory == 1 and table.b[node, 0] != 0
+        weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
+        return m + (x.to(m.dtype) - state) * float(weight)
+
+    def _give_up(self, reason: str) -> None:
+        self._plain, self._run.reason = True, reason
+        warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
+
+    def _publish(self) -> None:
+        stats, batch = self._state.stats, self._batch
+        for record in stats.history[len(self._history) :]:
+            self._history.append(replace(record, evaluations=record.evaluations * batch))
+        self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
+
+
+class _Streams:
+    """The state of all random generators among the arguments, and of the global ones."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        leaves = tree_leaves(dict(arguments))
+        self._own = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        for generator, state in self._own:
+            generator.set_state(state)
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+@contextmanager
+def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
+    """While active: the pipeline's networks and its scheduler's steps go through the listener.
+
+    The scheduler gets a subclass and not an attribute, so that a pipeline that copies it drives the same; signatures
+    are kept, as pipelines look at them.
+    """
+    scheduler, networks = pipe.scheduler, _networks(pipe)
+    own, signature = type(scheduler), inspect.signature(type(scheduler).step)
+
+    @functools.wraps(own.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return listener.step(self, own.step, signature.bind(self, *args, **kwargs))
+
+    before = [(module, vars(module).get("forward")) for module in networks.values()]
+    try:
+        for module in networks.values():
+            module.forward = _listened(module, module.forward, listener)
+        scheduler.__class__ = _subclass(own, {"step": step})
+        yield
+    finally:
+        scheduler.__class__ = own
+        for module, forward in before:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _listened(module: torch.nn.Module, forward: Callable[..., Any], listener: _Listener) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def listened(*args: Any, **kwargs: Any) -> Any:
+        return listener.network(module, forward, args, kwargs)
+
+    return listened
+
+
+def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
+    components = pipe.components
+    networks = {name: module for name, module in components.items() if isinstance(module, torch.nn.Module)}
+    return {name: module for name, module in networks.items() if "vae" not in name}
+
+
+def _options(given: inspect.BoundArguments, scheduler: Any) -> dict[str, Any]:
+    """Arguments of ``step`` that are choices, without those left at their default."""
+    name = type(scheduler).__name__
+    others = GIVEN_BY_THE_LOOP | SPECIAL_ARGUMENTS.get(name, set()) | _ONCE_A_STEP | {"self"}
+    defaults = {key: one.default for key, one in given.signature.parameters.items()}
+    named = {key: value for key, value in _named(given).items() if key not in others}
+    return {key: value for key, value in named.items() if key not in defaults or value is not defaults[key]}
+
+
+def _named(given: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by their names, those of ``**kwargs`` among them."""
+    named = dict(given.arguments)
+    for name, parameter in given.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
+    """The scheduler's steps; kept for the next call with the same schedule."""
+    tables = [
+        np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)
+    ]
+    key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, repr(options))
+    if key not in _RULES:
+        rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
+        if len(_RULES) >= _MOST_RULES:
+            _RULES.pop(next(iter(_RULES)))
+        _RULES[key] = rule
+    return _RULES[key]
+
+
+def _with_state(output: Any, state: torch.Tensor) -> Any:
+    """The output of ``step`` with another ``prev_sample``, of the same dtype."""
+    if isinstance(output, tuple):
+        return type(output)((state.to(output[0].dtype), *output[1:]))
+    output["prev_sample"] = state.to(output.prev_sample.dtype)
+    return output
+
+
+def _changed(given: dict[str, tuple[Any, int]], returned: Any) -> bool:
+    """Whether a callback gave back other tensors than it got, or wrote into them."""
+    if any(getattr(value, "_version", 0) != version for value, version in given.values()):
+        return True
+    return any(name not in given or given[name][0] is not value for name, value in (returned or {}).items())
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], ignore: str = "") -> bool:
+    names = (one.keys() | other.keys()) - {ignore}
+    return all(name in one and name in other and _equal(one[name], other[name]) for name in names)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (bool, int, float, str)):
+        return one == other
+    return one is other

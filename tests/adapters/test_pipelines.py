@@ -1,0 +1,490 @@
+"""Parallel sampling of diffusers pipelines, against the untouched pipelines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
+from parasolver_core import ConvergenceError, NonFiniteError, Status
+from tests.adapters.tiny_pipelines import (
+    DTYPE,
+    FAMILIES,
+    Family,
+    cogvideox,
+    ddim,
+    ddim_pipeline,
+    generator,
+    stable_diffusion,
+    text,
+)
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """diffusers tells of every dtype and every option through its logger."""
+    level = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    yield
+    diffusers.logging.set_verbosity(level)
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def watch(network: Any, what: Any) -> list[Any]:
+    """``what`` of the arguments of each true call of a network."""
+    own, seen = network.forward, []
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(what(*args, **kwargs))
+        return own(*args, **kwargs)
+
+    network.forward = forward
+    return seen
+
+
+def sample(pipe: Any, **changes: Any) -> torch.Tensor:
+    given = {"num_inference_steps": STEPS, "generator": generator(), "output_type": "latent"} | text() | changes
+    return pipe(**given).images
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+def test_the_sample_is_that_of_the_untouched_pipeline(family: Family) -> None:
+    pipe = family.build()
+    want = family.call(pipe)
+    with parallel_sampling(pipe, window=5, tolerance=0.0) as run:
+        exact = family.call(pipe)
+    assert distance(exact, want) < family.limit
+    assert run.status is Status.CONVERGED
+    with parallel_sampling(pipe, window=5, tolerance=1e-2) as run:
+        near = family.call(pipe)
+    assert distance(near, want) < 1e-2
+    assert run.stats.rounds < len(pipe.scheduler.timesteps)
+    assert near.dtype == want.dtype
+    assert torch.equal(family.call(pipe), want)
+
+
+def test_a_decoded_picture() -> None:
+    pipe = stable_diffusion()
+    want = sample(pipe, output_type="np")
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, output_type="np")
+    assert abs(got - want).max() < 1e-6  # the pipeline turns pictures into float32
+
+
+def test_the_global_stream_of_random_numbers_serves_without_a_generator() -> None:
+    pipe = stable_diffusion()
+    torch.manual_seed(3)
+    want, after = sample(pipe, generator=None, eta=1.0), torch.rand(1)
+    torch.manual_seed(3)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, generator=None, eta=1.0)
+    assert distance(got, want) < 1e-12
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_a_generator_ends_where_the_pipeline_leaves_it() -> None:
+    pipe, untouched, watched = stable_diffusion(), generator(), generator()
+    sample(pipe, generator=untouched, eta=1.0)
+    with parallel_sampling(pipe):
+        sample(pipe, generator=watched, eta=1.0)
+    assert torch.equal(untouched.get_state(), watched.get_state())
+
+
+def test_several_calls_in_one_block_and_another_scheduler_between_them() -> None:
+    pipe = stable_diffusion()
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        sample(pipe)
+        assert len(pipe.scheduler.timesteps) == STEPS
+        pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        got = sample(pipe, num_inference_steps=9)
+    assert distance(got, sample(pipe, num_inference_steps=9)) < 1e-12
+    assert run.stats.evaluations >= 9
+
+
+def test_one_scalar_window_leaves_the_pipeline_to_itself() -> None:
+    pipe = stable_diffusion()
+    with parallel_sampling(pipe, window=1) as run:
+        got = sample(pipe)
+    assert torch.equal(got, sample(pipe))
+    assert (run.stats.rounds, run.stats.evaluations, run.reason) == (STEPS, STEPS, None)
+
+
+def test_stats_count_every_sample_and_every_call() -> None:
+    pipe = stable_diffusion()
+    rows = watch(pipe.unet, lambda sample, *args, **kwargs: sample.shape[0])
+    with parallel_sampling(pipe, window=4, tolerance=0.0) as run:
+        sample(pipe, **text(2))
+    history = run.stats.history
+    assert run.stats.evaluations == sum(record.evaluations for record in history)
+    assert run.stats.calls == run.stats.rounds == len(history) == len(rows)
+    compared = 4  # rows that are evaluated twice, to compare a batch with the pipeline's own call
+    assert sum(rows) == 2 * run.stats.evaluations + compared
+
+
+def test_max_rows_bounds_the_rows_of_latents_in_a_call() -> None:
+    pipe = stable_diffusion()
+    rows = watch(pipe.unet, lambda sample, *args, **kwargs: sample.shape[0])
+    with parallel_sampling(pipe, window=6, tolerance=0.0, max_rows=4) as run:
+        got = sample(pipe, **text(2))
+    assert max(rows) <= 2 * (4 + 2)  # guidance doubles; once with the row that is compared
+    assert run.stats.calls > run.stats.rounds
+    assert distance(got, sample(pipe, **text(2))) < 1e-12
+
+
+# ---------------------------------------------------------------- the pipeline afterwards
+
+
+def state_of(pipe: Any) -> dict[str, Any]:
+    """Everything about a pipeline that a block could leave changed."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        "class": type(pipe),
+        "attributes": {name: id(value) for name, value in vars(pipe).items() if name != "scheduler"},
+        "scheduler class": type(pipe.scheduler),
+        "modules": {name: sorted(vars(part)) for name, part in modules.items()},
+        "forwards": {name: getattr(part.forward, "__func__", part.forward) for name, part in modules.items()},
+        "weights": {name: [value.clone() for value in part.state_dict().values()] for name, part in modules.items()},
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
+def test_the_pipeline_is_unchanged_after_the_block() -> None:
+    pipe = stable_diffusion()
+    sample(pipe)
+    before, scheduler = state_of(pipe), copy.deepcopy(vars(pipe.scheduler))
+    with parallel_sampling(pipe):
+        sample(pipe)
+    after = state_of(pipe)
+    assert same(before, after)
+    assert same(scheduler, vars(pipe.scheduler))
+
+
+@pytest.mark.parametrize("where", ["network", "callback", "preview", "arguments"])
+def test_the_pipeline_is_unchanged_after_an_exception(where: str) -> None:
+    pipe = stable_diffusion()
+    want, before = sample(pipe), state_of(pipe)
+    calls = []
+
+    def fail(*args: Any) -> Any:
+        calls.append(args)
+        raise KeyError("boom")
+
+    options = {"preview": fail} if where == "preview" else {}
+    changes = {"callback_on_step_end": fail} if where == "callback" else {}
+    if where == "arguments":
+        changes = {"prompt": "given twice"}
+    if where == "network":
+        own = pipe.unet.forward
+        watch(pipe.unet, lambda sample, *args, **kwargs: fail() if len(sample) > 2 else None)
+        before = state_of(pipe)
+    with pytest.raises(ValueError if where == "arguments" else KeyError), parallel_sampling(pipe, **options) as run:
+        sample(pipe, **changes)
+    assert same(before, state_of(pipe))
+    assert run.status is Status.FAILED
+    if where == "network":
+        pipe.unet.forward = own
+    assert torch.equal(sample(pipe), want)
+
+
+def test_signatures_are_kept() -> None:
+    """Pipelines look at them, and drop ``generator`` and ``eta`` where step does not name them."""
+    pipe, seen = stable_diffusion(), {}
+
+    def look(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen["step"] = inspect.signature(pipe.scheduler.step)
+        seen["forward"] = inspect.signature(pipe.unet.forward)
+        seen["call"] = inspect.signature(type(pipe).__call__)
+        seen["name"], seen["class"] = type(pipe).__name__, type(pipe.scheduler).__name__
+        return given
+
+    own = type(pipe), type(pipe.scheduler), type(pipe.unet)
+    with parallel_sampling(pipe):
+        sample(pipe, callback_on_step_end=look)
+    assert seen["call"] == inspect.signature(own[0].__call__)
+    assert seen["step"] == inspect.signature(own[1](**{}).step)
+    assert seen["forward"] == inspect.signature(pipe.unet.forward)
+    assert (seen["name"], seen["class"]) == (own[0].__name__, own[1].__name__)
+
+
+# ---------------------------------------------------------------- progress, callbacks, interrupts
+
+
+def test_callbacks_see_every_step_once_and_in_order() -> None:
+    def collect(into: list[Any]) -> Any:
+        def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            into.append((step, int(timestep), given["latents"].clone()))
+            return given
+
+        return callback
+
+    pipe, want, got = stable_diffusion(), [], []
+    sample(pipe, callback_on_step_end=collect(want))
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        sample(pipe, callback_on_step_end=collect(got))
+    assert [one[:2] for one in got] == [one[:2] for one in want]
+    assert max(distance(one[2], other[2]) for one, other in zip(got, want, strict=True)) < 1e-12
+    assert run.reason is None
+
+
+def test_progress_is_shown_once_by_the_pipelines_own_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = stable_diffusion()
+    pipe.set_progress_bar_config(disable=False, desc="mine", mininterval=0)
+    with parallel_sampling(pipe):
+        sample(pipe)
+    shown = capsys.readouterr().err
+    assert f"{STEPS}/{STEPS}" in shown
+    assert shown.count(f"mine:   0%|          | 0/{STEPS}") == 1
+    assert pipe._progress_bar_config == {"disable": False, "desc": "mine", "mininterval": 0}
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_interrupt_stops_as_in_a_sequential_run(at: int) -> None:
+    def interrupt(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == at
+        return given
+
+    pipe = stable_diffusion()
+    want = sample(pipe, callback_on_step_end=interrupt)
+    with parallel_sampling(pipe, window=3, tolerance=0.0) as run:
+        got = sample(pipe, callback_on_step_end=interrupt)
+    assert distance(got, want) < 1e-12
+    assert run.status is Status.STOPPED
+    assert run.stats.rounds <= at + 2
+
+
+def test_a_callback_that_changes_the_latents_is_obeyed() -> None:
+    def paint(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": given["latents"] + 0.1} if step == 5 else given
+
+    pipe = stable_diffusion(scheduler=diffusers.UniPCMultistepScheduler.from_config(ddim().config))
+    want = sample(pipe, callback_on_step_end=paint)
+    with pytest.warns(UserWarning, match="callback"), parallel_sampling(pipe, tolerance=0.0) as run:
+        got = sample(pipe, callback_on_step_end=paint)
+    assert distance(got, want) < 1e-12
+    assert "callback" in str(run.reason)
+
+
+@pytest.mark.parametrize("how", ["in place", "setting"])
+def test_a_callback_that_changes_anything_is_noticed(how: str) -> None:
+    def change(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 3 and how == "in place":
+            given["latents"].mul_(1.01)
+        elif step == 3:
+            pipe._guidance_scale = 2.0
+        return given
+
+    pipe = stable_diffusion()
+    want = sample(pipe, callback_on_step_end=change)
+    with pytest.warns(UserWarning, match="callback"), parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, callback_on_step_end=change)
+    assert distance(got, want) < 1e-12
+
+
+def test_preview_after_every_round_comes_nearer_to_the_sample() -> None:
+    pipe, seen = stable_diffusion(), []
+    with parallel_sampling(pipe, preview=lambda round_, latents: seen.append((round_, latents.clone()))) as run:
+        got = sample(pipe)
+    assert [one for one, _ in seen] == list(range(1, run.stats.rounds + 1))
+    errors = [distance(latents, got) for _, latents in seen]
+    assert errors[-1] < 1e-12 < errors[0]
+    assert errors[len(errors) // 2] < errors[0]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_step_cache_is_refused() -> None:
+    pipe = cogvideox()
+    pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        )
+    )
+    given = {"num_frames": 8, "height": 16, "width": 16, "num_inference_steps": 4}
+    reason = r"transformer has a step cache.*disable_cache"
+    with pytest.raises(PipelineNotParallelError, match=reason), parallel_sampling(pipe):
+        pipe(**text(), **given, output_type="latent")
+
+
+def test_an_unknown_scheduler_is_refused_or_left_alone() -> None:
+    class Sign(DDIMScheduler):
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return super().step(torch.sign(model_output), timestep, sample, return_dict=return_dict)
+
+    pipe = stable_diffusion(scheduler=Sign.from_config(ddim().config))
+    want = sample(pipe)
+    with pytest.raises(PipelineNotParallelError, match=r"of Sign .* is not a linear"), parallel_sampling(pipe):
+        sample(pipe)
+    warned = pytest.warns(UserWarning, match="sampled sequentially.*Sign")
+    with warned, parallel_sampling(pipe, fallback="sequential") as run:
+        got = sample(pipe)
+    assert torch.equal(got, want)
+    assert "Sign" in str(run.reason)
+    assert (run.stats.rounds, run.status) == (STEPS, Status.CONVERGED)
+
+
+def test_a_scheduler_that_deceives_its_probing_is_found_out() -> None:
+    class Deceiver(DDIMScheduler):
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            if sample.shape[1] == 4:  # the probes have one channel
+                model_output = model_output * 1.5
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    pipe = stable_diffusion(scheduler=Deceiver.from_config(ddim().config))
+    with pytest.raises(PipelineNotParallelError, match="Deceiver is off its own table"), parallel_sampling(pipe):
+        sample(pipe)
+
+
+class Odd(diffusers.DDIMPipeline):
+    """A loop that does what cannot be recorded."""
+
+    kind = ""
+
+    @torch.no_grad()
+    def __call__(self, kind: str, steps: int = 6, generator: Any = None) -> Any:
+        self.scheduler.set_timesteps(steps)
+        x, kept = torch.randn(1, 3, 8, 8, generator=generator, dtype=DTYPE), torch.zeros(1, 3, 8, 8, dtype=DTYPE)
+        scheduler = copy.deepcopy(self.scheduler) if kind == "copied scheduler" else self.scheduler
+        for t in scheduler.timesteps:
+            m = self.unet(x, t).sample
+            if kind == "randomness":
+                m = m + 0.01 * torch.randn_like(m)
+            if kind == "decision" and float(m.abs().max()) > 10:
+                m = m * 0.5
+            if kind == "momentum":
+                kept = m = m + 0.1 * kept
+            if kind == "buffer":
+                m = kept.copy_(m) * 1.0
+            if kind == "shape":
+                x = x[..., :-1]
+                m = m[..., :-1]
+            x = scheduler.step(m, t, x).prev_sample
+        return (x,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("randomness", "random numbers"),
+        ("decision", "values of the state"),
+        ("momentum", "earlier step"),
+        ("buffer", "made before"),
+    ],
+)
+def test_a_loop_that_cannot_be_recorded_is_refused(kind: str, reason: str) -> None:
+    tiny = ddim_pipeline()
+    pipe = Odd(tiny.unet, tiny.scheduler)
+    with pytest.raises(PipelineNotParallelError, match=reason), parallel_sampling(pipe):
+        pipe(kind, generator=generator())
+    want = pipe(kind, generator=generator())[0] if kind != "randomness" else None
+    with pytest.warns(UserWarning, match=reason), parallel_sampling(pipe, fallback="sequential"):
+        got = pipe(kind, generator=generator())[0]
+    assert want is None or torch.equal(got, want)
+
+
+def test_a_pipeline_that_copies_its_scheduler() -> None:
+    tiny = ddim_pipeline()
+    pipe = Odd(tiny.unet, tiny.scheduler)
+    want = pipe("copied scheduler", generator=generator())[0]
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = pipe("copied scheduler", generator=generator())[0]
+    assert distance(got, want) < 1e-12
+    assert run.stats.rounds > 0
+
+
+def test_a_network_that_mixes_its_batch_is_refused() -> None:
+    pipe = stable_diffusion()
+    own = pipe.unet.forward
+    pipe.unet.forward = functools.wraps(own)(lambda x, *args, **kwargs: own(x - x.mean(), *args, **kwargs))
+    with pytest.raises(PipelineNotParallelError, match="mixes the rows"), parallel_sampling(pipe):
+        sample(pipe)
+
+
+def test_hooks_of_a_network_act_on_each_step_by_itself() -> None:
+    pipe = stable_diffusion()
+    pipe.unet.register_forward_hook(lambda module, args, output: (output[0] - output[0].mean(),))
+    want = sample(pipe)
+    with parallel_sampling(pipe, tolerance=0.0):
+        assert distance(sample(pipe), want) < 1e-12
+
+
+def test_a_pipeline_that_is_not_reproducible_is_refused() -> None:
+    pipe = stable_diffusion()
+    prepare, shift = type(pipe).prepare_latents, iter(range(9))
+    pipe.prepare_latents = lambda *args: prepare(pipe, *args) + next(shift)
+    with pytest.raises(PipelineNotParallelError, match="different latents"), parallel_sampling(pipe):
+        sample(pipe)
+    del pipe.prepare_latents
+
+
+def test_nan_is_an_error_and_not_a_picture() -> None:
+    pipe = stable_diffusion()
+    handle = pipe.unet.register_forward_hook(
+        lambda module, args, output: (torch.where(args[1].reshape(-1, 1, 1, 1) < 500, torch.nan, 1.0) * output[0],)
+    )
+    with pytest.raises(NonFiniteError, match="NaN"), parallel_sampling(pipe) as run:
+        sample(pipe)
+    handle.remove()
+    assert run.status is Status.NONFINITE_MODEL
+
+
+def test_max_rounds() -> None:
+    pipe = stable_diffusion()
+    with pytest.raises(ConvergenceError, match="max_rounds=3"), parallel_sampling(pipe, max_rounds=3) as run:
+        sample(pipe)
+    assert run.status is Status.MAX_ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"window": 0}, ValueError, "window"),
+        ({"tolerance": -1.0}, ValueError, "tolerance"),
+        ({"method": "no"}, ValueError, "method"),
+        ({"fallback": "no"}, ValueError, "fallback"),
+        ({"preview": 3}, TypeError, "preview"),
+        ({"max_rows": 0}, ValueError, "max_rows"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), parallel_sampling(stable_diffusion(), **options):
+        pass
+
+
+def test_what_is_not_a_pipeline() -> None:
+    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline"), parallel_sampling(object()):
+        pass
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_conditioning_is_repeated_once() -> None:
+    pipe = stable_diffusion()
+    places = watch(pipe.unet, lambda *args, encoder_hidden_states, **kwargs: encoder_hidden_states.data_ptr())
+    with parallel_sampling(pipe, window=4, tolerance=0.0) as run:
+        sample(pipe, num_inference_steps=40)
+    assert run.stats.rounds > 20
+    assert len(set(places)) <= 3  # the pipeline's own, and the first rounds' until the window is full
