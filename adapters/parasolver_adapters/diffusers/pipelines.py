@@ -57,7 +57,7 @@ class _ByNode(StepRule):
         tables = {
             name: getattr(table, name)[:n] for name in ("a", "b", "c", "held", "slope", "identity_slope", "signal")
         }
-        return Recurrence(timesteps=timesteps, **tables)
+        return Recurrence(timesteps=timesteps, noise_share=table.noise_share, **tables)
 
 
 @dataclass
