@@ -140,12 +140,14 @@ class AndersonWindow:
         entering = hi - self.hi
         self.hi, self._X = hi, xp.concat([new[count - 1 :, :], *[new[-1:, :]] * entering])
         nothing = [xp.zeros_like(new[:1, :])] * entering
+
+        def moved(rows: Array) -> Array:
+            return xp.concat([rows[count:, :], *nothing])
+
         self._past = [
-            Iterate(
-                *(xp.concat([rows[count:, :], *nothing]) for rows in (one.states, one.residuals)), one.known - count
-            )
-            for one in self._past
-            if one.known > count
+            Iterate(moved(old.states), moved(old.residuals), old.known - count)
+            for old in self._past
+            if old.known > count
         ]
 
     def _change(self, before: Iterate, after: Iterate) -> Iterate:
@@ -206,4 +208,5 @@ def triangular_weights(gram: Float64, cross: Float64, ridge: float) -> Float64:
     if m == 0:
         return np.zeros(cross.shape)
     left = np.cumsum(gram, axis=2).transpose(2, 0, 1) + ridge * np.eye(m)
-    return np.linalg.solve(left, np.cumsum(cross, axis=1).T[:, :, None])[:, :, 0].T
+    right = np.cumsum(cross, axis=1).T[:, :, None]
+    return np.linalg.solve(left, right)[:, :, 0].T.astype(np.float64, copy=False)

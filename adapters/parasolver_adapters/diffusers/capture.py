@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
         assert program is not None
         self.close()
         for name, value in (("sample", x), ("model_output", m)):
-            owner, index = self._values[value] if value in self._values else (None, -1)
+            owner, index = self._values.get(value, (None, -1))
             if owner is not program:
                 raise PipelineNotParallelError(
                     f"the {name} given to scheduler.step is not computed from the state by tensor operations"
