@@ -1,90 +1,153 @@
 """Does ``tolerance`` mean what it says? ``python -m benchmarks.calibration``.
 
-Samples the embedded model sequentially and in parallel and compares the true relative error of every sample with the
-tolerance asked for.
+Samples each problem sequentially and in parallel, with the default method, and compares the true relative error of
+every sample with the tolerance asked for. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import matplotlib as mpl
 import numpy as np
-import torch
 import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
-from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser
-from parasolver_core import DDIM, DDPM, DPMSolver, StepRule, solve, solve_sequential
+from benchmarks.pareto import MAX_ROWS, SETTINGS, markdown, show, step_rule
+from benchmarks.problems import PROBLEMS
+from parasolver_cli.figures import FRONT, INK, MUTED, STYLE
+from parasolver_core import solve, solve_sequential
 
-CASES: dict[str, tuple[StepRule, int, int]] = {  # name: step rule, steps, window
-    "DDIM-50": (DDIM(SCHEDULE), 50, 16),
-    "DDIM-50, all at once": (DDIM(SCHEDULE), 50, 50),
-    "DPM-Solver++(2M)-25": (DPMSolver(SCHEDULE), 25, 8),
-    "DDPM-100": (DDPM(SCHEDULE), 100, 32),
-    "DDIM-400, spread": (DDIM(SCHEDULE), 400, 32),
+CASES: dict[str, tuple[str, ...]] = {
+    "clothes": ("DDIM-50, window 16", "DDIM-50, window 50", "2M-25, window 8", "DDPM-100, window 16"),
+    "policy": tuple(SETTINGS),
+    "mixture": tuple(SETTINGS),
 }
 TOLERANCES = (3e-2, 1e-2, 3e-3)
+BATCH = 25
 
 
-def measure(name: str, tolerances: tuple[float, ...], count: int, seed: int) -> list[dict[str, Any]]:
-    """One record a tolerance: rounds, evaluations and errors of ``count`` samples, 16 at a time."""
-    rule, steps, window = CASES[name]
-    denoiser, timesteps = EmbeddedDenoiser(), SCHEDULE.timesteps(steps)
-    starts = torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed)).split(16)
-    seeds = [list(range(first, first + len(x))) for first, x in zip(range(0, count, 16), starts, strict=True)]
-    truths = [
-        solve_sequential(denoiser, x, timesteps, rule, seed=own).sample for x, own in zip(starts, seeds, strict=True)
-    ]
-    records = []
-    for tolerance in tolerances:
-        errors, rounds, evaluations = [], [], 0
-        for x, own, truth in zip(starts, seeds, truths, strict=True):
-            solution = solve(denoiser, x, timesteps, rule, window, tolerance=tolerance, seed=own, max_rows=64)
-            distance = (solution.sample - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+@dataclass(frozen=True)
+class Line:
+    """One problem, setting and tolerance; the lists hold a number a sample."""
+
+    problem: str
+    setting: str
+    tolerance: float
+    errors: list[float]
+    rounds: list[int]
+    evaluations: list[int]
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """True error in units of the tolerance."""
+        return np.array(self.errors) / self.tolerance
+
+    def row(self) -> dict[str, str]:
+        ratios = self.ratios
+        return {
+            "problem": self.problem,
+            "setting": self.setting,
+            "tolerance": f"{self.tolerance:.1%}",
+            "rounds": f"{np.mean(self.rounds):.1f}",
+            "evaluations": f"{np.mean(self.evaluations):.0f}",
+            "median error / tolerance": f"{np.median(ratios):.2f}",
+            "95 %": f"{np.quantile(ratios, 0.95):.2f}",
+            "within": f"{np.mean(ratios <= 1):.1%}",
+        }
+
+
+def measure(name: str, setting_name: str, tolerances: tuple[float, ...], count: int) -> list[Line]:
+    """One line a tolerance."""
+    problem, setting = PROBLEMS[name], SETTINGS[setting_name]
+    denoiser, (rule, timesteps) = problem.make(), step_rule(problem, setting)
+    found: dict[float, tuple[list[float], list[int], list[int]]] = {tolerance: ([], [], []) for tolerance in tolerances}
+    for first in track(range(0, count, BATCH), f"{name}, {setting_name}"):
+        x_T = problem.starts(min(BATCH, count - first), seed=1000 + first)
+        seeds = list(range(1000 + first, 1000 + first + len(x_T)))
+        truth = solve_sequential(denoiser, x_T, timesteps, rule, seed=seeds).sample.flatten(1).double()
+        for tolerance, (errors, rounds, evaluations) in found.items():
+            solution = solve(
+                denoiser, x_T, timesteps, rule, setting.window, tolerance=tolerance, seed=seeds, max_rows=MAX_ROWS
+            )
+            distance = (solution.sample.flatten(1).double() - truth).norm(dim=1) / truth.norm(dim=1)
             errors += distance.tolist()
-            taken = [record.sample for part in solution.stats.history for record in part.samples]
-            rounds += np.bincount(taken, minlength=len(x)).tolist()
-            evaluations += solution.stats.evaluations
-        ratio = np.array(errors) / tolerance
-        records.append(
-            {
-                "case": name,
-                "window": window,
-                "tolerance": tolerance,
-                "rounds": float(np.mean(rounds)),
-                "evaluations": evaluations / count,
-                "median": float(np.median(ratio)),
-                "worst": float(ratio.max()),
-                "within": float(np.mean(ratio <= 1)),
-            }
+            records = [one for part in solution.stats.history for one in part.samples]
+            rounds += np.bincount([one.sample for one in records], minlength=len(x_T)).tolist()
+            nodes = np.bincount(
+                [one.sample for one in records], [len(one.nodes) for one in records], minlength=len(x_T)
+            )
+            evaluations += nodes.astype(int).tolist()
+    return [Line(name, setting_name, tolerance, *lists) for tolerance, lists in found.items()]
+
+
+def draw(lines: list[Line], file: Path) -> None:
+    """For each line the errors of all samples, as quantiles, against the tolerance."""
+    cases = list(dict.fromkeys((one.problem, one.setting) for one in lines))
+    with mpl.rc_context(cast(Any, STYLE)):
+        picture = Figure(figsize=(9.0, 0.36 * len(cases) + 1.9), layout="constrained")
+        ax = picture.subplots()
+        for place, case in enumerate(cases):
+            own = [one for one in lines if (one.problem, one.setting) == case]
+            for shift, line in zip(np.linspace(0.24, -0.24, len(own)), own, strict=True):
+                low, quarter, median, three, high, worst = np.quantile(
+                    np.maximum(line.ratios, 1e-4), [0.05, 0.25, 0.5, 0.75, 0.95, 1.0]
+                )
+                y, shade = place + shift, MUTED
+                ax.plot([low, high], [y, y], color=shade, lw=1.0, zorder=1)
+                ax.plot([quarter, three], [y, y], color=shade, lw=4.0, zorder=2, solid_capstyle="butt")
+                ax.plot(median, y, "o", color=INK, ms=3.5, zorder=3)
+                ax.plot(min(worst, 30), y, "|", color=FRONT, ms=6, zorder=3)
+        ax.axvline(1.0, color=FRONT, lw=1.2)
+        ax.set(xscale="log", xlim=(1e-3, 40), ylim=(len(cases) - 0.5, -0.5), xlabel="true error / tolerance")
+        ax.set_yticks(range(len(cases)), [f"{problem}: {setting}" for problem, setting in cases], fontsize=9)
+        ax.grid(True, axis="x", lw=0.4, color="#e3e6e8")
+        for side in ("top", "right", "left"):
+            ax.spines[side].set_visible(False)
+        count, asked = (
+            len(lines[0].errors),
+            ", ".join(f"{t:.1%}" for t in dict.fromkeys(one.tolerance for one in lines)),
         )
-    return records
+        ax.set_title(f"{count} samples a line; from above, tolerance {asked}", loc="left", fontsize=10)
+        ax.text(
+            0.0,
+            -0.16 * 12 / (len(cases) + 5),
+            "5 to 95 %, quartiles, median; the red tick is the worst sample",
+            transform=ax.transAxes,
+            fontsize=8,
+            color=MUTED,
+            va="top",
+        )
+        FigureCanvasAgg(picture).print_png(file)
 
 
 def main(
-    count: Annotated[int, typer.Option(help="Samples a line.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 1000,
-    file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    count: Annotated[int, typer.Option(help="Samples a line.")] = 50,
+    problem: Annotated[list[str] | None, typer.Option(help="Only these problems.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, JSON and picture.")] = Path("calibration-output"),
 ) -> None:
     """Print the share of samples within the tolerance."""
-    table = Table("case", "window", "tolerance", "rounds", "evaluations", "error / tolerance", "worst", "within")
-    records = []
-    for name in CASES:
-        for one in measure(name, TOLERANCES, count, seed):
-            records.append(one)
-            figures = (
-                f"{one['rounds']:.1f}",
-                f"{one['evaluations']:.0f}",
-                f"{one['median']:.2f}",
-                f"{one['worst']:.2f}",
-            )
-            table.add_row(name, str(one["window"]), f"{one['tolerance']:g}", *figures, f"{one['within']:.0%}")
-    Console().print(table)
-    if file is not None:
-        file.write_text(json.dumps(records, indent=1))
+    if unknown := set(problem or ()) - set(CASES):
+        raise typer.BadParameter(f"{unknown.pop()!r} is not one of {', '.join(CASES)}", param_hint="problem")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    lines = [Line(**one) for one in json.loads(file.read_text())] if file.exists() else []
+    for name in problem or CASES:
+        for setting in CASES[name]:
+            if any((one.problem, one.setting) == (name, setting) for one in lines):
+                continue
+            lines += measure(name, setting, TOLERANCES, count)
+            file.write_text(json.dumps([asdict(one) for one in lines]))
+    rows, title = [line.row() for line in lines], "Calibration"
+    show(Console(), title, rows)
+    (out / "table.md").write_text(markdown(title, rows))
+    draw(lines, out / "calibration.png")
 
 
 if __name__ == "__main__":
