@@ -127,7 +127,7 @@ def apply_correction(
 def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
     """Bring the inner products of all samples, a vector each, to the host in one transfer."""
     host = to_host(packed[0] if len(packed) == 1 else xp.concat(packed)).astype(np.float64)
-    return np.split(host, np.cumsum([len(one) for one in packed])[:-1])
+    return np.split(host, np.cumsum([one.shape[0] for one in packed])[:-1])
 
 
 def _blocks(D: Array, on_cpu: bool) -> list[slice]:

@@ -34,6 +34,7 @@ _UNMEASURED = 0.067  # the interpolation error of the first level, until it is m
 _SETTLED = 0.5  # the last sweep's change of the sample, in units of the tolerance
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
+_MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
@@ -311,9 +312,10 @@ class SpreadNodes:
             self._changes = []
         self._changes.append(self._change)
         left = 0.0 if complete else self._left * self._growth
-        self.error = max(self._change / _SETTLED, left) * self._plan.tolerance / self._tolerance
+        remains = left * (1.0 if self._recurrence.stochastic else _MISSED)
+        self.error = max(self._change / _SETTLED, remains) * self._plan.tolerance / self._tolerance
         settled = self._change <= _SETTLED * self._tolerance
-        if complete or (self._measured and left <= self._tolerance):
+        if complete or (self._measured and remains <= self._tolerance):
             if settled:
                 self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
                 self.kept = self._all_states() if self._plan.keep else None

@@ -47,12 +47,13 @@ class Method:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
 
         Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of
-        ``20 / n`` times a margin where noise makes the trajectory rough. A window that slides takes some rounds and
-        about ``N / window``, spread nodes as many and twice ``n / window``, which gives the factor 2.
+        ``20 / n`` times a margin where noise makes the trajectory rough; without noise, estimating that error safely
+        takes twice as many nodes. A window that slides takes some rounds and about ``N / window``, spread nodes as many
+        and twice ``n / window``, which gives the factor 2.
         """
         if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
             return False
-        needed = 20 / tolerance if recurrence.stochastic else 2.5 / math.sqrt(tolerance)
+        needed = 20 / tolerance if recurrence.stochastic else 5.5 / math.sqrt(tolerance)
         return 2 * needed <= len(recurrence)
 
 
