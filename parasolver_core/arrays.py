@@ -26,6 +26,13 @@ def to_host(array: Array) -> NDArray[Any]:
     return np.asarray(array)
 
 
+def host_view(array: Array) -> Array:
+    """The same memory as a NumPy array, where NumPy can work in it: on a CPU, NumPy's calls cost least; else ``array``."""
+    if array_api_compat.is_torch_array(array) and array.device.type == "cpu" and array.element_size() >= 4:
+        return array.detach().numpy()
+    return array
+
+
 def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
     """Which rows of ``(rows, *event)`` hold neither NaN nor infinity, on the host."""
     return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))

@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from array_api_compat import device
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
-from parasolver_core.arrays import Array, assign, finite_rows
-from parasolver_core.correction import Moments, apply_correction, propagation, take_defect
+from parasolver_core.arrays import Array, assign, finite_rows, host_view
+from parasolver_core.correction import Correction
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import SampleRecord, Status
@@ -81,8 +81,7 @@ class Near(Forecast):
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
-    The buffers hold a node's row next to its predecessor's, a little longer than the window, so that sliding is a
-    matter of an offset and rows are moved only now and then.
+    On a CPU all arithmetic is NumPy's, in the same memory, whichever library the arrays are of.
 
     Args:
         plan: what all samples share.
@@ -102,29 +101,26 @@ class SampleWindow:
         forecast: Forecast | None = None,
         slope: Float64 | None = None,
     ) -> None:
-        self._plan, self.index, self._noise = plan, index, noise
-        self._xp = xp = plan.xp
+        self._plan, self.index, self._noise = plan, index, lambda step: host_view(noise(step))
+        self._dtype, self._eps = start.dtype, float(plan.xp.finfo(start.dtype).eps)
+        start = host_view(start)
+        self._xp = array_namespace(start)
         self._recurrence = recurrence = plan.recurrence
         self._method = method = plan.method
-        width, keep = plan.width, plan.keep
+        n, width = len(recurrence), plan.width
         self.status, self.failed_node = Status.RUNNING, -1
-        self.lo, self.hi, self._base = 0, 1, 0
-        n, rows = len(recurrence), min(width + max(width // 4, 1), len(recurrence)) + recurrence.memory - 1
-        self._X, self._M, self._dX = (
-            xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
-        )
-        self._X = assign(self._X, (0, slice(None)), start)
+        self.lo, self.hi = 0, 1
+        self._correction = Correction.choose(self._xp, recurrence, width, start)
         slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
-        self._eps = float(xp.finfo(start.dtype).eps)
         self.error = 0.0
-        self.result: Array | None = None
-        self.kept: list[Array] | None = [start] if keep else None
+        self._result: Array | None = None
+        self._kept: list[Array] | None = [start] if plan.keep else None
         self._forecast = forecast
         if plan.warmup_steps == 0 and (forecast is not None or method.fill == "copy"):
-            m = forecast(0, start, float(self._slope[0])) if forecast is not None else self._stay(0, start, [start], [])
-            self._M = assign(self._M, (0, slice(None)), m)
+            m = self._expected(0, start) if forecast is not None else self._stay(0, start, [start], [])
+            self._write("M", 0, m)
             self._fill(1, min(width, n))
 
     @property
@@ -140,66 +136,79 @@ class SampleWindow:
     @property
     def inputs(self) -> Array:
         """The window's states, (n, size); a view."""
-        return self._X[self._rows(), :]
+        return self._give(self._window_states)
+
+    @property
+    def result(self) -> Array | None:
+        """The sample, (size,), once it is final."""
+        return None if self._result is None else self._give(self._result)
+
+    @property
+    def kept(self) -> list[Array] | None:
+        """All final states, if they are to be kept."""
+        return None if self._kept is None else [self._give(state) for state in self._kept]
 
     def take_defect(self, D: Array) -> Array:
-        """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
-        self._M, packed = take_defect(self._xp, self._X, self._M, self._dX, D, self._rows(), self._plan.on_cpu)
-        return packed
+        """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
+        return self._correction.compare(self._take(D), self.lo)
 
-    def correct(self, D: Array, products: Float64) -> SampleRecord:
+    def correct(self, D: Array, compared: Float64) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
-        moments = Moments.unpack(products, len(self.nodes))
-        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
-            return self._salvage(D)
-        nodes, lo, size = self.nodes, self.lo, self._X.shape[1]
-        known = self._evaluated[nodes] & (moments.moved > (self._eps**2) * moments.size)
-        moved = np.where(known, moments.moved, 0.0)
+        D, nodes, told = self._take(D), self.nodes, self._correction.tell(compared, self.hi - self.lo)
+        if not np.all(np.isfinite(told.size)):
+            return self._salvage(D, len(nodes))
+        known = self._evaluated[nodes] & (told.moved > (self._eps**2) * told.size)
         old = self._slope[nodes]
-        slope = self._method.linearization.update(old, moved, moments.cross)
+        slope = self._method.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
+        move, defects = self._correction.move(D, compared, slope, self.lo)
+        finite = np.isfinite(defects)
+        if not finite.all():
+            return self._salvage(D, int(np.argmin(finite)) + 1)
         self._slope[nodes], self._evaluated[nodes] = slope, True
 
-        # T maps defects to the states behind each node; a node's own input moves with the row before
-        inputs_T = np.vstack([np.zeros(len(nodes)), propagation(self._recurrence, slope, lo)[:-1]])
-        move = moments.norms(inputs_T)
+        size = np.sqrt(told.size)
         with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(move > 0, move / np.sqrt(moments.size), 0.0)
+            relative = np.where(move > 0, move / size, 0.0)
         view = RoundView(
-            lo=lo,
-            move=relative,
-            size=np.sqrt(moments.size / size),
-            bound=self._plan.bound[nodes],
-            rounding=_ROUNDING * self._eps,
+            lo=self.lo, move=relative, size=size, bound=self._plan.bound[nodes], rounding=_ROUNDING * self._eps
         )
         wild = ~(relative <= _WILD)
         sound = int(np.argmax(wild)) if wild.any() else len(wild)
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
-        self._X, self._M, self._dX = apply_correction(
-            self._xp, self._X, self._M, self._dX, D, self._rows(), inputs_T, slope, self._plan.on_cpu
-        )
         self.error = max(self.error, error)
         self._slide(accepted, sound)
-        defects = np.sqrt(np.diag(moments.gram) / size)
         return SampleRecord(self.index, nodes, accepted, relative, defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
-        if self.result is not None:
-            return self.result
+        if self._result is not None:
+            return self._give(self._result)
         if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
             return self.state
         last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
         p, q = self._recurrence.held[last]
         constant = xs[0] * float(p) + ms[0] * float(q)
         *_, (_, x, _) = self._continuation(last, xs, ms, self._noise, constant)
-        return x
+        return self._give(x)
 
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self.result if self.result is not None else self._X[self.lo - self._base, :]
+        return self._give(self._window_states[0, :] if self._result is None else self._result)
+
+    @property
+    def _window_states(self) -> Array:
+        return self._correction.X[self._correction.rows(self.lo, self.hi), :]
+
+    def _take(self, D: Array) -> Array:
+        """The network's outputs as the window's own arithmetic reads them."""
+        return host_view(self._plan.xp.astype(D, self._dtype, copy=False))
+
+    def _give(self, array: Array) -> Array:
+        """An array of the window's as one of the user's library, in the same memory."""
+        return self._plan.xp.asarray(array)
 
     def _slide(self, accepted: int, sound: int) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
@@ -208,9 +217,9 @@ class SampleWindow:
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._advance(i)
             if i + 1 < first_new:
-                self._X = assign(self._X, (i + 1 - self._base, slice(None)), x)
-            if self.kept is not None:
-                self.kept.append(x)
+                self._write("X", i + 1, x)
+            if self._kept is not None:
+                self._kept.append(x)
             if i + 1 == n:
                 self._end(x)
                 return
@@ -218,13 +227,13 @@ class SampleWindow:
         width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
         self._fill(first_new, min(self.lo + width, n))
         if self.lo == first_new:  # the whole window is final, so the first new state is too
-            self._X = assign(self._X, (first_new - self._base, slice(None)), x)
+            self._write("X", first_new, x)
 
     def _end(self, x: Array) -> None:
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
         n = len(self._recurrence)
         if bool(self._xp.all(self._xp.isfinite(x))):
-            self.result, self.status, self.lo = x, Status.CONVERGED, n
+            self._result, self.status, self.lo = x, Status.CONVERGED, n
         else:
             self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
@@ -232,11 +241,12 @@ class SampleWindow:
         """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
         if hi <= first:
             return
-        self._make_room(first, hi)
+        kept = max(min(self.lo, first - 1) - self._recurrence.memory + 1, 0)
+        self._correction.make_room(kept, first, hi)
         self._evaluated[first:hi] = False
         self.hi = hi
         if self._forecast is not None:
-            self._put(self._along(self._forecast, first - 1), hi - first)
+            self._put(self._along(first - 1), hi - first)
         elif self._method.fill == "copy":
             self._put(self._copies(first - 1), hi - first)
         else:
@@ -245,8 +255,8 @@ class SampleWindow:
     def _put(self, filled: Iterator[tuple[int, Array, Array | None]], count: int) -> None:
         """Write ``count`` nodes with their states and beliefs."""
         for j, x, m in islice(filled, count):
-            self._X = assign(self._X, (j - self._base, slice(None)), x)
-            self._M = assign(self._M, (j - self._base, slice(None)), m)
+            self._write("X", j, x)
+            self._write("M", j, m)
 
     def _fill_held(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
@@ -259,7 +269,7 @@ class SampleWindow:
         held = xs[0] * float(p) + ms[0] * float(q)
         sources = [*xs, held, *ms[1:], *(self._noise(i) for i in noisy)]
         if self._method.fill == "evaluated":
-            sources.append(self._dX[last - self._base, :])
+            sources.append(self._correction.dX[last - self._correction.base, :])
         units = list(np.eye(len(sources)))
         x_units, m_units = units[: len(xs)], units[len(xs) : 2 * len(xs)]
         constant = m_units[0]
@@ -269,11 +279,12 @@ class SampleWindow:
         noise_units = dict(zip(noisy, units[2 * len(xs) :], strict=False))
         new = islice(self._continuation(last, x_units, m_units, noise_units.get, constant), hi - first)
         states, outputs = zip(*((x, m) for _, x, m in new), strict=True)
-        table = self._xp.asarray(np.stack([*states, *outputs]), dtype=self._X.dtype, device=device(self._X))
-        filled = self._xp.matmul(table, self._xp.stack(sources))
-        rows, count = slice(first - self._base, hi - self._base), hi - first
-        self._X = assign(self._X, (rows, slice(None)), filled[:count, :])
-        self._M = assign(self._M, (rows, slice(None)), filled[count:, :])
+        self._correction.fill(first, np.stack(states), np.stack(outputs), sources)
+
+    def _write(self, buffer: Literal["X", "M"], i: int, row: Array) -> None:
+        correction = self._correction
+        at = (i - correction.base, slice(None))
+        setattr(correction, buffer, assign(getattr(correction, buffer), at, row))
 
     def _advance(self, i: int) -> Array:
         z = self._noise(i) if self._recurrence.c[i] != 0 else None
@@ -281,8 +292,9 @@ class SampleWindow:
 
     def _history(self, i: int) -> tuple[list[Array], list[Array]]:
         """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
-        rows = [j - self._base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
-        return [self._X[row, :] for row in rows], [self._M[row, :] for row in rows]
+        X, M, base = self._correction.X, self._correction.M, self._correction.base
+        rows = [j - base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
+        return [X[row, :] for row in rows], [M[row, :] for row in rows]
 
     def _continuation(
         self, last: int, xs: list[Array], ms: list[Array], noise: Callable[[int], Array | None], constant: Array
@@ -299,13 +311,13 @@ class SampleWindow:
 
         return self._steps(last, xs, ms, noise, believe)
 
-    def _along(self, forecast: Forecast, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+    def _along(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
         """States and outputs after node ``last`` as forecast."""
+        return self._steps(last, *self._history(last), self._noise, self._expected)
 
-        def believe(j: int, x: Array) -> Array:
-            return forecast(j, x, float(self._slope[j]))
-
-        return self._steps(last, *self._history(last), self._noise, believe)
+    def _expected(self, i: int, x: Array) -> Array:
+        assert self._forecast is not None
+        return host_view(self._forecast(i, self._give(x), float(self._slope[i])))
 
     def _copies(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
@@ -339,37 +351,19 @@ class SampleWindow:
             yield i + 1, x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
 
-    def _make_room(self, first_new: int, hi: int) -> None:
-        """Move the rows to the front of the buffers when the window would run over their end."""
-        if hi - self._base <= self._X.shape[0]:
-            return
-        first = max(min(self.lo, first_new - 1) - self._recurrence.memory + 1, 0)
-        rows = slice(first - self._base, first_new - self._base)
-        front = slice(0, first_new - first)
-        self._X, self._M, self._dX = (
-            assign(buffer, (front, slice(None)), self._xp.asarray(buffer[rows, :], copy=True))
-            for buffer in (self._X, self._M, self._dX)
-        )
-        self._base = first
-
-    def _rows(self) -> slice:
-        return slice(self.lo - self._base, self.hi - self._base)
-
-    def _salvage(self, D: Array) -> SampleRecord:
-        """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
+    def _salvage(self, D: Array, count: int) -> SampleRecord:
+        """The round's sums are not finite: whose fault is it, and what of the first ``count`` nodes can be kept?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
-        inputs_ok, outputs_ok = finite_rows(self._xp, self.inputs), finite_rows(self._xp, D)
+        inputs_ok, outputs_ok = (finite_rows(self._xp, rows[:count, :]) for rows in (self._window_states, D))
         model = inputs_ok & ~outputs_ok
         if model.any() or not inputs_ok[0]:
             self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
             self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
-            while self.lo > self._base and not finite_rows(self._xp, self.inputs[:1, :])[0]:
+            while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
                 self.lo -= 1  # the last state that is good
             return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
         # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
-        self._M = assign(
-            self._M, (self.lo - self._base, slice(None)), self._xp.astype(D[0, :], self._M.dtype, copy=False)
-        )
+        self._write("M", self.lo, D[0, :])
         self._evaluated[nodes] = True
         self._slide(1, 1)
         return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
