@@ -195,6 +195,15 @@ class Evaluator:
             return self._denoiser.max_rows
         return self._call.max_rows if self._call.memory_ran_out else None
 
+    @property
+    def devices(self) -> int:
+        """How many processes share the rows."""
+        return self._denoiser.devices if isinstance(self._denoiser, SharedDenoiser) else 1
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the processes that share the rows."""
+        return self._denoiser.agree(values) if isinstance(self._denoiser, SharedDenoiser) else list(values)
+
     def begin(self, plan: Callable[[], Mapping[str, str]]) -> None:
         """Before the first round: processes that share the rows compare what they were given."""
         if isinstance(self._denoiser, SharedDenoiser):

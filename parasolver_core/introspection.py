@@ -23,7 +23,7 @@ def reachable(thing: Any, leaf: Callable[[Any], bool]) -> Iterator[Any]:
     for _ in range(_DEPTH):
         following = []
         for one in level:
-            if id(one) in seen or len(seen) >= _MOST or isinstance(one, (type, ModuleType, str, bytes, int, float)):
+            if id(one) in seen or len(seen) >= _MOST or isinstance(one, (type, ModuleType)):
                 continue
             seen.add(id(one))
             yield one

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, finite_rows, no_grad, to_host
 from parasolver_core.correction import fetch
+from parasolver_core.costs import CostTable
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.errors import (
     ConvergenceError,
@@ -24,12 +25,14 @@ from parasolver_core.errors import (
 )
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, Seed
+from parasolver_core.planning import Costs, choose, explain, measured_costs
 from parasolver_core.progress import meter
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
 from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_counts, check_tolerance
 
+_OWN_ROUNDS = 8  # to time the solver's own part
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 Callback = Callable[["SolverState"], Any]
 
@@ -110,6 +113,12 @@ class Solver(ABC):
     def _evaluation(self) -> dict[str, Any]:
         """How the network is called."""
         return {"max_rows": self.max_rows, "buckets": self.buckets, "state_device": self.state_device}
+
+    def own_seconds(self, x_T: Array, timesteps: ArrayLike) -> float:
+        """The solver's own time of a round, as measured in a few rounds with a function in the place of a network."""
+        solution = self.solve(lambda x, t: x / (1 + x * x), x_T, timesteps, throw=False)
+        rounds = solution.stats.history[1:] or solution.stats.history  # the window opens in the first
+        return float(np.median([record.seconds - record.seconds_denoiser for record in rounds]))
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
@@ -324,10 +333,11 @@ def solve(
     x_T: Array,
     timesteps: ArrayLike,
     step_rule: StepRule,
-    window: int = 5,
+    window: int | Literal["auto"] = 5,
     *,
     tolerance: float = 1e-2,
     method: str | Method = "secant",
+    costs: CostTable | Mapping[int, float] | None = None,
     seed: Seed | None = None,
     noise: Array | NoiseFn | None = None,
     max_rounds: int | None = None,
@@ -351,12 +361,16 @@ def solve(
             standard normal noise. Never changed.
         timesteps: (N,), in the sampler's order (decreasing for diffusion), given to the network as they are.
         step_rule: the sampler, for example ``DDIM(schedule)``.
-        window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling.
+        window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling. "auto": the
+            one with the least predicted time, from a few timed calls of the network, which are remembered for later
+            runs of the same network, shape and device. Sequential where that is fastest; ``solution.message`` says so.
 
     Other arguments:
         tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
             see the theory page. 0 evaluates every node at its final input.
         method: "secant", "identity" (Picard), "sequential", or a :class:`~parasolver_core.methods.Method`.
+        costs: with ``window="auto"``, seconds of one network call by its rows, such as ``{1: 0.05, 8: 0.06, 64: 0.3}``,
+            instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
@@ -396,6 +410,23 @@ def solve(
         "buckets": buckets,
         "state_device": state_device,
     }
+    told = ""
+    if isinstance(window, str):
+        window, told = _chosen(
+            window,
+            denoiser,
+            x_T,
+            timesteps,
+            step_rule,
+            tolerance,
+            method,
+            costs,
+            limits,
+            {"seed": seed, "noise": noise},
+        )
+        sequential |= window == 1
+    elif costs is not None:
+        raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
     solver: Solver = ParallelIntegralSolver(
         step_rule,
         window,
@@ -407,7 +438,7 @@ def solve(
     )
     if sequential:
         solver = SequentialSolver(step_rule, **limits)
-    return solver.solve(
+    solution = solver.solve(
         denoiser,
         x_T,
         timesteps,
@@ -419,6 +450,7 @@ def solve(
         progress=progress,
         throw=throw,
     )
+    return replace(solution, message=f"{solution.message} {told}") if told else solution
 
 
 def solve_sequential(
@@ -426,6 +458,49 @@ def solve_sequential(
 ) -> Solution:
     """The same sample by the plain loop, one network call a step; arguments and result as in :func:`solve`."""
     return solve(denoiser, x_T, timesteps, step_rule, method="sequential", **options)
+
+
+def _chosen(
+    window: str,
+    denoiser: DenoiserFn,
+    x_T: Array,
+    timesteps: ArrayLike,
+    step_rule: StepRule,
+    tolerance: float,
+    method: str | Method,
+    costs: CostTable | Mapping[int, float] | None,
+    limits: dict[str, Any],
+    noise: dict[str, Any],
+) -> tuple[int, str]:
+    """The window with the least predicted time, and what to say of it; sets ``max_rows`` in the limits."""
+    if window != "auto":
+        raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
+    if isinstance(method, str) and method == "sequential":
+        return 1, ""
+    method, given = get_method(method), None if costs is None else CostTable.of(costs)
+    check_tolerance(tolerance)
+    solver = SequentialSolver(step_rule, **limits)
+    probe = solver.init(denoiser, x_T, timesteps, **noise)
+
+    def own(width: int) -> float:
+        common = {"max_rows": limits["max_rows"], "state_device": limits["state_device"], "max_rounds": _OWN_ROUNDS}
+        stub: Solver = SequentialSolver(step_rule, **common)
+        if width > 1:
+            stub = ParallelIntegralSolver(step_rule, width, method=method, tolerance=tolerance, check=False, **common)
+        return stub.own_seconds(x_T, timesteps)
+
+    chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
+    try:
+        probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
+        with no_grad(probe.xp):
+            measured = Costs(given) if given else measured_costs(probe, denoiser, own, repr(method), limits)
+    except BaseException as error:
+        probe.halt(Status.FAILED)
+        error.solution = solver._partial(probe)  # type: ignore[attr-defined]
+        raise
+    best, other = choose(probe.recurrence, method, tolerance, measured, batch=probe.batch, max_rows=limits["max_rows"])
+    limits["max_rows"] = best.max_rows
+    return best.window, explain(best, other)
 
 
 def _call_back(callback: Callback, state: SolverState) -> bool:
