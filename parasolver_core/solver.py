@@ -481,19 +481,11 @@ def _chosen(
     check_tolerance(tolerance)
     solver = SequentialSolver(step_rule, **limits)
     probe = solver.init(denoiser, x_T, timesteps, **noise)
-
-    def own(width: int) -> float:
-        common = {"max_rows": limits["max_rows"], "state_device": limits["state_device"], "max_rounds": _OWN_ROUNDS}
-        stub: Solver = SequentialSolver(step_rule, **common)
-        if width > 1:
-            stub = ParallelIntegralSolver(step_rule, width, method=method, tolerance=tolerance, check=False, **common)
-        return stub.own_seconds(x_T, timesteps)
-
     chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
     try:
         probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
         with no_grad(probe.xp):
-            measured = Costs(given) if given else measured_costs(probe, denoiser, own, repr(method), limits)
+            measured = Costs(given) if given else _measured(solver, probe, denoiser, method, tolerance)
     except BaseException as error:
         probe.halt(Status.FAILED)
         error.solution = solver._partial(probe)  # type: ignore[attr-defined]
@@ -501,6 +493,31 @@ def _chosen(
     best, other = choose(probe.recurrence, method, tolerance, measured, batch=probe.batch, max_rows=limits["max_rows"])
     limits["max_rows"] = best.max_rows
     return best.window, explain(best, other)
+
+
+def measure_run(denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule) -> Costs:
+    """The costs by which ``window="auto"`` chooses, of the default method; arguments as in :func:`solve`."""
+    solver = SequentialSolver(step_rule)
+    probe = solver.init(denoiser, x_T, timesteps)
+    with no_grad(probe.xp):
+        return _measured(solver, probe, denoiser, get_method("secant"), 1e-2)
+
+
+def _measured(
+    solver: SequentialSolver, probe: SequentialState, denoiser: DenoiserFn, method: Method, tolerance: float
+) -> Costs:
+    """Costs of a network, and of the solver around it; kept for later runs."""
+
+    def own(width: int) -> float:
+        common = {"max_rows": solver.max_rows, "state_device": solver.state_device, "max_rounds": _OWN_ROUNDS}
+        stub: Solver = SequentialSolver(solver.step_rule, **common)
+        if width > 1:
+            stub = ParallelIntegralSolver(
+                solver.step_rule, width, method=method, tolerance=tolerance, check=False, **common
+            )
+        return stub.own_seconds(probe.x_T, probe.recurrence.timesteps)
+
+    return measured_costs(probe, denoiser, own, repr(method), solver._evaluation)
 
 
 def _call_back(callback: Callback, state: SolverState) -> bool:
