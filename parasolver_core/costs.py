@@ -23,7 +23,7 @@ from parasolver_core.introspection import reachable
 
 _REPEATS = 3  # timed calls of each size
 _LINEAR = 1.9  # twice the rows cost so many times as much: larger calls gain nothing more
-_DAYS, _ENTRIES = 30, 200  # how long, and how many tables are kept
+_DAYS = 30  # how long tables are kept
 _DAY = 86400.0
 
 
@@ -140,44 +140,37 @@ def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
 
 def recall(key: str) -> dict[str, CostTable] | None:
     """The tables kept under a key; None if there are none, or they are old or damaged."""
-    entry = _read().get(key)
+    file = cache_folder() / f"{key}.json"
     try:
-        if time.time() - float(entry["at"]) > _DAY * _DAYS:  # type: ignore[index]
+        if time.time() - file.stat().st_mtime > _DAY * _DAYS:
             return None
         return {
             name: CostTable.of({int(rows): seconds for rows, seconds in table.items()})
-            for name, table in entry["tables"].items()  # type: ignore[index]
+            for name, table in json.loads(file.read_text()).items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, TypeError, ValueError, AttributeError):
         return None
 
 
 def keep(key: str, tables: Mapping[str, CostTable]) -> None:
     """Keep tables for later runs of this user; silently not, where nothing can be written."""
-    entry = {name: dict(zip(table.rows, table.seconds, strict=True)) for name, table in tables.items()}
-    kept = _read() | {key: {"at": time.time(), "tables": entry}}
-    newest = sorted(kept, key=lambda one: kept[one].get("at", 0.0))[-_ENTRIES:]
+    folder, entry = cache_folder(), {name: dict(zip(t.rows, t.seconds, strict=True)) for name, t in tables.items()}
     try:
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, suffix=".part", delete=False) as part:
-            json.dump({one: kept[one] for one in newest}, part)
-        os.replace(part.name, cache_file())  # other processes see the old file or the new one
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
+            json.dump(entry, part)
+        os.replace(part.name, folder / f"{key}.json")  # other processes see the old file or the new one
+        for file in folder.iterdir():
+            if time.time() - file.stat().st_mtime > _DAY * _DAYS:
+                file.unlink(missing_ok=True)
     except OSError:
         return
 
 
-def cache_file() -> Path:
-    """Where costs are kept: ``parasolver/costs.json`` in the user's cache folder. It may be deleted at any time."""
+def cache_folder() -> Path:
+    """Where costs are kept, a file a key: ``parasolver/costs`` in the user's cache. It may be deleted at any time."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(folder) / "parasolver" / "costs.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        kept = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return {key: entry for key, entry in kept.items() if isinstance(entry, dict)} if isinstance(kept, dict) else {}
+    return Path(folder) / "parasolver" / "costs"
 
 
 def _parameters(thing: Any) -> list[Any] | None:

@@ -94,6 +94,7 @@ def test_a_callback_that_raises_in_one_process_ends_the_others(tmp_path: Path) -
         ("tolerance", {"tolerance": 1e-2}),
         ("solver", {"method": "sequential"}),
         ("network", None),
+        ("window", {"window": "auto"}),
     ],
     ids=str,
 )
@@ -136,6 +137,15 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     seen = launch(workers.embedded, 2, tmp_path)
     assert seen[0]["bits"] == seen[1]["bits"]
     assert all(one["difference"] < 1e-5 and one["rounds"][0] == one["rounds"][1] for one in seen)
+
+
+@both
+def test_automatic_windows_agree(ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
+    assert len({str(one) for one in seen}) == 1
+    assert "with a window of" in seen[0]["message"]
+    again = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
+    assert again == seen  # from what was kept
 
 
 SCRIPT = """

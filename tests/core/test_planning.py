@@ -1,7 +1,7 @@
 """Predicted rounds, measured costs, and the window that follows from them."""
 
-import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
-from parasolver_core.costs import CostTable, cache_file, describe, keep, measure, recall
+from parasolver_core.costs import CostTable, cache_folder, describe, keep, measure, recall
 from parasolver_core.methods import get_method
 from parasolver_core.planning import Costs, candidates, choose, predict, predicted_rounds, predicted_rows
 from tests.core.problems import Counted, Mixture, Rational, TanhNetwork, normal
@@ -24,7 +24,7 @@ BUSY = {1: 0.05, 64: 3.2}  # a batch costs as much as its rows
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return cache_file()
+    return cache_folder()
 
 
 def table(steps: int, rule: Any = DDIM) -> Any:
@@ -132,7 +132,7 @@ def test_auto_measures_once(cache: Path) -> None:
     first = solve(*arguments, window="auto")
     assert "with a window of" in first.message
     assert len(rows) > first.stats.calls
-    assert cache.exists()
+    assert len(list(cache.iterdir())) == 1
     rows.clear()
     second = solve(*arguments, window="auto")
     assert len(rows) == second.stats.calls
@@ -178,21 +178,17 @@ def test_the_cache_survives_damage_and_age(cache: Path, monkeypatch: pytest.Monk
     assert recall("key") is None
     keep("key", tables)
     assert recall("key") == tables
-    entry = json.loads(cache.read_text())
-    for damaged in (
-        "",
-        "[]",
-        "{",
-        json.dumps({"key": 3}),
-        json.dumps({"key": {"at": 1e18, "tables": {"network": {}}}}),
-    ):
-        cache.write_text(damaged)
+    file = cache / "key.json"
+    for damaged in ("", "[]", "{", '{"network": 3}', '{"network": {}}', '{"network": {"1": "much"}}'):
+        file.write_text(damaged)
         assert recall("key") is None
-        keep("other", tables)
-        assert recall("other") == tables
-    entry["key"]["at"] -= 31 * 86400
-    cache.write_text(json.dumps(entry))
+        keep("key", tables)
+        assert recall("key") == tables
+    month = time.time() - 31 * 86400
+    os.utime(file, (month, month))
     assert recall("key") is None
+    keep("other", tables)
+    assert [one.name for one in cache.iterdir()] == ["other.json"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     keep("key", tables)  # nothing can be written there
 
