@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve, solve_sequential
+from parasolver_core.acceptance import StepVariance
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.methods import Anderson
 from tests.core.problems import TanhNetwork, normal, relative
@@ -58,6 +59,15 @@ def test_a_published_method_is_its_algorithm(name, fill, steps, window, toleranc
     got = solve(network, x_T, timesteps, DDIM(SCHEDULE), window, tolerance=tolerance, method=name)
     assert got.stats.rounds == rounds
     assert relative(got.sample[0], sample) < 1e-10
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.squared_cosine()], ids=["linear", "cosine"])
+def test_the_published_stop_rule_knows_the_noise_of_the_first_steps(schedule) -> None:
+    timesteps = schedule.timesteps(1000)
+    ab = schedule.alphas_cumprod[timesteps]
+    beta = 1 - ab[:-1] / ab[1:]
+    bounds = StepVariance().bounds(DDPM(schedule).recurrence(timesteps))
+    np.testing.assert_allclose(bounds[:-1] ** 2, beta * (1 - ab[1:]) / (1 - ab[:-1]), rtol=1e-9)
 
 
 def anderson(network, x_T, timesteps, window, tolerance, order, memory):
