@@ -1,19 +1,17 @@
 """One round's correction: a quasi-Newton step for the whole window.
 
-The window's equations are ``L X - B D(X) = rhs``. With the network's Jacobian replaced by the slopes ``G``, the defect
-``r = D(X) - M`` (what the network says, less what was believed) moves the states by ``dX = T r`` with
-``T = (L - B G)^{-1} B``. As L and B are banded, this is a recurrence from node to node,
-
-    dx_{i+1} = sum_k (a[i, k] + b[i, k] g_{i-k}) dx_{i-k} + sum_k b[i, k] r_{i-k} ,
-
-which may be run once on the unit vectors, giving the matrix T (:class:`MatrixCorrection`), or on the defects themselves
-(:class:`SweepCorrection`).
+The window's equations are ``L X - B D(X) = rhs``. With the network's Jacobian replaced by the slopes ``G``, the step is
+the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g_i dx_i`` in the network's place, where
+``dx_i`` is by how much the state is new (:class:`SweepCorrection`). Less the old states, this is ``dX = T r`` with
+``T = (L - B G)^{-1} B`` and the defect ``r = D(X) - M``: what the network says, less what was believed
+(:class:`MatrixCorrection`).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,48 +21,31 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, assign, increment, to_host
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
 
-_BLOCK = 2**15  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
-_SMALL = 2**11  # states of fewer elements cost calls and not arithmetic: the matrix needs fewer
-_SAMPLED = 2**14  # a state of so many elements is known well enough by a quarter of them,
-_STRIPE, _PERIOD = 256, 1024  # the first 256 of every 1024
-
-
-def coefficients(recurrence: Recurrence, slope: Float64, lo: int) -> tuple[Float64, Float64]:
-    """What a step multiplies earlier moves and earlier defects with: ``a + b g`` and ``b``, (n, P) and (n, Q).
-
-    Args:
-        recurrence: the sampler.
-        slope: (n,), slopes of the nodes ``lo .. lo + n - 1``; all before them have not moved.
-        lo: first node of the window.
-    """
-    n = len(slope)
-    a, b = recurrence.a[lo : lo + n], recurrence.b[lo : lo + n]
-    c = np.zeros((n, recurrence.memory))
-    c[:, : a.shape[1]] = a
-    for k in range(min(b.shape[1], n)):
-        c[k:, k] += b[k:, k] * slope[: n - k]
-    return c, b
+_BLOCK = 2**14  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
+_SAMPLED = 16  # blocks of a state that its slope is taken from
+_CHANGED = 0.01  # a move by this share of a state's size: it is measured again
 
 
 def propagation(recurrence: Recurrence, slope: Float64, lo: int) -> Float64:
     """``T``, how defects spread over a window: (n, n), row i is the move of node ``lo + i`` for unit defects.
 
-    The first row is 0: the window's first state is final. Arguments as in :func:`coefficients`.
+    Args:
+        recurrence: the sampler.
+        slope: (n,), slopes of the nodes ``lo .. lo + n - 1``.
+        lo: first node of the window, whose own state does not change: the first row is 0.
     """
-    c, b = (table.tolist() for table in coefficients(recurrence, slope, lo))
-    T = np.zeros((len(slope), len(slope)))
-    for i in range(len(slope) - 1):
-        row = T[i + 1]
-        np.multiply(T[i], c[i][0], out=row)
-        for k in range(1, min(len(c[i]), i + 1)):
-            row += T[i - k] * c[i][k]
-        for k in range(min(len(b[i]), i + 1)):
-            row[i - k] += b[i][k]
-    return T
+    n, memory = len(slope), recurrence.memory
+    moves = [np.zeros(n)] * memory  # of the states up to lo, from the last: none of them moves
+    outputs = [np.zeros(n)] * (memory - 1)  # of what is believed
+    for i in range(n - 1):
+        outputs.insert(0, slope[i] * moves[0])
+        outputs[0][i] += 1.0
+        moves.insert(0, combine(recurrence.terms(lo + i, moves[:memory], outputs[:memory])))
+    return np.stack(moves[n - 1 :: -1])
 
 
 @dataclass(frozen=True)
@@ -113,232 +94,295 @@ def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a round's outputs tell before anything is moved, mean squares and products over a state's elements; (n,).
+    """What a round's outputs tell before anything is moved; means over a state's elements, each (n,).
 
     Args:
         cross: ``dX_i r_i``, of the last move of each node's input and its defect.
         moved: ``dX_i^2``.
         size: ``X_i^2``.
+        defect: ``r_i^2``.
     """
 
     cross: Float64
     moved: Float64
     size: Float64
+    defect: Float64
 
 
 class Correction(ABC):
-    """A window's states, believed outputs and last moves, and how a round moves them.
+    """A window's states and believed outputs, and how a round moves them.
 
-    The rows of each buffer belong to consecutive nodes, the first to node ``base``: those of the window, those before
+    The rows of the buffers belong to consecutive nodes, the first to node ``base``: those of the window, those before
     it that the recurrence reads, and room for a few to come, so that sliding is a matter of an offset.
 
     Args:
         xp: array namespace.
         recurrence: the sampler.
-        width: the most nodes of the window.
+        noise: ``noise(step)``, (size,).
+        rows: how many, at most, the window has at a time.
         start: gives size, dtype and device, (size,); the state of node 0.
     """
 
-    def __init__(self, xp: Any, recurrence: Recurrence, width: int, start: Array) -> None:
-        self._xp, self._recurrence, self.base = xp, recurrence, 0
-        rows = min(width + max(width // 4, 1), len(recurrence)) + recurrence.memory - 1
-        self.X, self.M, self.dX = (
-            xp.zeros((rows, start.shape[0]), dtype=start.dtype, device=device(start)) for _ in range(3)
-        )
-        self.X = assign(self.X, (0, slice(None)), start)
+    exact = False  # whether states behind final nodes are what Recurrence.advance gives, to the last bit
+
+    def __init__(
+        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, room: int, start: Array
+    ) -> None:
+        self._xp, self._recurrence, self._noise, self.base = xp, recurrence, noise, 0
+        self._capacity = min(width + max(room, 1), len(recurrence)) + recurrence.memory - 1
+        self.X, self.M = self._zeros(self._capacity, start), self._zeros(self._capacity, start)
+        self.write("X", 0, start)
 
     @staticmethod
-    def choose(xp: Any, recurrence: Recurrence, width: int, start: Array) -> Correction:
-        """The kind that is faster: :class:`SweepCorrection` for NumPy arrays unless they are small."""
-        sweep = isinstance(start, np.ndarray) and start.shape[0] >= _SMALL
-        return (SweepCorrection if sweep else MatrixCorrection)(xp, recurrence, width, start)
+    def choose(xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array) -> Correction:
+        """The kind that is faster: :class:`SweepCorrection` in NumPy arrays, whose calls cost little."""
+        kind = SweepCorrection if isinstance(start, np.ndarray) else MatrixCorrection
+        return kind(xp, recurrence, noise, width, start)
 
     def rows(self, lo: int, hi: int) -> slice:
         """Where the nodes ``lo .. hi - 1`` are."""
         return slice(lo - self.base, hi - self.base)
+
+    def write(self, buffer: str, i: int, row: Array) -> None:
+        """Set one row of X or M."""
+        setattr(self, buffer, assign(getattr(self, buffer), (i - self.base, slice(None)), row))
 
     @abstractmethod
     def compare(self, D: Array, lo: int) -> Array:
         """A vector for :meth:`tell`: how the outputs D, (n, size), of the nodes from ``lo`` compare with belief."""
 
     @abstractmethod
-    def tell(self, compared: Float64, n: int) -> Told:
+    def tell(self, compared: Float64, lo: int) -> Told:
         """What :meth:`compare` found, brought to the host."""
 
     @abstractmethod
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> tuple[Float64, Float64]:
-        """``dX = T r``; ``X += dX``; ``M = D + g dX``.
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
+        """``X += dX``; ``M = D + g dX``.
 
         Args:
             D, compared, lo: as before.
             slope: (n,).
 
         Returns:
-            RMS of the moves and of the defects, (n,). Where a defect is not finite, later rows are not to be used.
+            RMS of the moves, (n,). Not finite where the state, or the output of that node or the one before, is not.
         """
+
+    @abstractmethod
+    def last_move(self, i: int) -> Array:
+        """``dX_i``, (size,), of a node that was moved in this round."""
 
     def make_room(self, first: int, first_new: int, hi: int) -> None:
         """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
-        if hi - self.base <= self.X.shape[0]:
-            return
-        rows, front = self.rows(first, first_new), slice(0, first_new - first)
-        self.X, self.M, self.dX = (
-            assign(buffer, (front, slice(None)), self._xp.asarray(buffer[rows, :], copy=True))
-            for buffer in (self.X, self.M, self.dX)
+        if hi - self.base > self._capacity:
+            self._shift(self.rows(first, first_new))
+            self.base = first
+
+    def filled(self, first: int, hi: int) -> None:  # noqa: B027 (an empty hook)
+        """Called when the states of the nodes ``first .. hi - 1`` are new."""
+
+    def _shift(self, rows: slice) -> None:
+        front = (slice(0, rows.stop - rows.start), slice(None))
+        self.X, self.M = (
+            assign(buffer, front, self._xp.asarray(buffer[rows, :], copy=True)) for buffer in (self.X, self.M)
         )
-        self.base = first
 
-
-    def fill(self, first: int, states: Float64, outputs: Float64, sources: list[Array]) -> None:
-        """Set the states and outputs from node ``first`` on to combinations of the sources, each (size,).
-
-        Args:
-            first: the first node.
-            states, outputs: weights, (count, sources).
-            sources: arrays.
-        """
-        at = (self.rows(first, first + len(states)), slice(None))
-        stacked = self._xp.stack(sources)
-        for name, weights in (("X", states), ("M", outputs)):
-            table = self._xp.asarray(weights, dtype=stacked.dtype, device=device(stacked))
-            setattr(self, name, assign(getattr(self, name), at, self._xp.matmul(table, stacked)))
+    def _zeros(self, rows: int, like: Array) -> Array:
+        return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))
 
 
 class MatrixCorrection(Correction):
-    """By the matrix T: few calls, so that small states and accelerators lose no time.
+    """By the matrix T, for accelerators: few calls, whatever the window.
 
     The sizes of all moves follow from the inner products of the defects, so that everything that the host decides in a
     round is known before anything has moved: a round waits for the device once.
     """
 
+    def __init__(
+        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array
+    ) -> None:
+        super().__init__(xp, recurrence, noise, width, width // 4, start)
+        self._dX = self._zeros(self._capacity, start)
+
     def compare(self, D: Array, lo: int) -> Array:
         at = (self.rows(lo, lo + D.shape[0]), slice(None))
         r = self._xp.astype(D, self.X.dtype, copy=False) - self.M[at]
         self.M = assign(self.M, at, r)  # the defect in the place of belief, until that is known
-        return inner_products(self._xp, self.X[at], self.dX[at], r)
+        return inner_products(self._xp, self.X[at], self._dX[at], r)
 
-    def tell(self, compared: Float64, n: int) -> Told:
-        cross, moved, size = np.reshape(compared[n * n :], (3, n)) / self.X.shape[1]
-        return Told(cross, moved, size)
+    def tell(self, compared: Float64, lo: int) -> Told:
+        n = math.isqrt(len(compared) + 2) - 1  # of n^2 + 3 n
+        moments, size = Moments.unpack(compared, n), self.X.shape[1]
+        return Told(moments.cross / size, moments.moved / size, moments.size / size, np.diag(moments.gram) / size)
 
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> tuple[Float64, Float64]:
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
         n, size = D.shape
         moments = Moments.unpack(compared, n)
-        defects = np.sqrt(np.diag(moments.gram) / size)
-        if not np.all(np.isfinite(defects)):
-            return np.full(n, np.nan), defects
+        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
+            return np.full(n, np.nan)
         T = propagation(self._recurrence, slope, lo)
         like = {"dtype": self.X.dtype, "device": device(self.X)}
         at = (self.rows(lo, lo + n), slice(None))
         dX = self._xp.matmul(self._xp.asarray(T, **like), self.M[at])
-        self.X, self.dX = increment(self.X, at, dX), assign(self.dX, at, dX)
+        self.X, self._dX = increment(self.X, at, dX), assign(self._dX, at, dX)
         dX *= self._xp.asarray(slope[:, None], **like)  # our own array by now: no further one is made
         dX += self._xp.astype(D, self.X.dtype, copy=False)
         self.M = assign(self.M, at, dX)
-        return moments.norms(T) / np.sqrt(size), defects
+        return moments.norms(T) / np.sqrt(size)
+
+    def last_move(self, i: int) -> Array:
+        return self._dX[i - self.base, :]
+
+    def _shift(self, rows: slice) -> None:
+        super()._shift(rows)
+        self._dX = assign(
+            self._dX,
+            (slice(0, rows.stop - rows.start), slice(None)),
+            self._xp.asarray(self._dX[rows, :], copy=True),
+        )
 
 
 class SweepCorrection(Correction):
-    """By the recurrence, node by node, a block of elements at a time: for large states in NumPy arrays.
+    """By the recurrence, node by node, a block of elements at a time: for NumPy arrays.
 
-    Its arithmetic does not grow with the window, and each row is brought into the cache once.
+    Its arithmetic does not grow with the window, each row is brought into the cache once, and sliding costs nothing:
+    the new rows are written where they come to lie. States are made by the recurrence itself, in the order of its
+    table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from
+    some of the blocks of a large one.
     """
+
+    exact = True
+
+    def __init__(
+        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array
+    ) -> None:
+        super().__init__(xp, recurrence, noise, width, 3 * width // 8, start)
+        self._dX = self._zeros(min(width, len(recurrence)), start)
+        self._moved_from = self._moved_to = 0  # the nodes of its rows
+        self._moved, self._size = np.zeros(len(recurrence)), np.ones(len(recurrence))
+        self._blocks = _blocks(start.shape[0])
+        self._sampled = _spread(len(self._blocks))
+        self._work = [np.empty(min(start.shape[0], _BLOCK), dtype=start.dtype) for _ in range(2)]
+        self.filled(0, 1)
 
     def compare(self, D: Array, lo: int) -> Array:
-        """Over a share of the elements, if there are many: slopes and sizes are one number for a whole node."""
         n = D.shape[0]
-        at = self.rows(lo, lo + n)
-        parts = [_sample(rows) for rows in (D, self.X[at], self.M[at], self.dX[at])]
-        sums, together = np.empty((3, n)), max(_BLOCK // parts[0][0].size, 1)
-        for j in range(0, n, together):
-            rows = slice(j, j + together)
-            d, x, m, dx = (part[rows] for part in parts)
-            r = np.subtract(d, m, dtype=x.dtype)
-            for found, pair in zip(sums[:, rows], ((dx, r), (dx, dx), (x, x)), strict=True):
-                np.sum(self._xp.linalg.vecdot(*pair), axis=1, dtype=np.float64, out=found)
-        sums /= parts[0][0].size
-        first = self.X[at.start]  # a final state: that it is finite must be certain
-        sums[2, 0] = np.dot(first, first) / first.size
-        return np.reshape(sums, (-1,))
+        X, M, dX = self.X, self.M, self._dX
+        cross, defect, elements = np.zeros(n), np.zeros(n), 0
+        before, moved = lo - self.base, lo - self._moved_from
+        for index in self._sampled:
+            columns = self._blocks[index]
+            r = self._work[0][: columns.stop - columns.start]
+            elements += len(r)
+            for j, (d, m) in enumerate(zip(D[:, columns], M[before:, columns], strict=False)):
+                np.subtract(d, m, out=r)
+                defect[j] += np.dot(r, r)
+                if lo + j < self._moved_to:
+                    cross[j] += np.dot(dX[moved + j, columns], r)
+        return np.concatenate([cross, defect]) / elements
 
-    def tell(self, compared: Float64, n: int) -> Told:
-        cross, moved, size = np.reshape(compared, (3, n))
-        return Told(cross, moved, size)
+    def tell(self, compared: Float64, lo: int) -> Told:
+        cross, defect = np.split(compared, 2)
+        nodes = slice(lo, lo + len(cross))
+        return Told(cross, self._moved[nodes], self._size[nodes], defect)
 
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> tuple[Float64, Float64]:
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
         n, size = D.shape
-        c, b = coefficients(self._recurrence, slope, lo)
-        sums = np.zeros((2, n))
-        # rows are written where the window's first row, and those that steps read before it, come to lie in front
         base = max(lo - self._recurrence.memory + 1, self.base)
-        before, after = lo - self.base, lo - base
-        for columns in _blocks(size):
-            X, M, dX = (buffer[:, columns] for buffer in (self.X, self.M, self.dX))
-            if base > self.base:
-                for buffer in (X, M):
-                    for row in range(after):
-                        buffer[row] = buffer[row + base - self.base]
-            sums += _sweep(X, M, dX, D[:, columns], before, after, c.tolist(), b.tolist(), slope.tolist())
-        self.base = base
-        move, defects = np.sqrt(sums / size)
-        return move, defects
+        noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
+        sums, sampled, elements = np.zeros(n), np.zeros(n), 0
+        for index, columns in enumerate(self._blocks):
+            z = [None if row is None else row[columns] for row in noise]
+            found = self._sweep(D[:, columns], columns, z, slope.tolist(), lo, base)
+            sums += found
+            if index in self._sampled:
+                sampled, elements = sampled + found, elements + columns.stop - columns.start
+        self.base, self._moved_from, self._moved_to = base, lo, lo + n
+        self._moved[lo : lo + n] = sampled / elements
+        move = np.sqrt(sums / size)
+        for j in np.flatnonzero(move > _CHANGED * np.sqrt(self._size[lo : lo + n])).tolist():
+            self.filled(lo + j, lo + j + 1)
+        return move
+
+    def _sweep(
+        self, D: Array, columns: slice, noise: list[Array | None], slope: list[float], lo: int, base: int
+    ) -> Float64:
+        """One block of :meth:`move`: sums of squares of the moves, (n,).
+
+        Args:
+            D: (n, block).
+            columns: the block.
+            noise: (block,) of each step.
+            slope: n.
+            lo: the window's first node.
+            base: the node that the first row of the buffers is to belong to.
+        """
+        X, M, dX, memory = self.X[:, columns], self.M[:, columns], self._dX[:, columns], self._recurrence.memory
+        shift = base - self.base
+        new, work = (one[: D.shape[1]] for one in self._work)
+        if shift:
+            for row in range(lo - base):
+                X[row], M[row] = X[row + shift], M[row + shift]
+        n, first = len(D), lo - base
+        sums = np.zeros(n)
+        for j in range(n):
+            x, m, dx, old = X[first + j], M[first + j], dX[j], X[first + j + shift]
+            if j == 0:
+                if shift:
+                    x[...] = old
+                dx.fill(0.0)
+                m[...] = D[0]
+                continue
+            back = range(first + j - 1, max(first + j - 1 - memory, -1), -1)
+            target = x if shift else new
+            terms = self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], noise[j - 1])
+            combine(terms, target, work)
+            np.subtract(target, old, out=dx)
+            if not shift:
+                x[...] = new
+            np.multiply(dx, slope[j], out=m)
+            np.add(m, D[j], out=m)
+            sums[j] = np.dot(dx, dx)
+        if not np.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
+            sums[n - 1] = np.nan  # the last output has moved no state yet
+        return sums
+
+    def fill(self, first: int, hi: int, xs: list[Array], ms: list[Array], constant: list[tuple[float, Array]]) -> None:
+        """States and outputs of the nodes ``first .. hi - 1`` with the held quantity constant.
+
+        Args:
+            first, hi: the nodes.
+            xs, ms: states and outputs at ``first - 1, first - 2, ...``, each (size,).
+            constant: what the held quantity is made of.
+        """
+        recurrence, memory = self._recurrence, self._recurrence.memory
+        noise = [self._noise(i - 1) if recurrence.c[i - 1] != 0 else None for i in range(first, hi)]
+        for columns in self._blocks:
+            held, work = (one[: columns.stop - columns.start] for one in self._work)
+            combine([(c, row[columns]) for c, row in constant], held, work)
+            past = [row[columns] for row in xs], [row[columns] for row in ms]
+            for i, z in zip(range(first, hi), noise, strict=True):
+                x, m = self.X[i - self.base, columns], self.M[i - self.base, columns]
+                combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
+                combine(recurrence.believed(i, held, x), m, work)
+                past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
+
+    def filled(self, first: int, hi: int) -> None:
+        for i in range(first, hi):
+            row = self.X[i - self.base]
+            self._size[i] = np.dot(row, row) / row.size
+
+    def last_move(self, i: int) -> Array:
+        return self._dX[i - self._moved_from]
 
 
-def _sweep(
-    X: Array,
-    M: Array,
-    dX: Array,
-    D: Array,
-    before: int,
-    after: int,
-    c: list[list[float]],
-    b: list[list[float]],
-    slope: list[float],
-) -> Float64:
-    """One block of :meth:`SweepCorrection.move`: sums of squares of moves and defects, (2, n).
-
-    Args:
-        X, M, dX: (rows, block), the buffers.
-        D: (n, block).
-        before, after: row of the window's first node in the buffers, as they are and as they are to be.
-        c, b: of :func:`coefficients`.
-        slope: n.
-    """
-    kept = len(b[0])
-    defects = [np.empty(X.shape[1], dtype=X.dtype) for _ in range(kept + 1)]  # of the last nodes, and work space
-    work = defects.pop()
-    sums = np.zeros((2, len(slope)))
-    for j, (d, x, m, x_new, m_new, dx) in enumerate(
-        zip(D, X[before:], M[before:], X[after:], M[after:], dX[after:], strict=False)
-    ):
-        if j == 0:
-            dx.fill(0.0)
-        else:
-            np.multiply(dX[after + j - 1], c[j - 1][0], out=dx)
-            for k in range(1, min(len(c[0]), j)):
-                np.multiply(dX[after + j - 1 - k], c[j - 1][k], out=work)
-                dx += work
-            for k in range(min(kept, j)):
-                np.multiply(defects[(j - 1 - k) % kept], b[j - 1][k], out=work)
-                dx += work
-        r = defects[j % kept]
-        np.subtract(d, m, out=r)
-        np.add(x, dx, out=x_new)
-        np.multiply(dx, slope[j], out=m_new)
-        m_new += d
-        sums[0, j], sums[1, j] = np.dot(dx, dx), np.dot(r, r)
-    return sums
-
-
-def _sample(rows: Array) -> Array:
-    """A view (n, stripes, length) of the elements that stand for all."""
-    n, size = rows.shape
-    if size < _SAMPLED:
-        return rows[:, None, :]
-    periods = size // _PERIOD
-    return np.reshape(rows[:, : periods * _PERIOD], (n, periods, _PERIOD))[:, :, :_STRIPE]
-
-
-def _blocks(size: int) -> Iterator[slice]:
+def _blocks(size: int) -> list[slice]:
     count = -(-size // _BLOCK)
-    return (slice(start, stop) for start, stop in pairwise([size * i // count for i in range(count + 1)]))
+    return [slice(start, stop) for start, stop in pairwise([size * i // count for i in range(count + 1)])]
+
+
+def _spread(count: int) -> list[int]:
+    """Which of ``count`` blocks to sample: one in each of equal parts, at random so that no layout can match."""
+    if count <= _SAMPLED:
+        return list(range(count))
+    draw = np.random.default_rng(0).random(_SAMPLED)
+    return [int(count * (part + at) / _SAMPLED) for part, at in enumerate(draw)]

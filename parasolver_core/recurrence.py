@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,16 +138,47 @@ class Recurrence:
         The only place where a state is computed from a node's final values, so that sequential and parallel
         sampling agree to the last bit. Terms are added in the order of the table.
         """
-        total = x[0] * float(self.a[i, 0])
-        for k in range(1, self.a.shape[1]):
-            if self.a[i, k] != 0:
-                total = total + x[k] * float(self.a[i, k])
-        for k in range(self.b.shape[1]):
-            if self.b[i, k] != 0:
-                total = total + m[k] * float(self.b[i, k])
-        if z is not None and self.c[i] != 0:
-            total = total + z * float(self.c[i])
+        return combine(self.terms(i, x, m, z))
+
+    def terms(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> list[tuple[float, Any]]:
+        """What :meth:`advance` adds up: coefficients and arrays."""
+        a, b, c = self._lists
+        terms = [(a[i][0], x[0])]
+        terms += [(a[i][k], x[k]) for k in range(1, len(a[i])) if a[i][k] != 0]
+        terms += [(b[i][k], m[k]) for k in range(len(b[i])) if b[i][k] != 0]
+        if z is not None and c[i] != 0:
+            terms.append((c[i], z))
+        return terms
+
+    def believed(self, i: int, held: Any, x: Any) -> list[tuple[float, Any]]:
+        """Terms of the output at node i for the state x that makes the held quantity what it is there."""
+        p, q = self.held[i].tolist()
+        return [(1 / q, held), (-p / q, x)]
+
+    @cached_property
+    def _lists(self) -> tuple[list[list[float]], list[list[float]], list[float]]:
+        return self.a.tolist(), self.b.tolist(), self.c.tolist()
+
+
+def combine(terms: Sequence[tuple[float, Any]], out: Any = None, work: Any = None) -> Any:
+    """The sum of ``coefficient * array``, added in this order; in new memory, or in NumPy arrays at hand.
+
+    Args:
+        terms: coefficients and arrays.
+        out: where to put the sum; may be none of the arrays but the first.
+        work: an array like it, overwritten.
+    """
+    (coefficient, array), *others = terms
+    if out is None:
+        total = array * coefficient
+        for coefficient, array in others:
+            total = total + array * coefficient
         return total
+    np.multiply(array, coefficient, out=out)
+    for coefficient, array in others:
+        np.multiply(array, coefficient, out=work)
+        np.add(out, work, out=out)
+    return out
 
 
 def from_sample_form(

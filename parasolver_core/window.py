@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
-from parasolver_core.arrays import Array, assign, finite_rows, host_view
-from parasolver_core.correction import Correction
+from parasolver_core.arrays import Array, finite_rows, host_view
+from parasolver_core.correction import Correction, SweepCorrection
 from parasolver_core.methods import Method
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.recurrence import Recurrence, combine
 from parasolver_core.solution import SampleRecord, Status
 
 Float64 = NDArray[np.float64]
@@ -110,7 +109,7 @@ class SampleWindow:
         n, width = len(recurrence), plan.width
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi = 0, 1
-        self._correction = Correction.choose(self._xp, recurrence, width, start)
+        self._correction = Correction.choose(self._xp, recurrence, self._noise, width, start)
         slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
@@ -120,7 +119,7 @@ class SampleWindow:
         self._forecast = forecast
         if plan.warmup_steps == 0 and (forecast is not None or method.fill == "copy"):
             m = self._expected(0, start) if forecast is not None else self._stay(0, start, [start], [])
-            self._write("M", 0, m)
+            self._correction.write("M", 0, m)
             self._fill(1, min(width, n))
 
     @property
@@ -154,17 +153,16 @@ class SampleWindow:
 
     def correct(self, D: Array, compared: Float64) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
-        D, nodes, told = self._take(D), self.nodes, self._correction.tell(compared, self.hi - self.lo)
-        if not np.all(np.isfinite(told.size)):
-            return self._salvage(D, len(nodes))
+        D, nodes, told = self._take(D), self.nodes, self._correction.tell(compared, self.lo)
+        if not np.all(np.isfinite(np.concatenate([told.size, told.defect]))):
+            return self._salvage(D)
         known = self._evaluated[nodes] & (told.moved > (self._eps**2) * told.size)
         old = self._slope[nodes]
         slope = self._method.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
-        move, defects = self._correction.move(D, compared, slope, self.lo)
-        finite = np.isfinite(defects)
-        if not finite.all():
-            return self._salvage(D, int(np.argmin(finite)) + 1)
+        move = self._correction.move(D, compared, slope, self.lo)
+        if not (np.all(np.isfinite(move)) or np.all(finite_rows(self._xp, D))):
+            return self._salvage(D)
         self._slope[nodes], self._evaluated[nodes] = slope, True
 
         size = np.sqrt(told.size)
@@ -179,7 +177,7 @@ class SampleWindow:
         accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
         self.error = max(self.error, error)
         self._slide(accepted, sound)
-        return SampleRecord(self.index, nodes, accepted, relative, defects, self.error)
+        return SampleRecord(self.index, nodes, accepted, relative, np.sqrt(told.defect), self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -188,9 +186,8 @@ class SampleWindow:
         if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
             return self.state
         last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
-        p, q = self._recurrence.held[last]
-        constant = xs[0] * float(p) + ms[0] * float(q)
-        *_, (_, x, _) = self._continuation(last, xs, ms, self._noise, constant)
+        p, q = self._recurrence.held[last].tolist()
+        *_, (x, _) = self._continuation(last, xs, ms, combine([(p, xs[0]), (q, ms[0])]))
         return self._give(x)
 
     @property
@@ -215,19 +212,20 @@ class SampleWindow:
         n, first_new = len(self._recurrence), self.lo + sound
         x = None
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
-            x = self._advance(i)
-            if i + 1 < first_new:
-                self._write("X", i + 1, x)
+            if self._correction.exact and i + 1 < first_new:
+                x = self._correction.X[i + 1 - self._correction.base, :]
+            else:
+                x = self._advance(i)
+            if not self._correction.exact and i + 1 < first_new:
+                self._correction.write("X", i + 1, x)
             if self._kept is not None:
-                self._kept.append(x)
+                self._kept.append(self._xp.asarray(x, copy=True))
             if i + 1 == n:
                 self._end(x)
                 return
         self.lo += accepted
         width = 1 if self.lo <= self._plan.warmup_steps else self._plan.width
         self._fill(first_new, min(self.lo + width, n))
-        if self.lo == first_new:  # the whole window is final, so the first new state is too
-            self._write("X", first_new, x)
 
     def _end(self, x: Array) -> None:
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
@@ -246,45 +244,31 @@ class SampleWindow:
         self._evaluated[first:hi] = False
         self.hi = hi
         if self._forecast is not None:
-            self._put(self._along(first - 1), hi - first)
+            self._put(self._along(first - 1), first, hi)
         elif self._method.fill == "copy":
-            self._put(self._copies(first - 1), hi - first)
+            self._put(self._copies(first - 1), first, hi)
         else:
             self._fill_held(first, hi)
+        self._correction.filled(first, hi)
 
-    def _put(self, filled: Iterator[tuple[int, Array, Array | None]], count: int) -> None:
-        """Write ``count`` nodes with their states and beliefs."""
-        for j, x, m in islice(filled, count):
-            self._write("X", j, x)
-            self._write("M", j, m)
+    def _put(self, new: Iterator[tuple[Array, Array | None]], first: int, hi: int) -> None:
+        """Write the states and beliefs of the nodes ``first .. hi - 1``."""
+        for i, (x, m) in zip(range(first, hi), new, strict=False):
+            self._correction.write("X", i, x)
+            self._correction.write("M", i, m)
 
     def _fill_held(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
-        last, recurrence = first - 1, self._recurrence
+        last = first - 1
         xs, ms = self._history(last)
-        noisy = [i for i in range(last, hi - 1) if recurrence.c[i] != 0]
-        # The new rows are fixed combinations of these arrays, found by running the recurrence on unit vectors. The held
-        # quantity stands for the last output: made once, its rounding is the same in all rows, which must fit together.
-        p, q = recurrence.held[last]
-        held = xs[0] * float(p) + ms[0] * float(q)
-        sources = [*xs, held, *ms[1:], *(self._noise(i) for i in noisy)]
-        if self._method.fill == "evaluated":
-            sources.append(self._correction.dX[last - self._correction.base, :])
-        units = list(np.eye(len(sources)))
-        x_units, m_units = units[: len(xs)], units[len(xs) : 2 * len(xs)]
-        constant = m_units[0]
-        m_units[0] = (constant - p * x_units[0]) / q
+        p, q = self._recurrence.held[last].tolist()
+        constant = [(p, xs[0]), (q, ms[0])]
         if self._method.fill == "evaluated":  # as the network gave it, before the correction
-            constant = constant - (p + q * self._slope[last]) * units[-1]
-        noise_units = dict(zip(noisy, units[2 * len(xs) :], strict=False))
-        new = islice(self._continuation(last, x_units, m_units, noise_units.get, constant), hi - first)
-        states, outputs = zip(*((x, m) for _, x, m in new), strict=True)
-        self._correction.fill(first, np.stack(states), np.stack(outputs), sources)
-
-    def _write(self, buffer: Literal["X", "M"], i: int, row: Array) -> None:
-        correction = self._correction
-        at = (i - correction.base, slice(None))
-        setattr(correction, buffer, assign(getattr(correction, buffer), at, row))
+            constant.append((-p - q * float(self._slope[last]), self._correction.last_move(last)))
+        if isinstance(self._correction, SweepCorrection):
+            self._correction.fill(first, hi, xs, ms, constant)
+        else:
+            self._put(self._continuation(last, xs, ms, combine(constant)), first, hi)
 
     def _advance(self, i: int) -> Array:
         z = self._noise(i) if self._recurrence.c[i] != 0 else None
@@ -297,36 +281,31 @@ class SampleWindow:
         return [X[row, :] for row in rows], [M[row, :] for row in rows]
 
     def _continuation(
-        self, last: int, xs: list[Array], ms: list[Array], noise: Callable[[int], Array | None], constant: Array
-    ) -> Iterator[tuple[int, Array, Array | None]]:
+        self, last: int, xs: list[Array], ms: list[Array], constant: Array
+    ) -> Iterator[tuple[Array, Array | None]]:
         """States and outputs after node ``last`` with the held quantity (the predicted sample) constant; ends at N.
 
-        ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``.
+        ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``. The held quantity stands for the last
+        output: made once, its rounding is the same in all rows, which must fit together.
         """
-        held = self._recurrence.held
+        return self._steps(last, xs, ms, lambda i, x: combine(self._recurrence.believed(i, constant, x)))
 
-        def believe(j: int, x: Array) -> Array:
-            p, q = held[j]
-            return (constant - x * float(p)) * float(1 / q)
-
-        return self._steps(last, xs, ms, noise, believe)
-
-    def _along(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+    def _along(self, last: int) -> Iterator[tuple[Array, Array | None]]:
         """States and outputs after node ``last`` as forecast."""
-        return self._steps(last, *self._history(last), self._noise, self._expected)
+        return self._steps(last, *self._history(last), self._expected)
 
     def _expected(self, i: int, x: Array) -> Array:
         assert self._forecast is not None
         return host_view(self._forecast(i, self._give(x), float(self._slope[i])))
 
-    def _copies(self, last: int) -> Iterator[tuple[int, Array, Array | None]]:
+    def _copies(self, last: int) -> Iterator[tuple[Array, Array | None]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
         (xs, ms), memory = self._history(last), self._recurrence.memory
         x = self._advance(last)
         for j in range(last + 1, len(self._recurrence)):
             xs, ms = [x, *xs[: memory - 1]], ms[: memory - 1]
             m = self._stay(j, x, xs, ms)
-            yield j, x, m
+            yield x, m
             ms = [m, *ms]
 
     def _stay(self, i: int, x: Array, xs: list[Array], ms: list[Array]) -> Array:
@@ -335,26 +314,21 @@ class SampleWindow:
         return self._recurrence.implied_output(self._xp, i, x, xs, ms, z)
 
     def _steps(
-        self,
-        last: int,
-        xs: list[Array],
-        ms: list[Array],
-        noise: Callable[[int], Array | None],
-        believe: Callable[[int, Array], Array],
-    ) -> Iterator[tuple[int, Array, Array | None]]:
+        self, last: int, xs: list[Array], ms: list[Array], believe: Callable[[int, Array], Array]
+    ) -> Iterator[tuple[Array, Array | None]]:
         """The recurrence from node ``last`` to N, with ``believe(j, x)`` in the place of the network."""
         n, memory = len(self._recurrence), self._recurrence.memory
         for i in range(last, n):
-            z = noise(i) if self._recurrence.c[i] != 0 else None
+            z = self._noise(i) if self._recurrence.c[i] != 0 else None
             x = self._recurrence.advance(i, xs, ms, z)
             m = believe(i + 1, x) if i + 1 < n else None
-            yield i + 1, x, m
+            yield x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
 
-    def _salvage(self, D: Array, count: int) -> SampleRecord:
-        """The round's sums are not finite: whose fault is it, and what of the first ``count`` nodes can be kept?"""
+    def _salvage(self, D: Array) -> SampleRecord:
+        """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
-        inputs_ok, outputs_ok = (finite_rows(self._xp, rows[:count, :]) for rows in (self._window_states, D))
+        inputs_ok, outputs_ok = (finite_rows(self._xp, rows) for rows in (self._window_states, D))
         model = inputs_ok & ~outputs_ok
         if model.any() or not inputs_ok[0]:
             self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
@@ -363,7 +337,7 @@ class SampleWindow:
                 self.lo -= 1  # the last state that is good
             return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
         # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
-        self._write("M", self.lo, D[0, :])
+        self._correction.write("M", self.lo, D[0, :])
         self._evaluated[nodes] = True
         self._slide(1, 1)
         return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
