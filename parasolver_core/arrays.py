@@ -30,7 +30,7 @@ def to_host(array: Array) -> NDArray[Any]:
 
 
 def host_view(array: Array) -> Array:
-    """The same memory as a NumPy array, where NumPy can work in it: on a CPU, NumPy's calls cost least; else ``array``."""
+    """The same memory as a NumPy array, whose calls cost least on a CPU; where NumPy cannot work in it, ``array``."""
     if array_api_compat.is_torch_array(array) and array.device.type == "cpu" and array.element_size() >= 4:
         return array.detach().numpy()
     return array

@@ -262,28 +262,32 @@ class SweepCorrection(Correction):
         self._blocks = _blocks(start.shape[0])
         self._sampled = _spread(len(self._blocks))
         self._work = [np.empty(min(start.shape[0], _BLOCK), dtype=start.dtype) for _ in range(2)]
+        self._spare = np.empty(min(width * start.shape[0], 2 * _BLOCK), dtype=start.dtype)
         self.filled(0, 1)
 
     def compare(self, D: Array, lo: int) -> Array:
         n = D.shape[0]
-        X, M, dX = self.X, self.M, self._dX
+        M, dX, known = self.M[self.rows(lo, lo + n)], self._dX[lo - self._moved_from :], max(self._moved_to - lo, 0)
         cross, defect, elements = np.zeros(n), np.zeros(n), 0
-        before, moved = lo - self.base, lo - self._moved_from
         for index in self._sampled:
             columns = self._blocks[index]
-            r = self._work[0][: columns.stop - columns.start]
-            elements += len(r)
-            for j, (d, m) in enumerate(zip(D[:, columns], M[before:, columns], strict=False)):
-                np.subtract(d, m, out=r)
-                defect[j] += np.dot(r, r)
-                if lo + j < self._moved_to:
-                    cross[j] += np.dot(dX[moved + j, columns], r)
+            size = columns.stop - columns.start
+            together = max(len(self._spare) // size, 1)
+            for first in range(0, n, together):
+                rows = slice(first, min(first + together, n))
+                r = np.reshape(self._spare[: (rows.stop - first) * size], (-1, size))
+                np.subtract(D[rows, columns], M[rows, columns], out=r)
+                defect[rows] += np.vecdot(r, r)
+                moved = slice(first, min(rows.stop, known))
+                if moved.stop > first:
+                    cross[moved] += np.vecdot(dX[moved, columns], r[: moved.stop - first])
+            elements += size
         return np.concatenate([cross, defect]) / elements
 
     def tell(self, compared: Float64, lo: int) -> Told:
         cross, defect = np.split(compared, 2)
         nodes = slice(lo, lo + len(cross))
-        return Told(cross, self._moved[nodes], self._size[nodes], defect)
+        return Told(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
 
     def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
         n, size = D.shape
@@ -316,33 +320,29 @@ class SweepCorrection(Correction):
             lo: the window's first node.
             base: the node that the first row of the buffers is to belong to.
         """
-        X, M, dX, memory = self.X[:, columns], self.M[:, columns], self._dX[:, columns], self._recurrence.memory
-        shift = base - self.base
+        X, M, dX = (list(buffer[:, columns]) for buffer in (self.X, self.M, self._dX))
+        n, first, shift, memory = len(D), lo - base, base - self.base, self._recurrence.memory
         new, work = (one[: D.shape[1]] for one in self._work)
         if shift:
-            for row in range(lo - base):
-                X[row], M[row] = X[row + shift], M[row + shift]
-        n, first = len(D), lo - base
-        sums = np.zeros(n)
-        for j in range(n):
-            x, m, dx, old = X[first + j], M[first + j], dX[j], X[first + j + shift]
-            if j == 0:
-                if shift:
-                    x[...] = old
-                dx.fill(0.0)
-                m[...] = D[0]
-                continue
-            back = range(first + j - 1, max(first + j - 1 - memory, -1), -1)
-            target = x if shift else new
+            for row in range(first + 1):
+                X[row][...] = X[row + shift]
+            for row in range(first):
+                M[row][...] = M[row + shift]
+        M[first][...] = D[0]
+        dX[0].fill(0.0)
+        for j in range(1, n):
+            at = first + j
+            back = range(at - 1, max(at - 1 - memory, -1), -1)
+            target = X[at] if shift else new
             terms = self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], noise[j - 1])
             combine(terms, target, work)
-            np.subtract(target, old, out=dx)
+            np.subtract(target, X[at + shift], out=dX[j])
             if not shift:
-                x[...] = new
-            np.multiply(dx, slope[j], out=m)
-            np.add(m, D[j], out=m)
-            sums[j] = np.dot(dx, dx)
-        if not np.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
+                X[at][...] = new
+            np.multiply(dX[j], slope[j], out=M[at])
+            np.add(M[at], D[j], out=M[at])
+        sums = np.vecdot(self._dX[:n, columns], self._dX[:n, columns]).astype(np.float64)
+        if not math.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
             sums[n - 1] = np.nan  # the last output has moved no state yet
         return sums
 

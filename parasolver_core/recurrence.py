@@ -142,12 +142,11 @@ class Recurrence:
 
     def terms(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> list[tuple[float, Any]]:
         """What :meth:`advance` adds up: coefficients and arrays."""
-        a, b, c = self._lists
-        terms = [(a[i][0], x[0])]
-        terms += [(a[i][k], x[k]) for k in range(1, len(a[i])) if a[i][k] != 0]
-        terms += [(b[i][k], m[k]) for k in range(len(b[i])) if b[i][k] != 0]
-        if z is not None and c[i] != 0:
-            terms.append((c[i], z))
+        states, outputs, c = self._terms[i]
+        terms = [(a, x[k]) for a, k in states]
+        terms += [(b, m[k]) for b, k in outputs]
+        if z is not None and c != 0:
+            terms.append((c, z))
         return terms
 
     def believed(self, i: int, held: Any, x: Any) -> list[tuple[float, Any]]:
@@ -156,8 +155,16 @@ class Recurrence:
         return [(1 / q, held), (-p / q, x)]
 
     @cached_property
-    def _lists(self) -> tuple[list[list[float]], list[list[float]], list[float]]:
-        return self.a.tolist(), self.b.tolist(), self.c.tolist()
+    def _terms(self) -> list[tuple[list[tuple[float, int]], list[tuple[float, int]], float]]:
+        """For each step the coefficients of a and of b that are not 0, and what they multiply; the first of a always."""
+        return [
+            (
+                [(value, k) for k, value in enumerate(a) if value != 0 or k == 0],
+                [(value, k) for k, value in enumerate(b) if value != 0],
+                c,
+            )
+            for a, b, c in zip(self.a.tolist(), self.b.tolist(), self.c.tolist(), strict=True)
+        ]
 
 
 def combine(terms: Sequence[tuple[float, Any]], out: Any = None, work: Any = None) -> Any:
