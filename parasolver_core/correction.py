@@ -13,7 +13,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,10 @@ from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
 
-_BLOCK = 2**14  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
-_SAMPLED = 16  # blocks of a state that its slope is taken from
+_STRIPE, _PERIOD = 1024, 6389  # elements of a large state sampled, and how far apart; a prime, which no layout matches
+_BLOCK = 10 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
+_WHOLE = 2**15  # up to so many elements all are sampled
+_CALL = 2**13  # elements worth a call
 _CHANGED = 0.01  # a move by this share of a state's size: it is measured again
 
 
@@ -134,10 +135,21 @@ class Correction(ABC):
         self.write("X", 0, start)
 
     @staticmethod
-    def choose(xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array) -> Correction:
-        """The kind that is faster: :class:`SweepCorrection` in NumPy arrays, whose calls cost little."""
-        kind = SweepCorrection if isinstance(start, np.ndarray) else MatrixCorrection
-        return kind(xp, recurrence, noise, width, start)
+    def choose(
+        xp: Any,
+        recurrence: Recurrence,
+        noise: Callable[[int], Array],
+        width: int,
+        start: Array,
+        whole_moves: bool = False,
+    ) -> Correction:
+        """The kind that is faster: :class:`SweepCorrection` in NumPy arrays, whose calls cost little.
+
+        ``whole_moves``: whether :meth:`last_move` is needed.
+        """
+        if isinstance(start, np.ndarray):
+            return SweepCorrection(xp, recurrence, noise, width, start, whole_moves)
+        return MatrixCorrection(xp, recurrence, noise, width, start)
 
     def rows(self, lo: int, hi: int) -> slice:
         """Where the nodes ``lo .. hi - 1`` are."""
@@ -176,9 +188,6 @@ class Correction(ABC):
         if hi - self.base > self._capacity:
             self._shift(self.rows(first, first_new))
             self.base = first
-
-    def filled(self, first: int, hi: int) -> None:  # noqa: B027 (an empty hook)
-        """Called when the states of the nodes ``first .. hi - 1`` are new."""
 
     def _shift(self, rows: slice) -> None:
         front = (slice(0, rows.stop - rows.start), slice(None))
@@ -246,43 +255,49 @@ class SweepCorrection(Correction):
 
     Its arithmetic does not grow with the window, each row is brought into the cache once, and sliding costs nothing:
     the new rows are written where they come to lie. States are made by the recurrence itself, in the order of its
-    table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from
-    some of the blocks of a large one.
+    table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from a
+    sixth of the elements of a large one, and only there are moves kept.
     """
 
     exact = True
 
     def __init__(
-        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array
+        self,
+        xp: Any,
+        recurrence: Recurrence,
+        noise: Callable[[int], Array],
+        width: int,
+        start: Array,
+        whole_moves: bool = False,
     ) -> None:
         super().__init__(xp, recurrence, noise, width, 3 * width // 8, start)
-        self._dX = self._zeros(min(width, len(recurrence)), start)
+        size, n = start.shape[0], len(recurrence)
+        self._whole = whole_moves or size <= _WHOLE
+        self._blocks = [slice(first, min(first + _BLOCK, size)) for first in range(0, size, _BLOCK)]
+        self._dX = np.zeros((min(width, n), *self._sampled(start).shape), dtype=start.dtype)
         self._moved_from = self._moved_to = 0  # the nodes of its rows
-        self._moved, self._size = np.zeros(len(recurrence)), np.ones(len(recurrence))
-        self._blocks = _blocks(start.shape[0])
-        self._sampled = _spread(len(self._blocks))
-        self._work = [np.empty(min(start.shape[0], _BLOCK), dtype=start.dtype) for _ in range(2)]
-        self._spare = np.empty(min(width * start.shape[0], 2 * _BLOCK), dtype=start.dtype)
-        self.filled(0, 1)
+        self._moved, self._size = np.zeros(n), np.ones(n)
+        block = min(size, _BLOCK)
+        rows = min(width, max(2 * block, _CALL) // self._dX[0].size + 1)
+        self._work = np.empty(max(2 * block, rows * self._dX[0].size), dtype=start.dtype)
+        self._pair = self._work[:block], self._work[block : 2 * block]
+        self._together = rows  # of a comparison
+        self._measure(0, self.X[0])
 
     def compare(self, D: Array, lo: int) -> Array:
-        n = D.shape[0]
-        M, dX, known = self.M[self.rows(lo, lo + n)], self._dX[lo - self._moved_from :], max(self._moved_to - lo, 0)
-        cross, defect, elements = np.zeros(n), np.zeros(n), 0
-        for index in self._sampled:
-            columns = self._blocks[index]
-            size = columns.stop - columns.start
-            together = max(len(self._spare) // size, 1)
-            for first in range(0, n, together):
-                rows = slice(first, min(first + together, n))
-                r = np.reshape(self._spare[: (rows.stop - first) * size], (-1, size))
-                np.subtract(D[rows, columns], M[rows, columns], out=r)
-                defect[rows] += np.vecdot(r, r)
-                moved = slice(first, min(rows.stop, known))
-                if moved.stop > first:
-                    cross[moved] += np.vecdot(dX[moved, columns], r[: moved.stop - first])
-            elements += size
-        return np.concatenate([cross, defect]) / elements
+        n, known = D.shape[0], max(self._moved_to - lo, 0)
+        outputs, beliefs = self._sampled(D), self._sampled(self.M[self.rows(lo, lo + n)])
+        dX = self._dX[lo - self._moved_from :]
+        sums = np.zeros((2, n))
+        for first in range(0, n, self._together):
+            last = min(first + self._together, n)
+            r = np.reshape(self._work[: (last - first) * outputs[0].size], outputs[first:last].shape)
+            np.subtract(outputs[first:last], beliefs[first:last], out=r)
+            sums[1, first:last] = _inner(r, r)
+            last = min(last, known)
+            if last > first:
+                sums[0, first:last] = _inner(dX[first:last], r[: last - first])
+        return np.reshape(sums, (-1,)) / outputs[0].size
 
     def tell(self, compared: Float64, lo: int) -> Told:
         cross, defect = np.split(compared, 2)
@@ -293,18 +308,15 @@ class SweepCorrection(Correction):
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
         noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
-        sums, sampled, elements = np.zeros(n), np.zeros(n), 0
-        for index, columns in enumerate(self._blocks):
-            z = [None if row is None else row[columns] for row in noise]
-            found = self._sweep(D[:, columns], columns, z, slope.tolist(), lo, base)
-            sums += found
-            if index in self._sampled:
-                sampled, elements = sampled + found, elements + columns.stop - columns.start
+        squares = np.zeros(n)
+        for columns in self._blocks:
+            squares += self._sweep(D, columns, noise, slope.tolist(), lo, base)
         self.base, self._moved_from, self._moved_to = base, lo, lo + n
-        self._moved[lo : lo + n] = sampled / elements
-        move = np.sqrt(sums / size)
+        moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
+        self._moved[lo : lo + n] = moved / self._dX[0].size
+        move = np.sqrt(squares / size)
         for j in np.flatnonzero(move > _CHANGED * np.sqrt(self._size[lo : lo + n])).tolist():
-            self.filled(lo + j, lo + j + 1)
+            self._measure(lo + j, self.X[lo + j - base])
         return move
 
     def _sweep(
@@ -313,38 +325,40 @@ class SweepCorrection(Correction):
         """One block of :meth:`move`: sums of squares of the moves, (n,).
 
         Args:
-            D: (n, block).
+            D: (n, size).
             columns: the block.
-            noise: (block,) of each step.
+            noise: (size,) of each step.
             slope: n.
             lo: the window's first node.
             base: the node that the first row of the buffers is to belong to.
         """
-        X, M, dX = (list(buffer[:, columns]) for buffer in (self.X, self.M, self._dX))
+        X, M, D = list(self.X[:, columns]), list(self.M[:, columns]), list(D[:, columns])
+        kept = self._dX[:, columns.start // _PERIOD : columns.stop // _PERIOD] if not self._whole else self._dX
+        moves = list(self._dX[:, 0, columns]) if self._whole else None
         n, first, shift, memory = len(D), lo - base, base - self.base, self._recurrence.memory
-        new, work = (one[: D.shape[1]] for one in self._work)
-        if shift:
-            for row in range(first + 1):
-                X[row][...] = X[row + shift]
-            for row in range(first):
-                M[row][...] = M[row + shift]
+        new, work = (one[: len(D[0])] for one in self._pair)
+        for row in range(first + 1 if shift else 0):
+            X[row][...], M[row][...] = X[row + shift], M[row + shift]
         M[first][...] = D[0]
-        dX[0].fill(0.0)
+        kept[0].fill(0.0)
+        squares = [0.0] * n
         for j in range(1, n):
             at = first + j
             back = range(at - 1, max(at - 1 - memory, -1), -1)
-            target = X[at] if shift else new
-            terms = self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], noise[j - 1])
-            combine(terms, target, work)
-            np.subtract(target, X[at + shift], out=dX[j])
+            x, dx = X[at] if shift else new, moves[j] if moves else work
+            z = None if noise[j - 1] is None else noise[j - 1][columns]
+            combine(self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z), x, work)
+            np.subtract(x, X[at + shift], out=dx)
             if not shift:
                 X[at][...] = new
-            np.multiply(dX[j], slope[j], out=M[at])
+            np.multiply(dx, slope[j], out=M[at])
             np.add(M[at], D[j], out=M[at])
-        sums = np.vecdot(self._dX[:n, columns], self._dX[:n, columns]).astype(np.float64)
+            squares[j] = np.dot(dx, dx)
+            if not self._whole:
+                kept[j] = self._sampled(dx)
         if not math.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
-            sums[n - 1] = np.nan  # the last output has moved no state yet
-        return sums
+            squares[n - 1] = math.nan  # the last output has moved no state yet
+        return np.asarray(squares, dtype=np.float64)
 
     def fill(self, first: int, hi: int, xs: list[Array], ms: list[Array], constant: list[tuple[float, Array]]) -> None:
         """States and outputs of the nodes ``first .. hi - 1`` with the held quantity constant.
@@ -356,33 +370,38 @@ class SweepCorrection(Correction):
         """
         recurrence, memory = self._recurrence, self._recurrence.memory
         noise = [self._noise(i - 1) if recurrence.c[i - 1] != 0 else None for i in range(first, hi)]
+        self._size[first:hi] = 0.0
         for columns in self._blocks:
-            held, work = (one[: columns.stop - columns.start] for one in self._work)
+            held, work = (one[: columns.stop - columns.start] for one in self._pair)
             combine([(c, row[columns]) for c, row in constant], held, work)
+            X, M = self.X[self.rows(first, hi), columns], self.M[self.rows(first, hi), columns]
             past = [row[columns] for row in xs], [row[columns] for row in ms]
-            for i, z in zip(range(first, hi), noise, strict=True):
-                x, m = self.X[i - self.base, columns], self.M[i - self.base, columns]
+            for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
                 combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
                 combine(recurrence.believed(i, held, x), m, work)
+                self._size[i] += np.dot(x, x) / len(xs[0])
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
 
-    def filled(self, first: int, hi: int) -> None:
-        for i in range(first, hi):
-            row = self.X[i - self.base]
-            self._size[i] = np.dot(row, row) / row.size
+    def write(self, buffer: str, i: int, row: Array) -> None:
+        super().write(buffer, i, row)
+        if buffer == "X" and i > 0:
+            self._measure(i, row)
 
     def last_move(self, i: int) -> Array:
-        return self._dX[i - self._moved_from]
+        return np.reshape(self._dX[i - self._moved_from], (-1,))
+
+    def _measure(self, i: int, row: Array) -> None:
+        self._size[i] = np.dot(row, row) / row.size
+
+    def _sampled(self, rows: Array) -> Array:
+        """A view (..., stripes, length) of the elements that stand for all of (..., size): equally spaced stripes."""
+        if self._whole:
+            return rows[..., None, :]
+        count = rows.shape[-1] // _PERIOD
+        stripes = np.reshape(rows[..., : count * _PERIOD], (*rows.shape[:-1], count, _PERIOD))
+        return stripes[..., :_STRIPE]
 
 
-def _blocks(size: int) -> list[slice]:
-    count = -(-size // _BLOCK)
-    return [slice(start, stop) for start, stop in pairwise([size * i // count for i in range(count + 1)])]
-
-
-def _spread(count: int) -> list[int]:
-    """Which of ``count`` blocks to sample: one in each of equal parts, at random so that no layout can match."""
-    if count <= _SAMPLED:
-        return list(range(count))
-    draw = np.random.default_rng(0).random(_SAMPLED)
-    return [int(count * (part + at) / _SAMPLED) for part, at in enumerate(draw)]
+def _inner(a: Array, b: Array) -> Float64:
+    """Inner products of rows (n, stripes, length), (n,)."""
+    return np.asarray(np.sum(np.vecdot(a, b), axis=1, dtype=np.float64))

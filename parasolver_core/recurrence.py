@@ -156,7 +156,7 @@ class Recurrence:
 
     @cached_property
     def _terms(self) -> list[tuple[list[tuple[float, int]], list[tuple[float, int]], float]]:
-        """For each step the coefficients of a and of b that are not 0, and what they multiply; the first of a always."""
+        """Of each step: the coefficients of a and of b that are not 0, with their k; the first of a always; and c."""
         return [
             (
                 [(value, k) for k, value in enumerate(a) if value != 0 or k == 0],

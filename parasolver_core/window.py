@@ -109,7 +109,8 @@ class SampleWindow:
         n, width = len(recurrence), plan.width
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi = 0, 1
-        self._correction = Correction.choose(self._xp, recurrence, self._noise, width, start)
+        whole_moves = method.fill == "evaluated"
+        self._correction = Correction.choose(self._xp, recurrence, self._noise, width, start, whole_moves)
         slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
@@ -249,7 +250,6 @@ class SampleWindow:
             self._put(self._copies(first - 1), first, hi)
         else:
             self._fill_held(first, hi)
-        self._correction.filled(first, hi)
 
     def _put(self, new: Iterator[tuple[Array, Array | None]], first: int, hi: int) -> None:
         """Write the states and beliefs of the nodes ``first .. hi - 1``."""
