@@ -346,7 +346,8 @@ class SweepCorrection(Correction):
             at = first + j
             back = range(at - 1, max(at - 1 - memory, -1), -1)
             x, dx = X[at] if shift else new, moves[j] if moves else work
-            z = None if noise[j - 1] is None else noise[j - 1][columns]
+            z = noise[j - 1]
+            z = None if z is None else z[columns]
             combine(self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z), x, work)
             np.subtract(x, X[at + shift], out=dx)
             if not shift:

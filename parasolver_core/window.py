@@ -77,6 +77,17 @@ class Near(Forecast):
         return self._outputs[i] + (x - self._states[i]) * slope
 
 
+class Nothing(Forecast):
+    """A held quantity of 0: a predicted sample that is the mean of all data, before anything is known."""
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self._held = recurrence.held
+
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        p, q = self._held[i]
+        return x * float(-p / q)
+
+
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
@@ -118,10 +129,21 @@ class SampleWindow:
         self._result: Array | None = None
         self._kept: list[Array] | None = [start] if plan.keep else None
         self._forecast = forecast
-        if plan.warmup_steps == 0 and (forecast is not None or method.fill == "copy"):
-            m = self._expected(0, start) if forecast is not None else self._stay(0, start, [start], [])
-            self._correction.write("M", 0, m)
-            self._fill(1, min(width, n))
+        if plan.warmup_steps == 0:
+            self._open(start, min(width, n))
+
+    def _open(self, start: Array, width: int) -> None:
+        """The first round's nodes after node 0: as forecast, copies, or those whose states do not need a prediction."""
+        if self._forecast is None and self._method.fill == "copy":
+            self._correction.write("M", 0, self._stay(0, start, [start], []))
+            self._fill(1, width)
+            return
+        forecast, hi = self._forecast, width
+        if forecast is None and self._method.fill == "held":
+            forecast, hi = Nothing(self._recurrence), min(width, self._recurrence.blind)
+        if forecast is not None:
+            self._correction.write("M", 0, self._expected(forecast, 0, start))
+            self._fill(1, hi, forecast)
 
     @property
     def running(self) -> bool:
@@ -236,16 +258,17 @@ class SampleWindow:
         else:
             self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
-    def _fill(self, first: int, hi: int) -> None:
+    def _fill(self, first: int, hi: int, forecast: Forecast | None = None) -> None:
         """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
+        forecast = forecast or self._forecast
         if hi <= first:
             return
         kept = max(min(self.lo, first - 1) - self._recurrence.memory + 1, 0)
         self._correction.make_room(kept, first, hi)
         self._evaluated[first:hi] = False
         self.hi = hi
-        if self._forecast is not None:
-            self._put(self._along(first - 1), first, hi)
+        if forecast is not None:
+            self._put(self._along(forecast, first - 1), first, hi)
         elif self._method.fill == "copy":
             self._put(self._copies(first - 1), first, hi)
         else:
@@ -290,13 +313,12 @@ class SampleWindow:
         """
         return self._steps(last, xs, ms, lambda i, x: combine(self._recurrence.believed(i, constant, x)))
 
-    def _along(self, last: int) -> Iterator[tuple[Array, Array | None]]:
+    def _along(self, forecast: Forecast, last: int) -> Iterator[tuple[Array, Array | None]]:
         """States and outputs after node ``last`` as forecast."""
-        return self._steps(last, *self._history(last), self._expected)
+        return self._steps(last, *self._history(last), lambda i, x: self._expected(forecast, i, x))
 
-    def _expected(self, i: int, x: Array) -> Array:
-        assert self._forecast is not None
-        return host_view(self._forecast(i, self._give(x), float(self._slope[i])))
+    def _expected(self, forecast: Forecast, i: int, x: Array) -> Array:
+        return host_view(forecast(i, self._give(x), float(self._slope[i])))
 
     def _copies(self, last: int) -> Iterator[tuple[Array, Array | None]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
