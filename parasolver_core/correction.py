@@ -24,9 +24,9 @@ from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
 
-_STRIPE, _PERIOD = 1024, 6389  # elements of a large state sampled, and how far apart; a prime, which no layout matches
-_BLOCK = 10 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
-_WHOLE = 2**15  # up to so many elements all are sampled
+_STRIPE, _PERIOD = 256, 4099  # of a large state's elements 256 in 4099 are sampled: a prime, which no layout matches
+_BLOCK = 16 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
+_WHOLE = 2**13  # up to so many elements all are sampled
 _CALL = 2**13  # elements worth a call
 _CHANGED = 0.01  # a move by this share of a state's size: it is measured again
 
@@ -256,7 +256,7 @@ class SweepCorrection(Correction):
     Its arithmetic does not grow with the window, each row is brought into the cache once, and sliding costs nothing:
     the new rows are written where they come to lie. States are made by the recurrence itself, in the order of its
     table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from a
-    sixth of the elements of a large one, and only there are moves kept.
+    sixteenth of the elements of a large one, and only there are moves kept.
     """
 
     exact = True
