@@ -300,8 +300,8 @@ class SweepCorrection(Correction):
         return np.reshape(sums, (-1,)) / outputs[0].size
 
     def tell(self, compared: Float64, lo: int) -> Told:
-        cross, defect = np.split(compared, 2)
-        nodes = slice(lo, lo + len(cross))
+        n = len(compared) // 2
+        cross, defect, nodes = compared[:n], compared[n:], slice(lo, lo + n)
         return Told(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
 
     def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
