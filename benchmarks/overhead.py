@@ -123,6 +123,7 @@ class _Runs:
 
     def peak_bytes(self) -> int:
         """Peak of what a run allocates."""
+        self._peak()  # what is imported or cached in a first run is not a run's
         tracemalloc.start()
         try:
             return self._peak()

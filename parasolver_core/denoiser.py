@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, assign
+from parasolver_core.arrays import Array, assign, own_copy
 from parasolver_core.recurrence import predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
@@ -142,7 +142,7 @@ class BatchedCall:
             pieces += [pieces[-1][-1:, ...]] * missing
             times = xp.concat([times, *[times[-1:]] * missing])
         elsewhere = self._device is not None and self._device != array_api_compat.device(parts[0])
-        rows = xp.concat(pieces) if len(pieces) > 1 else pieces[0] if elsewhere else xp.asarray(pieces[0], copy=True)
+        rows = xp.concat(pieces) if len(pieces) > 1 else pieces[0] if elsewhere else own_copy(xp, pieces[0])
         return (array_api_compat.to_device(rows, self._device) if elsewhere else rows), times
 
     def _back(self, prediction: Array, x: Array) -> Array:
