@@ -120,7 +120,8 @@ class Correction(ABC):
         xp: array namespace.
         recurrence: the sampler.
         noise: ``noise(step)``, (size,).
-        rows: how many, at most, the window has at a time.
+        width: the most nodes of the window.
+        room: rows for nodes to come.
         start: gives size, dtype and device, (size,); the state of node 0.
     """
 

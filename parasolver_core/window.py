@@ -37,7 +37,6 @@ class Plan:
         warmup_steps: how many nodes after the first are evaluated one at a time.
         tolerance: wanted relative error.
         keep: whether to keep the final states.
-        on_cpu: whether passes over the window are worth blocking.
     """
 
     xp: Any
@@ -48,7 +47,6 @@ class Plan:
     warmup_steps: int
     tolerance: float
     keep: bool
-    on_cpu: bool
 
 
 class Forecast(ABC):
