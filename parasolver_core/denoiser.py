@@ -256,16 +256,18 @@ def _cut(parts: list[Array], rows: slice) -> list[Array]:
 def check_prediction(prediction: Array, x: Array) -> None:
     """Refuse a prediction that is not like the rows ``x`` it was made for."""
     device = array_api_compat.device(x)
+    same_type = type(prediction) is type(x)
+    got = (tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)) if same_type else None
+    if got == (tuple(x.shape), x.dtype, device):
+        return
     expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {device}"
-    if type(prediction) is not type(x):
+    if got is None:
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
-    got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)
-    if got != (tuple(x.shape), x.dtype, device):
-        raise ValueError(
-            f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
-            "one prediction a row, in the dtype and on the device of x"
-        )
+    raise ValueError(
+        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
+        "one prediction a row, in the dtype and on the device of x"
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
