@@ -1,9 +1,12 @@
 """What the solver itself costs: ``python -m benchmarks.overhead``.
 
-The network is replaced by a cheap elementwise function, so that what remains of a round is the solver. Its
-time is counted in copies: the time to copy one window of states, measured between the rounds of the same
-run, so that a slow or busy machine slows both. Memory is counted in windows: the peak of all that is
-allocated during a run, network output included, over the bytes of one window of states.
+The network is replaced by a cheap elementwise function, whose own time is taken off, so that what remains of a round is
+the solver, the copy that it gives to the network included. Its time is counted in copies: the time to copy one window
+of states, measured between the rounds of the same run, so that a slow machine slows both. With one thread both are CPU
+time, which other programs on the machine disturb least. Memory is counted in windows: the peak of all that is allocated
+during a run, network output included, over the bytes of one window of states.
+
+Small states cost calls and not copies: their rounds are given in microseconds.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ SCHEDULE = NoiseSchedule.linear()
 LIBRARIES = ("numpy", "torch")
 EVENTS = ((4, 64, 64), (4, 128, 128), (16, 21, 60, 104))  # images of 512 and 1024 pixels; a video
 WINDOWS = (8, 32)
+SMALL = ((16, 2), 16)  # event and window of a policy
+BATCHES = (1, 16)
 SECONDS = 6.0  # of measurement for each line of the table
 WARM_ROUNDS = 2  # the window opens in the first rounds
 
@@ -40,6 +45,7 @@ class Line:
         library, event, window: what was measured; N is four windows.
         rounds: how many rounds of full windows the medians are over.
         accepted: nodes that became final in a round, on average: each costs, and each is filled in again.
+        batch: samples.
         seconds: the solver's own time of a round, median.
         copy_seconds: time of one copy of the window's states into memory at hand, median.
         copies: median of the ratio of the two, each round against the copy after it.
@@ -49,6 +55,7 @@ class Line:
     library: str
     event: tuple[int, ...]
     window: int
+    batch: int
     rounds: int
     accepted: float
     seconds: float
@@ -57,59 +64,73 @@ class Line:
     memory_windows: float
 
 
-def measure(library: str, event: tuple[int, ...], window: int, seconds: float = SECONDS) -> Line:
+def measure(library: str, event: tuple[int, ...], window: int, seconds: float = SECONDS, batch: int = 1) -> Line:
     """Time and memory of one setting."""
-    runs = _NumpyRuns(event, window) if library == "numpy" else _TorchRuns(event, window)
+    kind = _NumpyRuns if library == "numpy" else _TorchRuns
+    runs = kind(event, window, batch)
     own, copy, accepted = [], [], []
+    runs.timed()
     end = time.perf_counter() + seconds
     while not own or time.perf_counter() < end:
-        for record, copied in runs.timed():
-            own.append(record.seconds - record.seconds_denoiser)
+        for own_seconds, copied, nodes in runs.timed():
+            own.append(own_seconds)
             copy.append(copied)
-            accepted.append(record.accepted)
+            accepted.append(nodes / batch)
     return Line(
         library=library,
         event=event,
         window=window,
+        batch=batch,
         rounds=len(own),
         accepted=float(np.mean(accepted)),
         seconds=float(np.median(own)),
         copy_seconds=float(np.median(copy)),
         copies=float(np.median(np.array(own) / np.array(copy))),
-        memory_windows=runs.peak_bytes() / (4 * window * math.prod(event)),
+        memory_windows=runs.peak_bytes() / (4 * batch * window * math.prod(event)),
     )
 
 
 class _Runs:
     """Runs of one setting, stepped by hand."""
 
-    def __init__(self, event: tuple[int, ...], window: int) -> None:
-        self.window = window
+    clock = staticmethod(time.thread_time)
+
+    def __init__(self, event: tuple[int, ...], window: int, batch: int) -> None:
+        self.window, self.batch, self.size = window, batch, math.prod(event)
         self.solver = ParallelIntegralSolver(DDIM(SCHEDULE), window, method=Method(spread=False))
         self.timesteps = SCHEDULE.timesteps(4 * window)
         alpha, sigma = SCHEDULE.levels(np.arange(SCHEDULE.train_steps))
         # epsilon of Gaussian data of standard deviation 0.5 is this times x
         self.slope = (sigma / (alpha**2 / 4 + sigma**2))[:-1].astype(np.float32)
-        self.start = np.random.default_rng(0).standard_normal((1, *event), dtype=np.float32)
-        self.size = math.prod(event)
+        self.start = np.random.default_rng(0).standard_normal((batch, *event), dtype=np.float32)
+        self.network = 0.0  # seconds
 
-    def timed(self) -> list[tuple[Any, float]]:
-        """One run: the record of each round with a full window, and the seconds of a copy right after it."""
+    def timed(self) -> list[tuple[float, float, int]]:
+        """One run: of each round with a full window the own seconds, those of a copy after it, and nodes accepted."""
         copy = self._copier()
-        state = self.solver.init(self._denoiser, self._start(), self.timesteps)
+        state = self.solver.init(self._timed_denoiser, self._start(), self.timesteps)
         rounds = []
         while not self.solver.done(state):
+            started, network = self.clock(), self.network
             self.solver.step(state)
-            started = time.perf_counter()
+            ended = self.clock()
             copy()
-            copied = time.perf_counter() - started
+            copied = self.clock() - ended
             record = state.stats.history[-1]
             if record.round > WARM_ROUNDS and record.window == self.window:
-                rounds.append((record, copied))
+                rounds.append((ended - started - (self.network - network), copied, record.accepted))
         return rounds
 
     def peak_bytes(self) -> int:
         """Peak of what a run allocates."""
+        self._peak()  # what is imported or cached in a first run is not a run's
+        tracemalloc.start()
+        try:
+            return self._peak()
+        finally:
+            tracemalloc.stop()
+
+    def _peak(self) -> int:
         raise NotImplementedError
 
     def _run(self, start: Any) -> None:
@@ -120,6 +141,12 @@ class _Runs:
 
     def _copier(self) -> Callable[[], Any]:
         raise NotImplementedError
+
+    def _timed_denoiser(self, x: Any, t: Any) -> Any:
+        started = self.clock()
+        out = self._denoiser(x, t)
+        self.network += self.clock() - started
+        return out
 
     def _denoiser(self, x: Any, t: Any) -> Any:
         """Gaussian data made nonlinear, ``k (x + sin(3 x) / 2)``: as many rounds as image models take.
@@ -134,7 +161,7 @@ class _NumpyRuns(_Runs):
         return self.start
 
     def _copier(self) -> Callable[[], Any]:
-        source, target = (np.ones((self.window, self.size), dtype=np.float32) for _ in range(2))
+        source, target = (np.ones((self.batch * self.window, self.size), dtype=np.float32) for _ in range(2))
         return lambda: np.copyto(target, source)
 
     def _denoiser(self, x: Any, t: Any) -> Any:
@@ -145,13 +172,9 @@ class _NumpyRuns(_Runs):
         out *= self.slope[t].reshape(-1, *[1] * (x.ndim - 1))
         return out
 
-    def peak_bytes(self) -> int:
-        tracemalloc.start()
-        try:
-            self._run(self._start())
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+    def _peak(self) -> int:
+        self._run(self._start())
+        return tracemalloc.get_traced_memory()[1]
 
 
 class _TorchRuns(_Runs):
@@ -163,7 +186,7 @@ class _TorchRuns(_Runs):
     def _copier(self) -> Callable[[], Any]:
         import torch
 
-        source, target = (torch.ones(self.window, self.size) for _ in range(2))
+        source, target = (torch.ones(self.batch * self.window, self.size) for _ in range(2))
         return lambda: target.copy_(source)
 
     def _denoiser(self, x: Any, t: Any) -> Any:
@@ -172,7 +195,7 @@ class _TorchRuns(_Runs):
         slope = torch.from_numpy(self.slope)[t].reshape(-1, *[1] * (x.ndim - 1))
         return (3 * x).sin_().mul_(0.5).add_(x).mul_(slope)
 
-    def peak_bytes(self) -> int:
+    def _peak(self) -> int:
         from benchmarks.torch_memory import TorchMemory
 
         with TorchMemory() as memory:
@@ -208,6 +231,17 @@ def table(lines: list[Line]) -> Table:
     return shown
 
 
+def small_table(lines: list[Line]) -> Table:
+    """The lines of small states."""
+    shown = Table(title="Small states", title_justify="left", collapse_padding=True)
+    for name in ("library", "state", "window", "batch", "own, us"):
+        shown.add_column(name, justify="left" if name in ("library", "state") else "right", no_wrap=True)
+    for line in lines:
+        state = "x".join(map(str, line.event))
+        shown.add_row(line.library, state, str(line.window), str(line.batch), f"{1e6 * line.seconds:.0f}")
+    return shown
+
+
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the lines to this file.")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds of measurement for each line.")] = SECONDS,
@@ -217,17 +251,21 @@ def main(
     import torch
 
     torch.set_num_threads(threads)
+    _Runs.clock = staticmethod(time.thread_time if threads == 1 else time.perf_counter)
     console = Console()
-    lines = []
+    lines, small = [], []
     with console.status("Measuring") as status:
         for event in EVENTS:
             for window in WINDOWS:
                 for library in LIBRARIES:
                     status.update(f"{library}, {'x'.join(map(str, event))}, window {window}")
                     lines.append(measure(library, event, window, seconds))
+        for batch in BATCHES:
+            small += [measure(library, *SMALL, seconds, batch) for library in LIBRARIES]
     console.print(table(lines))
+    console.print(small_table(small))
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
+        json_file.write_text(json.dumps([asdict(line) for line in lines + small], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Peak memory of PyTorch on a CPU, which has no counter of its own."""
+"""Peak memory of PyTorch and NumPy together on a CPU; PyTorch has no counter of its own."""
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 class TorchMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operators return, each storage once, until it is freed.
 
-    Exact and repeatable, unlike the size of the process. Work space inside an operator is not seen.
+    Where ``tracemalloc`` runs, what it counts (Python and NumPy) is part of the peak. Exact and repeatable, unlike the
+    size of the process. Work space inside an operator is not seen.
 
     Example:
         >>> with TorchMemory() as memory:
@@ -39,13 +41,26 @@ class TorchMemory(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
+        self._look()
         self._live[storage._cdata] = storage.nbytes()
         self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        self._look()
         weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, key: int) -> None:
+        self._look()
         self.now -= self._live.pop(key)
+
+    def _look(self) -> None:
+        """The peak so far: of tensors as they are, and of all else since the last look."""
+        others = tracemalloc.get_traced_memory()[1] if tracemalloc.is_tracing() else 0
+        self.peak = max(self.peak, self.now + others)
+        if tracemalloc.is_tracing():
+            tracemalloc.reset_peak()
+
+    def __exit__(self, *error: Any) -> None:
+        self._look()
+        super().__exit__(*error)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -1,12 +1,17 @@
 """One round's correction: a quasi-Newton step for the whole window.
 
-The window's equations are ``L X - B D(X) = rhs``. With the network's Jacobian replaced by the slopes ``G``, the defect
-``r = D(X) - M`` (what the network says, less what was believed) moves the states by ``T r`` with
-``T = (L - B G)^{-1} B``: a small triangular matrix made here on the host in float64, and one matrix product.
+The window's equations are ``L X - B D(X) = rhs``. With the network's Jacobian replaced by the slopes ``G``, the step is
+the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g_i dx_i`` in the network's place, where
+``dx_i`` is by how much the state is new (:class:`SweepCorrection`). Less the old states, this is ``dX = T r`` with
+``T = (L - B G)^{-1} B`` and the defect ``r = D(X) - M``: what the network says, less what was believed
+(:class:`MatrixCorrection`).
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +20,33 @@ from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, assign, increment, to_host
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
 
-_BLOCK = 2**18  # elements of the window worked on at a time on a CPU, so that the passes of a round meet in its cache
+_STRIPE, _PERIOD = 256, 4099  # of a large state's elements 256 in 4099 are sampled: a prime, which no layout matches
+_BLOCK = 16 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
+_WHOLE = 2**13  # up to so many elements all are sampled
+_CALL = 2**13  # elements worth a call
+_CHANGED = 0.01  # a move by this share of a state's size: it is measured again
 
 
 def propagation(recurrence: Recurrence, slope: Float64, lo: int) -> Float64:
-    """``T``, how defects spread over a window: (n, n), row i is the change of state ``lo + 1 + i`` for unit defects.
+    """``T``, how defects spread over a window: (n, n), row i is the move of node ``lo + i`` for unit defects.
 
     Args:
         recurrence: the sampler.
         slope: (n,), slopes of the nodes ``lo .. lo + n - 1``.
-        lo: first node of the window, whose own state does not change.
+        lo: first node of the window, whose own state does not change: the first row is 0.
     """
-    n = len(slope)
-    a, b = recurrence.a[lo : lo + n], recurrence.b[lo : lo + n]
-    defect, change = np.eye(n), np.zeros((n + 1, n))
-    for i in range(n):
-        for k in range(min(a.shape[1], i + 1)):
-            change[i + 1] += a[i, k] * change[i - k]
-        for k in range(min(b.shape[1], i + 1)):
-            change[i + 1] += b[i, k] * (defect[i - k] + slope[i - k] * change[i - k])
-    return change[1:]
+    n, memory = len(slope), recurrence.memory
+    moves = [np.zeros(n)] * memory  # of the states up to lo, from the last: none of them moves
+    outputs = [np.zeros(n)] * (memory - 1)  # of what is believed
+    for i in range(n - 1):
+        outputs.insert(0, slope[i] * moves[0])
+        outputs[0][i] += 1.0
+        moves.insert(0, combine(recurrence.terms(lo + i, moves[:memory], outputs[:memory])))
+    return np.stack(moves[n - 1 :: -1])
 
 
 @dataclass(frozen=True)
@@ -68,28 +76,6 @@ class Moments:
         return cls(gram.reshape(n, n), cross, moved, size)
 
 
-def take_defect(xp: Any, X: Array, M: Array, dX: Array, D: Array, rows: slice, on_cpu: bool) -> tuple[Array, Array]:
-    """Overwrite the believed outputs with the defect ``r = D - M`` and take the inner products.
-
-    Everything that the host decides in a round follows from these, so a round waits for the device once.
-
-    Args:
-        X, M, dX: (capacity, size): buffers of states, believed outputs and last moves.
-        D: (n, size): the network's outputs.
-        rows: the window's n rows in the buffers.
-
-    Returns:
-        The buffer that now holds the defect in the place of M, and a vector for :meth:`Moments.unpack`.
-    """
-    total: Array = 0
-    for columns in _blocks(D, on_cpu):
-        at = (rows, columns)
-        r = xp.astype(D[:, columns], X.dtype, copy=False) - M[at]
-        M = assign(M, at, r)
-        total = total + inner_products(xp, X[at], dX[at], r)
-    return M, total
-
-
 def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
     """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
     gram = xp.reshape(xp.matmul(r, r.T), (-1,))
@@ -97,40 +83,327 @@ def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
     return xp.concat([gram, dot(dX, r), dot(dX, dX), dot(X, X)])
 
 
-def apply_correction(
-    xp: Any, X: Array, R: Array, dX: Array, D: Array, rows: slice, T: Float64, slope: Float64, on_cpu: bool
-) -> tuple[Array, Array, Array]:
-    """``dX = T r``; ``X += dX``; ``M = D + g dX`` in the place of the defect.
+def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
+    """Bring the inner products of all samples, a vector each, to the host: those on a device in one transfer."""
+    away = [one for one in packed if not isinstance(one, np.ndarray)]
+    if away:
+        host = to_host(away[0] if len(away) == 1 else xp.concat(away))
+        parts = iter(np.split(host, np.cumsum([one.shape[0] for one in away])[:-1]))
+        packed = [one if isinstance(one, np.ndarray) else next(parts) for one in packed]
+    return [one.astype(np.float64) for one in packed]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a round's outputs tell before anything is moved; means over a state's elements, each (n,).
 
     Args:
-        X, R, dX: (capacity, size): buffers of states, defects and last moves.
-        D: (n, size): the network's outputs.
-        rows: the window's n rows in the buffers.
-        T: (n, n), the moves of the nodes' own inputs for the defects.
-        slope: (n,).
-
-    Returns:
-        The buffers that now hold the states, the believed outputs and the moves.
+        cross: ``dX_i r_i``, of the last move of each node's input and its defect.
+        moved: ``dX_i^2``.
+        size: ``X_i^2``.
+        defect: ``r_i^2``.
     """
-    T_device = xp.asarray(T, dtype=X.dtype, device=device(X))
-    g = xp.asarray(slope[:, None], dtype=X.dtype, device=device(X))
-    for columns in _blocks(D, on_cpu):
-        at = (rows, columns)
-        move = xp.matmul(T_device, R[at])
-        X, dX = increment(X, at, move), assign(dX, at, move)
-        move *= g  # our own array by now: no further one is made
-        move += xp.astype(D[:, columns], X.dtype, copy=False)
-        R = assign(R, at, move)
-    return X, R, dX
+
+    cross: Float64
+    moved: Float64
+    size: Float64
+    defect: Float64
 
 
-def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
-    """Bring the inner products of all samples, a vector each, to the host in one transfer."""
-    host = to_host(packed[0] if len(packed) == 1 else xp.concat(packed)).astype(np.float64)
-    return np.split(host, np.cumsum([one.shape[0] for one in packed])[:-1])
+class Correction(ABC):
+    """A window's states and believed outputs, and how a round moves them.
+
+    The rows of the buffers belong to consecutive nodes, the first to node ``base``: those of the window, those before
+    it that the recurrence reads, and room for a few to come, so that sliding is a matter of an offset.
+
+    Args:
+        xp: array namespace.
+        recurrence: the sampler.
+        noise: ``noise(step)``, (size,).
+        width: the most nodes of the window.
+        room: rows for nodes to come.
+        start: gives size, dtype and device, (size,); the state of node 0.
+    """
+
+    exact = False  # whether states behind final nodes are what Recurrence.advance gives, to the last bit
+
+    def __init__(
+        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, room: int, start: Array
+    ) -> None:
+        self._xp, self._recurrence, self._noise, self.base = xp, recurrence, noise, 0
+        self._capacity = min(width + max(room, 1), len(recurrence)) + recurrence.memory - 1
+        self.X, self.M = self._zeros(self._capacity, start), self._zeros(self._capacity, start)
+        self.write("X", 0, start)
+
+    @staticmethod
+    def choose(
+        xp: Any,
+        recurrence: Recurrence,
+        noise: Callable[[int], Array],
+        width: int,
+        start: Array,
+        whole_moves: bool = False,
+    ) -> Correction:
+        """The kind that is faster: :class:`SweepCorrection` in NumPy arrays, whose calls cost little.
+
+        ``whole_moves``: whether :meth:`last_move` is needed.
+        """
+        if isinstance(start, np.ndarray):
+            return SweepCorrection(xp, recurrence, noise, width, start, whole_moves)
+        return MatrixCorrection(xp, recurrence, noise, width, start)
+
+    def rows(self, lo: int, hi: int) -> slice:
+        """Where the nodes ``lo .. hi - 1`` are."""
+        return slice(lo - self.base, hi - self.base)
+
+    def write(self, buffer: str, i: int, row: Array) -> None:
+        """Set one row of X or M."""
+        setattr(self, buffer, assign(getattr(self, buffer), (i - self.base, slice(None)), row))
+
+    @abstractmethod
+    def compare(self, D: Array, lo: int) -> Array:
+        """A vector for :meth:`tell`: how the outputs D, (n, size), of the nodes from ``lo`` compare with belief."""
+
+    @abstractmethod
+    def tell(self, compared: Float64, lo: int) -> Told:
+        """What :meth:`compare` found, brought to the host."""
+
+    @abstractmethod
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
+        """``X += dX``; ``M = D + g dX``.
+
+        Args:
+            D, compared, lo: as before.
+            slope: (n,).
+
+        Returns:
+            RMS of the moves, (n,). Not finite where the state, or the output of that node or the one before, is not.
+        """
+
+    @abstractmethod
+    def last_move(self, i: int) -> Array:
+        """``dX_i``, (size,), of a node that was moved in this round."""
+
+    def make_room(self, first: int, first_new: int, hi: int) -> None:
+        """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
+        if hi - self.base > self._capacity:
+            self._shift(self.rows(first, first_new))
+            self.base = first
+
+    def _shift(self, rows: slice) -> None:
+        front = (slice(0, rows.stop - rows.start), slice(None))
+        self.X, self.M = (
+            assign(buffer, front, self._xp.asarray(buffer[rows, :], copy=True)) for buffer in (self.X, self.M)
+        )
+
+    def _zeros(self, rows: int, like: Array) -> Array:
+        return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))
 
 
-def _blocks(D: Array, on_cpu: bool) -> list[slice]:
-    n, size = D.shape
-    block = max(_BLOCK // max(n, 1), 1024) if on_cpu else size
-    return [slice(start, min(start + block, size)) for start in range(0, size, max(block, 1))]
+class MatrixCorrection(Correction):
+    """By the matrix T, for accelerators: few calls, whatever the window.
+
+    The sizes of all moves follow from the inner products of the defects, so that everything that the host decides in a
+    round is known before anything has moved: a round waits for the device once.
+    """
+
+    def __init__(
+        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array
+    ) -> None:
+        super().__init__(xp, recurrence, noise, width, width // 4, start)
+        self._dX = self._zeros(self._capacity, start)
+
+    def compare(self, D: Array, lo: int) -> Array:
+        at = (self.rows(lo, lo + D.shape[0]), slice(None))
+        r = self._xp.astype(D, self.X.dtype, copy=False) - self.M[at]
+        self.M = assign(self.M, at, r)  # the defect in the place of belief, until that is known
+        return inner_products(self._xp, self.X[at], self._dX[at], r)
+
+    def tell(self, compared: Float64, lo: int) -> Told:
+        n = math.isqrt(len(compared) + 2) - 1  # of n^2 + 3 n
+        moments, size = Moments.unpack(compared, n), self.X.shape[1]
+        return Told(moments.cross / size, moments.moved / size, moments.size / size, np.diag(moments.gram) / size)
+
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
+        n, size = D.shape
+        moments = Moments.unpack(compared, n)
+        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
+            return np.full(n, np.nan)
+        T = propagation(self._recurrence, slope, lo)
+        like = {"dtype": self.X.dtype, "device": device(self.X)}
+        at = (self.rows(lo, lo + n), slice(None))
+        dX = self._xp.matmul(self._xp.asarray(T, **like), self.M[at])
+        self.X, self._dX = increment(self.X, at, dX), assign(self._dX, at, dX)
+        dX *= self._xp.asarray(slope[:, None], **like)  # our own array by now: no further one is made
+        dX += self._xp.astype(D, self.X.dtype, copy=False)
+        self.M = assign(self.M, at, dX)
+        return moments.norms(T) / np.sqrt(size)
+
+    def last_move(self, i: int) -> Array:
+        return self._dX[i - self.base, :]
+
+    def _shift(self, rows: slice) -> None:
+        super()._shift(rows)
+        self._dX = assign(
+            self._dX,
+            (slice(0, rows.stop - rows.start), slice(None)),
+            self._xp.asarray(self._dX[rows, :], copy=True),
+        )
+
+
+class SweepCorrection(Correction):
+    """By the recurrence, node by node, a block of elements at a time: for NumPy arrays.
+
+    Its arithmetic does not grow with the window, each row is brought into the cache once, and sliding costs nothing:
+    the new rows are written where they come to lie. States are made by the recurrence itself, in the order of its
+    table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from a
+    sixteenth of the elements of a large one, and only there are moves kept.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        xp: Any,
+        recurrence: Recurrence,
+        noise: Callable[[int], Array],
+        width: int,
+        start: Array,
+        whole_moves: bool = False,
+    ) -> None:
+        super().__init__(xp, recurrence, noise, width, 3 * width // 8, start)
+        size, n = start.shape[0], len(recurrence)
+        self._whole = whole_moves or size <= _WHOLE
+        self._blocks = [slice(first, min(first + _BLOCK, size)) for first in range(0, size, _BLOCK)]
+        self._dX = np.zeros((min(width, n), *self._sampled(start).shape), dtype=start.dtype)
+        self._moved_from = self._moved_to = 0  # the nodes of its rows
+        self._moved, self._size = np.zeros(n), np.ones(n)
+        block = min(size, _BLOCK)
+        rows = min(width, max(2 * block, _CALL) // self._dX[0].size + 1)
+        self._work = np.empty(max(2 * block, rows * self._dX[0].size), dtype=start.dtype)
+        self._pair = self._work[:block], self._work[block : 2 * block]
+        self._together = rows  # of a comparison
+        self._measure(0, self.X[0])
+
+    def compare(self, D: Array, lo: int) -> Array:
+        n, known = D.shape[0], max(self._moved_to - lo, 0)
+        outputs, beliefs = self._sampled(D), self._sampled(self.M[self.rows(lo, lo + n)])
+        dX = self._dX[lo - self._moved_from :]
+        sums = np.zeros((2, n))
+        for first in range(0, n, self._together):
+            last = min(first + self._together, n)
+            r = np.reshape(self._work[: (last - first) * outputs[0].size], outputs[first:last].shape)
+            np.subtract(outputs[first:last], beliefs[first:last], out=r)
+            sums[1, first:last] = _inner(r, r)
+            last = min(last, known)
+            if last > first:
+                sums[0, first:last] = _inner(dX[first:last], r[: last - first])
+        return np.reshape(sums, (-1,)) / outputs[0].size
+
+    def tell(self, compared: Float64, lo: int) -> Told:
+        n = len(compared) // 2
+        cross, defect, nodes = compared[:n], compared[n:], slice(lo, lo + n)
+        return Told(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
+
+    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
+        n, size = D.shape
+        base = max(lo - self._recurrence.memory + 1, self.base)
+        noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
+        squares = np.zeros(n)
+        for columns in self._blocks:
+            squares += self._sweep(D, columns, noise, slope.tolist(), lo, base)
+        self.base, self._moved_from, self._moved_to = base, lo, lo + n
+        moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
+        self._moved[lo : lo + n] = moved / self._dX[0].size
+        move = np.sqrt(squares / size)
+        for j in np.flatnonzero(move > _CHANGED * np.sqrt(self._size[lo : lo + n])).tolist():
+            self._measure(lo + j, self.X[lo + j - base])
+        return move
+
+    def _sweep(
+        self, D: Array, columns: slice, noise: list[Array | None], slope: list[float], lo: int, base: int
+    ) -> Float64:
+        """One block of :meth:`move`: sums of squares of the moves, (n,).
+
+        Args:
+            D: (n, size).
+            columns: the block.
+            noise: (size,) of each step.
+            slope: n.
+            lo: the window's first node.
+            base: the node that the first row of the buffers is to belong to.
+        """
+        X, M, D = list(self.X[:, columns]), list(self.M[:, columns]), list(D[:, columns])
+        kept = self._dX[:, columns.start // _PERIOD : columns.stop // _PERIOD] if not self._whole else self._dX
+        moves = list(self._dX[:, 0, columns]) if self._whole else None
+        n, first, shift, memory = len(D), lo - base, base - self.base, self._recurrence.memory
+        new, work = (one[: len(D[0])] for one in self._pair)
+        for row in range(first + 1 if shift else 0):
+            X[row][...], M[row][...] = X[row + shift], M[row + shift]
+        M[first][...] = D[0]
+        kept[0].fill(0.0)
+        squares = [0.0] * n
+        for j in range(1, n):
+            at = first + j
+            back = range(at - 1, max(at - 1 - memory, -1), -1)
+            x, dx = X[at] if shift else new, moves[j] if moves else work
+            z = noise[j - 1]
+            z = None if z is None else z[columns]
+            combine(self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z), x, work)
+            np.subtract(x, X[at + shift], out=dx)
+            if not shift:
+                X[at][...] = new
+            np.multiply(dx, slope[j], out=M[at])
+            np.add(M[at], D[j], out=M[at])
+            squares[j] = np.dot(dx, dx)
+            if not self._whole:
+                kept[j] = self._sampled(dx)
+        if not math.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
+            squares[n - 1] = math.nan  # the last output has moved no state yet
+        return np.asarray(squares, dtype=np.float64)
+
+    def fill(self, first: int, hi: int, xs: list[Array], ms: list[Array], constant: list[tuple[float, Array]]) -> None:
+        """States and outputs of the nodes ``first .. hi - 1`` with the held quantity constant.
+
+        Args:
+            first, hi: the nodes.
+            xs, ms: states and outputs at ``first - 1, first - 2, ...``, each (size,).
+            constant: what the held quantity is made of.
+        """
+        recurrence, memory = self._recurrence, self._recurrence.memory
+        noise = [self._noise(i - 1) if recurrence.c[i - 1] != 0 else None for i in range(first, hi)]
+        self._size[first:hi] = 0.0
+        for columns in self._blocks:
+            held, work = (one[: columns.stop - columns.start] for one in self._pair)
+            combine([(c, row[columns]) for c, row in constant], held, work)
+            X, M = self.X[self.rows(first, hi), columns], self.M[self.rows(first, hi), columns]
+            past = [row[columns] for row in xs], [row[columns] for row in ms]
+            for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
+                combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
+                combine(recurrence.believed(i, held, x), m, work)
+                self._size[i] += np.dot(x, x) / len(xs[0])
+                past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
+
+    def write(self, buffer: str, i: int, row: Array) -> None:
+        super().write(buffer, i, row)
+        if buffer == "X" and i > 0:
+            self._measure(i, row)
+
+    def last_move(self, i: int) -> Array:
+        return np.reshape(self._dX[i - self._moved_from], (-1,))
+
+    def _measure(self, i: int, row: Array) -> None:
+        self._size[i] = np.dot(row, row) / row.size
+
+    def _sampled(self, rows: Array) -> Array:
+        """A view (..., stripes, length) of the elements that stand for all of (..., size): equally spaced stripes."""
+        if self._whole:
+            return rows[..., None, :]
+        count = rows.shape[-1] // _PERIOD
+        stripes = np.reshape(rows[..., : count * _PERIOD], (*rows.shape[:-1], count, _PERIOD))
+        return stripes[..., :_STRIPE]
+
+
+def _inner(a: Array, b: Array) -> Float64:
+    """Inner products of rows (n, stripes, length), (n,)."""
+    return np.asarray(np.sum(np.vecdot(a, b), axis=1, dtype=np.float64))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, assign
+from parasolver_core.arrays import Array, assign, own_copy
 from parasolver_core.recurrence import predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
@@ -71,31 +71,33 @@ class BatchedCall:
         self._denoiser, self._buckets, self._device = denoiser, sorted(buckets), device
         self.max_rows, self.calls, self.memory_ran_out = max_rows, 0, False
 
-    def __call__(self, x: Array, t: Array, describe: Callable[[slice], str] | None = None) -> Array:
+    def __call__(self, x: Array | list[Array], t: Array, describe: Callable[[slice], str] | None = None) -> Array:
         """Predictions for rows ``x``, which stay as they are: the network may work in place and gets a copy.
 
         Good until the next call only.
 
         Args:
-            x: ``(rows, *event)``.
+            x: ``(rows, *event)``, or a list of such arrays, whose rows are put together in the network's copy only.
             t: (rows,), on the network's device.
             describe: what to note on an exception of the network, given the rows.
         """
-        rows, done = x.shape[0], 0
+        parts = x if isinstance(x, list) else [x]
+        rows, done = t.shape[0], 0
         whole: Array = None
         while done < rows:
             size = self._size(rows - done)
             part = slice(done, min(done + size, rows))
-            prediction = self._attempt(x, t, part, size, describe)
+            prediction = self._attempt(parts, t, part, size, describe)
             if prediction is None:
                 continue  # with a smaller size
             if size == rows:
-                return self._back(prediction, x)
+                return self._back(prediction, parts[0])
             if whole is None:
-                xp = array_api_compat.array_namespace(x)
-                whole = xp.zeros_like(x)
+                xp: Any = array_api_compat.array_namespace(parts[0])
+                like = {"dtype": parts[0].dtype, "device": array_api_compat.device(parts[0])}
+                whole = xp.zeros((rows, *parts[0].shape[1:]), **like)
             # copied at once: the network may use its output's memory again
-            whole = assign(whole, (part, ...), self._back(prediction, x)[: part.stop - part.start, ...])
+            whole = assign(whole, (part, ...), self._back(prediction, whole)[: part.stop - part.start, ...])
             done = part.stop
         return whole
 
@@ -108,10 +110,10 @@ class BatchedCall:
         return next((size for size in fitting if size >= rows), fitting[-1])
 
     def _attempt(
-        self, x: Array, t: Array, part: slice, size: int, describe: Callable[[slice], str] | None
+        self, parts: list[Array], t: Array, part: slice, size: int, describe: Callable[[slice], str] | None
     ) -> Array | None:
         """One call of the network; None if it ran out of memory, which the next one should not."""
-        given, times = self._padded(x, t, part, size)
+        given, times = self._padded(parts, t, part, size)
         self.calls += 1
         try:
             prediction = self._denoiser(given, times)
@@ -132,16 +134,16 @@ class BatchedCall:
         self.max_rows, self.memory_ran_out = size // 2, True
         return None
 
-    def _padded(self, x: Array, t: Array, part: slice, size: int) -> tuple[Array, Array]:
+    def _padded(self, parts: list[Array], t: Array, part: slice, size: int) -> tuple[Array, Array]:
         """The network's own copy of some rows, on its device, and their times; the last row again where too few."""
-        xp: Any = array_api_compat.array_namespace(x)
-        rows, times, missing = x[part, ...], t[part], size - (part.stop - part.start)
+        xp: Any = array_api_compat.array_namespace(t)
+        pieces, times, missing = _cut(parts, part), t[part], size - (part.stop - part.start)
         if missing:
-            rows = xp.concat([rows, *[rows[-1:, ...]] * missing])
+            pieces += [pieces[-1][-1:, ...]] * missing
             times = xp.concat([times, *[times[-1:]] * missing])
-        elif self._device is None or self._device == array_api_compat.device(x):
-            return xp.asarray(rows, copy=True), times
-        return (rows if self._device is None else array_api_compat.to_device(rows, self._device)), times
+        elsewhere = self._device is not None and self._device != array_api_compat.device(parts[0])
+        rows = xp.concat(pieces) if len(pieces) > 1 else pieces[0] if elsewhere else own_copy(xp, pieces[0])
+        return (array_api_compat.to_device(rows, self._device) if elsewhere else rows), times
 
     def _back(self, prediction: Array, x: Array) -> Array:
         return (
@@ -209,22 +211,28 @@ class Evaluator:
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.begin(plan())
 
-    def __call__(self, x: Array, nodes: np.ndarray) -> Array:
+    def __call__(self, x: Array | list[Array], nodes: np.ndarray) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), indices into the timesteps.
 
-        ``x`` stays as it is. The result is good until the next call only.
+        ``x``, one array or several, stays as it is. The result is good until the next call only.
         """
-        xp = self._xp
-        if self._scale is not None:
-            scale = xp.asarray(self._scale[nodes], dtype=x.dtype, device=array_api_compat.device(x))
-            x = x * xp.reshape(scale, (-1,) + (1,) * len(self._event))
-        x = xp.astype(x, self._dtype, copy=False)
+        xp, parts, first = self._xp, [], 0
+        for rows in x if isinstance(x, list) else [x]:
+            own = nodes[first : first + rows.shape[0]]
+            parts.append(xp.astype(self._scaled(rows, own), self._dtype, copy=False))
+            first += len(own)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
         try:
-            return self._call(x, t, lambda part: self._describe(nodes[part]))
+            return self._call(parts, t, lambda part: self._describe(nodes[part]))
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _scaled(self, rows: Array, nodes: np.ndarray) -> Array:
+        if self._scale is None:
+            return rows
+        scale = self._xp.asarray(self._scale[nodes], dtype=rows.dtype, device=array_api_compat.device(rows))
+        return rows * self._xp.reshape(scale, (-1,) + (1,) * len(self._event))
 
     def _describe(self, nodes: np.ndarray) -> str:
         first, last = nodes.min(), nodes.max()
@@ -234,19 +242,32 @@ class Evaluator:
         )
 
 
+def _cut(parts: list[Array], rows: slice) -> list[Array]:
+    """Rows of several arrays, counted over all of them: views."""
+    pieces, first = [], 0
+    for part in parts:
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, part.shape[0])
+        if start < stop:
+            pieces.append(part[start:stop, ...])
+        first += part.shape[0]
+    return pieces
+
+
 def check_prediction(prediction: Array, x: Array) -> None:
     """Refuse a prediction that is not like the rows ``x`` it was made for."""
     device = array_api_compat.device(x)
+    same_type = type(prediction) is type(x)
+    got = (tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)) if same_type else None
+    if got == (tuple(x.shape), x.dtype, device):
+        return
     expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {device}"
-    if type(prediction) is not type(x):
+    if got is None:
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
-    got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)
-    if got != (tuple(x.shape), x.dtype, device):
-        raise ValueError(
-            f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
-            "one prediction a row, in the dtype and on the device of x"
-        )
+    raise ValueError(
+        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
+        "one prediction a row, in the dtype and on the device of x"
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -146,16 +147,54 @@ class Recurrence:
         The only place where a state is computed from a node's final values, so that sequential and parallel
         sampling agree to the last bit. Terms are added in the order of the table.
         """
-        total = x[0] * float(self.a[i, 0])
-        for k in range(1, self.a.shape[1]):
-            if self.a[i, k] != 0:
-                total = total + x[k] * float(self.a[i, k])
-        for k in range(self.b.shape[1]):
-            if self.b[i, k] != 0:
-                total = total + m[k] * float(self.b[i, k])
-        if z is not None and self.c[i] != 0:
-            total = total + z * float(self.c[i])
+        return combine(self.terms(i, x, m, z))
+
+    def terms(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> list[tuple[float, Any]]:
+        """What :meth:`advance` adds up: coefficients and arrays."""
+        states, outputs, c = self._terms[i]
+        terms = [(a, x[k]) for a, k in states]
+        terms += [(b, m[k]) for b, k in outputs]
+        if z is not None and c != 0:
+            terms.append((c, z))
+        return terms
+
+    def believed(self, i: int, held: Any, x: Any) -> list[tuple[float, Any]]:
+        """Terms of the output at node i for the state x that makes the held quantity what it is there."""
+        p, q = self.held[i].tolist()
+        return [(1 / q, held), (-p / q, x)]
+
+    @cached_property
+    def _terms(self) -> list[tuple[list[tuple[float, int]], list[tuple[float, int]], float]]:
+        """Of each step: the coefficients of a and of b that are not 0, with their k; the first of a always; and c."""
+        return [
+            (
+                [(value, k) for k, value in enumerate(a) if value != 0 or k == 0],
+                [(value, k) for k, value in enumerate(b) if value != 0],
+                c,
+            )
+            for a, b, c in zip(self.a.tolist(), self.b.tolist(), self.c.tolist(), strict=True)
+        ]
+
+
+def combine(terms: Sequence[tuple[float, Any]], out: Any = None, work: Any = None) -> Any:
+    """The sum of ``coefficient * array``, added in this order; in new memory, or in NumPy arrays at hand.
+
+    Args:
+        terms: coefficients and arrays.
+        out: where to put the sum; may be none of the arrays but the first.
+        work: an array like it, overwritten.
+    """
+    (coefficient, array), *others = terms
+    if out is None:
+        total = array * coefficient
+        for coefficient, array in others:
+            total = total + array * coefficient
         return total
+    np.multiply(array, coefficient, out=out)
+    for coefficient, array in others:
+        np.multiply(array, coefficient, out=work)
+        np.add(out, work, out=out)
+    return out
 
 
 def from_sample_form(

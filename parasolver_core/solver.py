@@ -303,8 +303,8 @@ class ParallelIntegralSolver(Solver):
         if repeat:
             inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
             nodes.append(np.zeros(1, dtype=np.int64))
-        x = inputs[0] if len(inputs) == 1 else xp.concat(inputs, axis=0)
-        D = xp.reshape(state.evaluator(xp.reshape(x, (x.shape[0], *event)), np.concatenate(nodes)), x.shape)
+        rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
+        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes)), (sum(map(len, nodes)), inputs[0].shape[1]))
         repeated = []
         if repeat:
             first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))

@@ -157,7 +157,6 @@ class ParallelState(SolverState):
             warmup_steps=warmup_steps,
             tolerance=tolerance,
             keep=self.save == "trajectory",
-            on_cpu=str(array_api_compat.device(self.x_T)).lower().startswith("cpu"),
         )
         self._start = None if start is None else self._check_guess(start)
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
