@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -22,38 +21,17 @@ from tests.adapters.tiny_pipelines import (
     cogvideox,
     ddim,
     ddim_pipeline,
+    distance,
     generator,
     stable_diffusion,
     text,
+    watch,
 )
 
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """diffusers tells of every dtype and every option through its logger."""
-    level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
-    yield
-    diffusers.logging.set_verbosity(level)
-
-
-def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def watch(network: Any, what: Any) -> list[Any]:
-    """``what`` of the arguments of each true call of a network."""
-    own, seen = network.forward, []
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        seen.append(what(*args, **kwargs))
-        return own(*args, **kwargs)
-
-    network.forward = forward
-    return seen
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 
 def sample(pipe: Any, **changes: Any) -> torch.Tensor:

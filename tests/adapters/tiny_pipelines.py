@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -577,3 +578,20 @@ def _sdxl_text() -> dict[str, Any]:
 def _flux_text(negative: bool) -> dict[str, Any]:
     given = _pooled()
     return given if negative else {name: value for name, value in given.items() if "negative" not in name}
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def watch(network: Any, what: Any) -> list[Any]:
+    """``what`` of the arguments of each true call of a network."""
+    own, seen = network.forward, []
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(what(*args, **kwargs))
+        return own(*args, **kwargs)
+
+    network.forward = forward
+    return seen
