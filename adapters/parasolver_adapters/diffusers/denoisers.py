@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -131,7 +130,11 @@ class UNetDenoiser:
             return predictions[0]
         other, positive = (one.flatten(0, 1) for one in predictions)
         guided = other + self.guidance_scale * (positive - other)
-        return rescale_noise_cfg(guided, positive, self.guidance_rescale) if self.guidance_rescale else guided
+        if not self.guidance_rescale:
+            return guided
+        from diffusers.guiders.guider_utils import rescale_noise_cfg  # takes seconds to import
+
+        return rescale_noise_cfg(guided, positive, self.guidance_rescale)
 
 
 class TransformerDenoiser(UNetDenoiser):

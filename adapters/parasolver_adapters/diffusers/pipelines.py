@@ -122,22 +122,21 @@ def parallel_sampling(
     for name in ("scheduler", "components"):
         if not hasattr(pipe, name):
             raise TypeError(f"pipe: expected a diffusers pipeline with {name}, got {type(pipe).__name__}")
-    if fallback not in ("error", "sequential"):
-        raise ValueError(f'fallback: expected "error" or "sequential", got {fallback!r}')
-    if preview is not None and not callable(preview):
-        raise TypeError(f"preview: expected a function preview(round, latents), got {type(preview).__name__}")
-    check_count("max_rows", max_rows, optional=True)
-    sequential = isinstance(method, str) and method == "sequential"
-    solver = ParallelIntegralSolver(
-        _ByNode(None),  # each call of the pipeline brings its own table
+    if _is_a(pipe, "ModularPipeline"):
+        raise TypeError(
+            f"pipe: {type(pipe).__name__} is a modular pipeline; put its denoise block into a "
+            "parasolver_adapters.diffusers.modular.ParallelDenoiseStep instead"
+        )
+    choices = Choices.checked(
         window,
         tolerance=tolerance,
-        method="secant" if sequential else method,
+        method=method,
         max_rounds=max_rounds,
+        max_rows=max_rows,
         warmup_steps=warmup_steps,
-        check=False,  # batches are compared with the pipeline's own call instead
+        preview=preview,
+        fallback=fallback,
     )
-    choices = _Choices(solver, max_rows, preview, fallback, sequential or window == 1)
     run, own = ParallelRun(), type(pipe)
     pipe.__class__ = _parallel_class(own, choices, run)
     try:
@@ -147,25 +146,56 @@ def parallel_sampling(
 
 
 @dataclass(frozen=True)
-class _Choices:
+class Choices:
+    """What :func:`parallel_sampling` was asked for, checked; its arguments are explained there."""
+
     solver: ParallelIntegralSolver
     max_rows: int | None
     preview: Preview | None
     fallback: str
     sequential: bool
 
+    @classmethod
+    def checked(
+        cls,
+        window: int = 5,
+        *,
+        method: str | Method = "secant",
+        max_rows: int | None = None,
+        preview: Preview | None = None,
+        fallback: str = "error",
+        **options: Any,
+    ) -> Choices:
+        """Raise a ValueError or TypeError for what cannot be; ``options`` are the solver's."""
+        if fallback not in ("error", "sequential"):
+            raise ValueError(f'fallback: expected "error" or "sequential", got {fallback!r}')
+        if preview is not None and not callable(preview):
+            raise TypeError(f"preview: expected a function preview(round, latents), got {type(preview).__name__}")
+        check_count("max_rows", max_rows, optional=True)
+        sequential = isinstance(method, str) and method == "sequential"
+        solver = ParallelIntegralSolver(
+            _ByNode(None),  # each call of the pipeline brings its own table
+            window,
+            method="secant" if sequential else method,
+            check=False,  # batches are compared with the pipeline's own call instead
+            **options,
+        )
+        return cls(solver, max_rows, preview, fallback, sequential or window == 1)
 
-def _parallel_class(own: type, choices: _Choices, run: ParallelRun) -> type:
+
+def _parallel_class(own: type, choices: Choices, run: ParallelRun) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
-    active: list[_Session] = []
+    active: list[Session] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if active:  # a pipeline that calls itself
             return own.__call__(self, *args, **kwargs)
-        session = _Session(self, functools.partial(own.__call__, self), choices, run)
+        session = Session(self, functools.partial(own.__call__, self), choices, run, [self])
+        given = _named(inspect.signature(own.__call__).bind(self, *args, **kwargs))
+        del given["self"]
         active.append(session)
         try:
-            return session.sample(inspect.signature(own.__call__).bind(self, *args, **kwargs))
+            return session.sample(given)
         finally:
             active.clear()
 
@@ -180,6 +210,11 @@ def _parallel_class(own: type, choices: _Choices, run: ParallelRun) -> type:
     return _subclass(own, members)
 
 
+def _is_a(value: Any, name: str) -> bool:
+    """Whether a class of diffusers is among the value's; importing those would take seconds that few need."""
+    return any(one.__name__ == name and one.__module__.startswith("diffusers.") for one in type(value).__mro__)
+
+
 def _subclass(own: type, members: dict[str, Any]) -> type:
     """A subclass that passes for the class itself."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
@@ -190,18 +225,26 @@ class _CaptureDone(BaseException):
     """Leaves the first pass after its loop; not an error, and not to be caught by the pipeline."""
 
 
-class _Session:
-    """One call of the pipeline."""
+class Session:
+    """One call of a pipeline, or of a block of a modular one.
 
-    def __init__(self, pipe: Any, call: Callable[..., Any], choices: _Choices, run: ParallelRun) -> None:
-        self.pipe, self.call, self.choices, self.run = pipe, call, choices, run
+    Args:
+        pipe: has the ``scheduler`` and the ``components``.
+        call: runs the loop, once for each pass, with what :meth:`sample` is given.
+        choices, run: what was asked for, and what is reported.
+        bars: whose progress bars the first pass must not show.
+    """
+
+    def __init__(
+        self, pipe: Any, call: Callable[..., Any], choices: Choices, run: ParallelRun, bars: list[Any]
+    ) -> None:
+        self.pipe, self.call, self.choices, self.run, self.bars = pipe, call, choices, run, bars
         self._remembered: list[Any] = []
         self._replayed: Iterator[Any] | None = None
 
-    def sample(self, bound: inspect.BoundArguments) -> Any:
+    def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run, kwargs = self.run, _named(bound)
-        del kwargs["self"]
+        run = self.run
         run.stats, run.status, run.reason = Stats(), None, None
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
@@ -224,7 +267,7 @@ class _Session:
         return self._sequential(kwargs)
 
     def _parallel(self, kwargs: dict[str, Any], streams: _Streams) -> Any:
-        self._refuse_caches()
+        self._refuse()
         capture = self._capture(kwargs)
         streams.restore()
         self._replayed = iter(self._remembered)
@@ -248,19 +291,13 @@ class _Session:
     def _capture(self, kwargs: dict[str, Any]) -> _Capture:
         capture = _Capture(self.pipe)
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
-        shown = vars(self.pipe).get("_progress_bar_config", _UNSET)
-        self.pipe.set_progress_bar_config(**{**(shown if isinstance(shown, dict) else {}), "disable": True})
         try:
-            with _listening(self.pipe, capture):
+            with _listening(self.pipe, capture), _without_bars(self.bars):
                 self.call(**kwargs | silent)
         except _CaptureDone:
             pass
         finally:
             capture.recorder.close()
-            if shown is _UNSET:
-                del self.pipe._progress_bar_config
-            else:
-                self.pipe._progress_bar_config = shown
         capture.finish()
         return capture
 
@@ -271,13 +308,36 @@ class _Session:
         self.run.status = Status.CONVERGED
         return result
 
-    def _refuse_caches(self) -> None:
+    def _refuse(self) -> None:
+        """What cannot be seen from the calls of a network."""
         for name, module in _networks(self.pipe).items():
             if getattr(module, "is_cache_enabled", False):
                 raise PipelineNotParallelError(
                     f"{name} has a step cache enabled, whose state depends on the order of the steps; call "
                     f"pipe.{name}.disable_cache() first"
                 )
+        guider: Any = getattr(self.pipe, "guider", None)
+        if _is_a(guider, "BaseGuidance") and type(guider).prepare_models.__qualname__ != "BaseGuidance.prepare_models":
+            raise PipelineNotParallelError(
+                f"the guider {type(guider).__name__} changes the network between two calls of one step, so they cannot "
+                "be made later; take ClassifierFreeGuidance"
+            )
+
+
+@contextmanager
+def _without_bars(owners: list[Any]) -> Iterator[None]:
+    """While active: the progress bars of these pipelines or blocks are not shown."""
+    shown = [vars(owner).get("_progress_bar_config", _UNSET) for owner in owners]
+    for owner, config in zip(owners, shown, strict=True):
+        owner.set_progress_bar_config(**{**(config if isinstance(config, dict) else {}), "disable": True})
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, shown, strict=True):
+            if config is _UNSET:
+                del owner._progress_bar_config
+            else:
+                owner._progress_bar_config = config
 
 
 _UNSET = object()
@@ -398,7 +458,7 @@ class _Capture(_Listener):
 class _Replay(_Listener):
     """The second pass: each step waits until the solver has its result."""
 
-    def __init__(self, session: _Session, capture: _Capture) -> None:
+    def __init__(self, session: Session, capture: _Capture) -> None:
         self._pipe, self._run, self._choices = session.pipe, session.run, session.choices
         self._capture, self._rule = capture, capture.rule
         self._batch = capture.start.shape[0]
