@@ -102,7 +102,8 @@ def parallel_sampling(
     Other arguments:
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
-        preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents.
+        preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents; after
+            each step, with its result, where the pipeline is left to itself.
         fallback: what to do with a call that cannot be sampled in parallel. "error": raise. "sequential": warn, and
             leave the pipeline to itself; ``run.reason`` says why.
 
@@ -302,7 +303,7 @@ class Session:
         return capture
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
-        counter = _Counter(self.run.stats)
+        counter = _Counter(self.run.stats, self.choices.preview)
         with _listening(self.pipe, counter):
             result = self.call(**kwargs)
         self.run.status = Status.CONVERGED
@@ -356,14 +357,17 @@ class _Listener:
 class _Counter(_Listener):
     """Counts a sequential run."""
 
-    def __init__(self, stats: Stats) -> None:
-        self._stats = stats
+    def __init__(self, stats: Stats, preview: Preview | None) -> None:
+        self._stats, self._preview = stats, preview
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
         self._stats.rounds += 1
         self._stats.calls += 1
         self._stats.evaluations += given.arguments["sample"].shape[0]
-        return super().step(scheduler, step, given)
+        output = super().step(scheduler, step, given)
+        if self._preview is not None:
+            self._preview(self._stats.rounds, tree_leaves(output)[0])
+        return output
 
 
 class _Capture(_Listener):
@@ -488,7 +492,10 @@ class _Replay(_Listener):
             stats = self._state.stats
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
             self._publish()
-            return step(*given.args, **given.kwargs)
+            output = step(*given.args, **given.kwargs)
+            if self._choices.preview is not None:
+                self._choices.preview(stats.rounds, tree_leaves(output)[0])
+            return output
         if i == 0 and not torch.equal(given.arguments["sample"].to(self._capture.start.dtype), self._capture.start):
             raise PipelineNotParallelError(
                 "two calls of the pipeline start from different latents; pass generator=..., and no function that "

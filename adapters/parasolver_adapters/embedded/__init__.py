@@ -73,12 +73,14 @@ class NoiseUNet2DModel(UNet2DModel):
         Args:
             sample: Noisy pictures ``x_t`` (rows, 1, 28, 28); clean pictures lie in [-1, 1].
             timestep: Integers in 0 .. 999, one for all rows or (rows,).
-            class_labels: Integers (rows,) in 0 .. 9, or 10 for "no class".
+            class_labels: Integers (rows,) in 0 .. 9, or 10 for "no class"; None, as in pipelines: no class.
             return_dict: Whether to return an object with field ``sample`` instead of a tuple.
 
         Returns:
             ``eps``, same shape and dtype as ``sample``.
         """
+        if class_labels is None:
+            class_labels = torch.full((len(sample),), NO_CLASS, device=sample.device)
         v = super().forward(sample, timestep, class_labels, return_dict=False)[0]
         t = torch.as_tensor(timestep, dtype=torch.int64, device=sample.device).view(-1, 1, 1, 1)
         a = _ALPHAS_CUMPROD.to(sample.device)[t]
