@@ -439,7 +439,7 @@ def load(name: str, device: str, dtype: torch.dtype, prompts: tuple[str, ...], s
         scheduler = diffusers.DDPMScheduler(clip_sample=False)
         pipe: Any = diffusers.DDPMPipeline(load_embedded_model(dtype, device), scheduler)
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     given = {} if size is None else {"height": size, "width": size}
     return Model(pipe, prompts if hasattr(pipe, "tokenizer") else (), seed, given)
