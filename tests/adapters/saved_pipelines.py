@@ -1,4 +1,4 @@
-"""Tiny stand-ins on disk for models that are too large to download: the same classes, the same form of configuration."""
+"""Tiny stand-ins on disk for models that are too large to download: the same classes and form of configuration."""
 
 from __future__ import annotations
 
