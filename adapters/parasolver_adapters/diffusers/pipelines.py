@@ -192,7 +192,7 @@ def _parallel_class(own: type, choices: Choices, run: ParallelRun) -> type:
         if active:  # a pipeline that calls itself
             return own.__call__(self, *args, **kwargs)
         session = Session(self, functools.partial(own.__call__, self), choices, run, [self])
-        given = _named(inspect.signature(own.__call__).bind(self, *args, **kwargs))
+        given = _named(inspect.signature(own.__call__), (self, *args), kwargs)
         del given["self"]
         active.append(session)
         try:
@@ -350,8 +350,8 @@ class _Listener:
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
-        return step(*given.args, **given.kwargs)
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        return step(**given)
 
 
 class _Counter(_Listener):
@@ -360,10 +360,10 @@ class _Counter(_Listener):
     def __init__(self, stats: Stats, preview: Preview | None) -> None:
         self._stats, self._preview = stats, preview
 
-    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         self._stats.rounds += 1
         self._stats.calls += 1
-        self._stats.evaluations += given.arguments["sample"].shape[0]
+        self._stats.evaluations += given["sample"].shape[0]
         output = super().step(scheduler, step, given)
         if self._preview is not None:
             self._preview(self._stats.rounds, tree_leaves(output)[0])
@@ -387,12 +387,15 @@ class _Capture(_Listener):
         self.forwards[id(module)] = forward
         return self.recorder.call(module, forward, args, kwargs)
 
-    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
-        x, m = given.arguments["sample"], given.arguments["model_output"]
-        options = _options(given, scheduler)
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        x, m = given["sample"], given["model_output"]
+        if self.start is None:
+            known = inspect.signature(type(scheduler).step).parameters
+            self._defaults = {name: one.default for name, one in known.items()}
+        options = _options(given, scheduler, self._defaults)
         if self.start is None:
             self.start, self.first = x.detach().clone(), m.detach().clone()
-            self.options, self.generator = options, _named(given).get("generator")
+            self.options, self.generator = options, given.get("generator")
             self._keep_scheduler(scheduler, given)
             self.streams = _Streams({"generator": self.generator})
         else:
@@ -407,9 +410,9 @@ class _Capture(_Listener):
                     f"the state changes its shape on the way, from {tuple(self.start.shape)} to {tuple(x.shape)}"
                 )
             self.programs.append(self.recorder.finish(x, m))
-        self.timesteps.append(given.arguments["timestep"])
-        given.arguments["model_output"] = self.first  # finite, unlike what zeros may have been turned into
-        output = step(*given.args, **given.kwargs)
+        self.timesteps.append(given["timestep"])
+        given["model_output"] = self.first  # finite, unlike what zeros may have been turned into
+        output = step(**given)
         if len(self.timesteps) == self.expected:
             raise _CaptureDone
         state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
@@ -425,7 +428,7 @@ class _Capture(_Listener):
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
         self.rule = _rule(self.scheduler, self.begin, self.options)
 
-    @property
+    @functools.cached_property
     def unchanged(self) -> bool:
         """Whether the loop gives the scheduler the very states that it returned."""
         return all(program.x == 0 for program in self.programs)
@@ -440,7 +443,7 @@ class _Capture(_Listener):
         now.restore()
         return noise[: len(self.timesteps)].unsqueeze(1)
 
-    def _keep_scheduler(self, scheduler: Any, given: inspect.BoundArguments) -> None:
+    def _keep_scheduler(self, scheduler: Any, given: dict[str, Any]) -> None:
         """A copy as it was at the start of the loop, and where in its timesteps that was."""
         self.driven = scheduler
         self.scheduler = own = copy.deepcopy(scheduler)
@@ -450,7 +453,7 @@ class _Capture(_Listener):
             raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
         begin = getattr(own, "_begin_index", None)
         if begin is None:
-            at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given.arguments["timestep"]).flatten()[0].cpu())
+            at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given["timestep"]).flatten()[0].cpu())
             begin = int(at[0, 0]) if len(at) else 0
         self.begin: int = begin
         self.expected = len(timesteps) - self.begin - (type(own).__name__ in ENDS_WITH_ZERO)
@@ -467,7 +470,7 @@ class _Replay(_Listener):
         self._capture, self._rule = capture, capture.rule
         self._batch = capture.start.shape[0]
         self._networks = Networks(capture.forwards, capture.recorder.references)
-        self._denoiser = RecordedDenoiser(capture.programs, capture.first, self._networks, self._correct)
+        self._denoiser = RecordedDenoiser(capture.programs, capture.first, self._networks, functools.partial(_correct, self._rule))
         max_rows, n = self._choices.max_rows, len(capture.timesteps)
         self._solver = replace(
             self._choices.solver,
@@ -486,17 +489,17 @@ class _Replay(_Listener):
             return forward(*args, **kwargs)
         return self._blank(module, forward, args, kwargs)
 
-    def step(self, scheduler: Any, step: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         i, self._step = self._step, self._step + 1
         if self._plain:
             stats = self._state.stats
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
             self._publish()
-            output = step(*given.args, **given.kwargs)
+            output = step(**given)
             if self._choices.preview is not None:
                 self._choices.preview(stats.rounds, tree_leaves(output)[0])
             return output
-        if i == 0 and not torch.equal(given.arguments["sample"].to(self._capture.start.dtype), self._capture.start):
+        if i == 0 and not torch.equal(given["sample"].to(self._capture.start.dtype), self._capture.start):
             raise PipelineNotParallelError(
                 "two calls of the pipeline start from different latents; pass generator=..., and no function that "
                 "draws random numbers of its own"
@@ -505,8 +508,8 @@ class _Replay(_Listener):
         if i == 0 and not self._solver.done(self._state):
             self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
         known = i in self._denoiser.outputs
-        given.arguments["model_output"] = self._denoiser.outputs.pop(i, given.arguments["model_output"])
-        output = step(*given.args, **given.kwargs)
+        given["model_output"] = self._denoiser.outputs.pop(i, given["model_output"])
+        output = step(**given)
         if known and self._capture.unchanged:
             self._check(scheduler, i, tree_leaves(output)[0], target)
         return _with_state(output, target)
@@ -577,17 +580,6 @@ class _Replay(_Listener):
         if self._choices.preview is not None:
             self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
 
-    def _correct(self, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
-        """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
-        if self._rule.clip is not None:
-            m = self._rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
-        if x is None:
-            return m
-        table = self._rule.table
-        one_step = table.memory == 1 and table.b[node, 0] != 0
-        weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
-        return m + (x.to(m.dtype) - state) * float(weight)
-
     def _give_up(self, reason: str) -> None:
         self._plain, self._run.reason = True, reason
         warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
@@ -597,6 +589,20 @@ class _Replay(_Listener):
         for record in stats.history[len(self._history) :]:
             self._history.append(replace(record, evaluations=record.evaluations * batch))
         self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
+
+
+def _correct(
+    rule: SchedulerRule, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor
+) -> torch.Tensor:
+    """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
+    if rule.clip is not None:
+        m = rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
+    if x is None:
+        return m
+    table = rule.table
+    one_step = table.memory == 1 and table.b[node, 0] != 0
+    weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
+    return m + (x.to(m.dtype) - state) * float(weight)
 
 
 class _Streams:
@@ -625,10 +631,13 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
     """
     scheduler, networks = pipe.scheduler, _networks(pipe)
     own, signature = type(scheduler), inspect.signature(type(scheduler).step)
+    active = [listener]  # emptied at the end, as a class lives on until garbage is collected, with all that it refers to
 
     @functools.wraps(own.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return listener.step(self, own.step, signature.bind(self, *args, **kwargs))
+        if not active:  # a copy that outlives the block
+            return own.step(self, *args, **kwargs)
+        return active[0].step(self, own.step, _named(signature, (self, *args), kwargs))
 
     before = [(module, vars(module).get("forward")) for module in networks.values()]
     try:
@@ -637,6 +646,7 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
         scheduler.__class__ = _subclass(own, {"step": step})
         yield
     finally:
+        active.clear()
         scheduler.__class__ = own
         for module, forward in before:
             del module.forward
@@ -658,22 +668,20 @@ def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in networks.items() if "vae" not in name}
 
 
-def _options(given: inspect.BoundArguments, scheduler: Any) -> dict[str, Any]:
+def _options(given: dict[str, Any], scheduler: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``step`` that are choices, without those left at their default."""
     name = type(scheduler).__name__
     others = GIVEN_BY_THE_LOOP | SPECIAL_ARGUMENTS.get(name, set()) | _ONCE_A_STEP | {"self"}
-    defaults = {key: one.default for key, one in given.signature.parameters.items()}
-    named = {key: value for key, value in _named(given).items() if key not in others}
+    named = {key: value for key, value in given.items() if key not in others}
     return {key: value for key, value in named.items() if key not in defaults or value is not defaults[key]}
 
 
-def _named(given: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by their names, those of ``**kwargs`` among them."""
-    named = dict(given.arguments)
-    for name, parameter in given.signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return named
+def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by their names."""
+    names = list(signature.parameters)[: len(args)]
+    if len(names) < len(args) or not kwargs.keys().isdisjoint(names):
+        signature.bind(*args, **kwargs)  # raises what the call itself would
+    return dict(zip(names, args, strict=True)) | kwargs
 
 
 def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
