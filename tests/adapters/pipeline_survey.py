@@ -37,6 +37,7 @@ class Odd(diffusers.DDIMPipeline):
         self.scheduler.set_timesteps(steps)
         x, kept = torch.randn(1, 3, 8, 8, generator=generator, dtype=DTYPE), torch.zeros(1, 3, 8, 8, dtype=DTYPE)
         scheduler = copy.deepcopy(self.scheduler) if kind in ("copied scheduler", "schedulers") else self.scheduler
+        self.kept = scheduler
         for i, t in enumerate(scheduler.timesteps):
             if kind == "shape" and i == 3:
                 x = x[..., :-2]

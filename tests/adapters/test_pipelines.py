@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from typing import Any
 
@@ -428,3 +429,36 @@ def test_conditioning_is_repeated_once() -> None:
         sample(pipe, num_inference_steps=40)
     assert run.stats.rounds > 20
     assert len(set(places)) <= 3  # the pipeline's own, and the first rounds' until the window is full
+
+
+def test_nothing_of_a_run_outlives_it() -> None:
+    """Not until garbage is collected either, as it may hold much of a GPU's memory."""
+    pipe, given = stable_diffusion(), text()
+
+    def tensors() -> int:
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    def call() -> None:
+        with parallel_sampling(pipe):
+            sample(pipe, **given)
+
+    call()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        call()
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_copy_of_the_scheduler_may_outlive_the_block() -> None:
+    tiny = ddim_pipeline()
+    pipe = Odd(tiny.unet, tiny.scheduler)
+    with parallel_sampling(pipe):
+        pipe("copied scheduler", generator=generator())
+    copied = pipe.kept
+    x = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    t = pipe.scheduler.timesteps[0]
+    assert torch.equal(copied.step(x, t, x).prev_sample, pipe.scheduler.step(x, t, x).prev_sample)

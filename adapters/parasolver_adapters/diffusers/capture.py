@@ -320,12 +320,16 @@ class Recorder(TorchDispatchMode):
         return mutates
 
 
+_NESTED = (Ref, tuple, list, dict)
+
+
 def _resolve(value: Any, values: Sequence[Any]) -> Any:
-    if type(value) is Ref:
+    kind = type(value)
+    if kind is Ref:
         return values[value.index]
-    if type(value) is tuple or type(value) is list:
-        return type(value)([_resolve(one, values) for one in value])
-    if type(value) is dict:
+    if kind is tuple or kind is list:
+        return kind([_resolve(one, values) if type(one) in _NESTED else one for one in value])
+    if kind is dict:
         return {key: _resolve(one, values) for key, one in value.items()}
     return value
 

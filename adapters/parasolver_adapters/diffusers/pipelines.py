@@ -470,7 +470,9 @@ class _Replay(_Listener):
         self._capture, self._rule = capture, capture.rule
         self._batch = capture.start.shape[0]
         self._networks = Networks(capture.forwards, capture.recorder.references)
-        self._denoiser = RecordedDenoiser(capture.programs, capture.first, self._networks, functools.partial(_correct, self._rule))
+        self._denoiser = RecordedDenoiser(
+            capture.programs, capture.first, self._networks, functools.partial(_correct, self._rule)
+        )
         max_rows, n = self._choices.max_rows, len(capture.timesteps)
         self._solver = replace(
             self._choices.solver,
@@ -631,7 +633,9 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
     """
     scheduler, networks = pipe.scheduler, _networks(pipe)
     own, signature = type(scheduler), inspect.signature(type(scheduler).step)
-    active = [listener]  # emptied at the end, as a class lives on until garbage is collected, with all that it refers to
+    active = [
+        listener
+    ]  # emptied at the end, as a class lives on until garbage is collected, with all that it refers to
 
     @functools.wraps(own.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
