@@ -59,8 +59,8 @@ class Sampler:
         return self.scheduler == "DDPMScheduler"
 
 
-# The paper's DPM-Solver is that of order 1.
-_DPM = {"algorithm_type": "dpmsolver", "solver_order": 1, "final_sigmas_type": "sigma_min"}
+# The paper's DPM-Solver is that of order 1, where DPM-Solver++ is the same.
+_DPM = {"solver_order": 1, "final_sigmas_type": "sigma_min"}
 SAMPLERS = {
     one.name: one
     for one in (
