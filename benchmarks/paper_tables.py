@@ -362,12 +362,12 @@ def _pixels(file: Path) -> torch.Tensor:
 
 
 def summary(model: Model, folder: Folder, sampler: str, method: str, columns: list[Quality]) -> dict[str, Any]:
-    """The figures of one row, means over the pictures."""
+    """The figures of one row, means over the pictures; seconds are medians, which a busy machine disturbs less."""
     records, truth = folder.records(sampler, method), folder.records(sampler, "sequential")
     count = min(len(records), len(truth))
     pictures = folder.pictures(sampler, method)
     prompts = [model.prompt(number) or "" for number in range(len(pictures))]
-    own, sequential = (float(np.mean([one.seconds for one in some[:count]])) for some in (records, truth))
+    own, sequential = (float(np.median([one.seconds for one in some[:count]])) for some in (records, truth))
     printed = PRINTED[model.table].get((sampler, method))
     return {
         "sampler": sampler,
