@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.hooks import HookRegistry, ModelHook
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling, step_rule_from_scheduler
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
@@ -54,6 +55,34 @@ def test_the_sample_is_that_of_the_untouched_pipeline(family: Family) -> None:
     assert run.stats.rounds < len(pipe.scheduler.timesteps)
     assert near.dtype == want.dtype
     assert torch.equal(family.call(pipe), want)
+
+
+@pytest.mark.parametrize("method", ["identity", "paradigms", "parasolver", "parataa"])
+def test_other_methods(method: str) -> None:
+    pipe = ddim_pipeline()
+    pipe.scheduler = diffusers.DDPMScheduler(clip_sample=True)  # the published stop rules are no distances
+    pipe = diffusers.DDPMPipeline(pipe.unet, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 30, "output_type": "np"}
+    want = pipe(**given, generator=generator()).images
+    with parallel_sampling(pipe, window=8, tolerance=0.1, method=method, warmup_steps=2) as run:
+        got = pipe(**given, generator=generator()).images
+    assert run.status is Status.CONVERGED
+    assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    """A batch differs from its rows by rounding, and the sampler amplifies that."""
+    pipe = stable_diffusion()
+    pipe.unet.to(dtype)
+    pipe.vae.to(dtype)
+    given = {name: value.to(dtype) for name, value in text().items()}
+    want = sample(pipe, **given)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, **given)
+    assert got.dtype == want.dtype
+    assert distance(got, want) < 10 * torch.finfo(dtype).eps
 
 
 def test_a_decoded_picture() -> None:
@@ -343,6 +372,36 @@ def test_a_pipeline_that_copies_its_scheduler() -> None:
         got = pipe("copied scheduler", generator=generator())[0]
     assert distance(got, want) < 1e-12
     assert run.stats.rounds > 0
+
+
+class Scale(ModelHook):
+    """Counts its calls, and changes what the network gives."""
+
+    calls = 0
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        self.calls += 1
+        return (output[0] * 0.9,)
+
+
+def test_hooks_of_diffusers_stay_in_place() -> None:
+    pipe, hook = stable_diffusion(), Scale()
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(hook, "scale")
+    own, want = pipe.unet.forward, sample(pipe)
+    calls = hook.calls
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        assert distance(sample(pipe), want) < 1e-12
+    assert pipe.unet.forward is own
+    assert calls < hook.calls <= calls + run.stats.calls + 2
+
+
+@pytest.mark.slow
+def test_a_compiled_network() -> None:
+    pipe = stable_diffusion()
+    want = sample(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with parallel_sampling(pipe, tolerance=0.0):
+        assert distance(sample(pipe), want) < 1e-12
 
 
 def test_hooks_of_a_network_act_on_each_step_by_itself() -> None:

@@ -476,6 +476,11 @@ FAMILIES = [
         lambda: _latents(**text(2), eta=1.0, generator=[generator(1), generator(2)]),
     ),
     _sd("DDPM", scheduler=_scheduler("DDPMScheduler")),
+    _sd(
+        "DDPM, timesteps of one's own",
+        scheduler=_scheduler("DDPMScheduler"),
+        timesteps=[960, 820, 700, 590, 480, 380, 290, 200, 130, 70, 30, 10],
+    ),
     _sd("PNDM", scheduler=_scheduler("PNDMScheduler")),
     _sd("DPM-Solver++", scheduler=_scheduler("DPMSolverMultistepScheduler"), limit=SINGLE),
     _sd(
@@ -490,6 +495,11 @@ FAMILIES = [
         "StableDiffusionImg2ImgPipeline",
         lambda: stable_diffusion("StableDiffusionImg2ImgPipeline"),
         lambda: _latents(**text(), image=picture(), strength=0.7),
+    ),
+    Family(
+        "StableDiffusionInstructPix2PixPipeline",
+        lambda: stable_diffusion("StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8}),
+        lambda: _latents(**text(), image=picture()),
     ),
     Family(
         "StableDiffusionInpaintPipeline, 9 channels",

@@ -78,8 +78,8 @@ def switch_off(scheduler: Any) -> None:
 def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
     """How ``loop``, which clips, relates to the table of the same loop without clipping.
 
-    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``, with outputs
-    that are larger than the states.
+    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``, with
+    outputs that are larger than the states.
     """
     if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
         raise _cannot_move(loop, "its predicted clean sample is not known at every step")
