@@ -182,18 +182,14 @@ class Model:
         given = {"generator": generator, "num_inference_steps": steps, **self.given}
         if self.prompts:
             given["prompt"] = self.prompt(number)
-        final: list[torch.Tensor] = []
-
-        def keep(number: int, latents: torch.Tensor) -> None:
-            final[:] = [latents]
-
         self._wait()
         began = time.perf_counter()
-        with parallel_sampling(self.pipe, preview=keep, **choices) as run:
+        with parallel_sampling(self.pipe, **choices) as run:
             picture = self.pipe(**given).images[0]
         self._wait()
         seconds = time.perf_counter() - began
-        state = final[0].float().cpu().numpy()
+        assert run.latents is not None
+        state = run.latents.float().cpu().numpy()
         return Drawn(picture, state, run.stats.rounds, run.stats.evaluations, seconds)
 
     def _wait(self) -> None:

@@ -311,10 +311,11 @@ def test_a_callback_that_changes_anything_is_noticed(how: str) -> None:
 
 def test_preview_after_every_step_of_a_pipeline_that_is_left_to_itself() -> None:
     pipe, seen = stable_diffusion(), []
-    with parallel_sampling(pipe, window=1, preview=lambda step, latents: seen.append((step, latents))):
+    with parallel_sampling(pipe, window=1, preview=lambda step, latents: seen.append((step, latents))) as run:
         got = sample(pipe)
     assert [step for step, _ in seen] == list(range(1, STEPS + 1))
     assert torch.equal(seen[-1][1], got)
+    assert torch.equal(run.latents, got)
 
 
 def test_preview_after_every_round_comes_nearer_to_the_sample() -> None:
@@ -324,6 +325,7 @@ def test_preview_after_every_round_comes_nearer_to_the_sample() -> None:
     assert [one for one, _ in seen] == list(range(1, run.stats.rounds + 1))
     errors = [distance(latents, got) for _, latents in seen]
     assert errors[-1] < 1e-12 < errors[0]
+    assert torch.equal(run.latents, got)
     assert errors[len(errors) // 2] < errors[0]
 
 

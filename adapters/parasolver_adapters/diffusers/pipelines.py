@@ -69,11 +69,13 @@ class ParallelRun:
         status: how it ended: CONVERGED also for a call that was left to the pipeline, STOPPED if it was interrupted,
             FAILED by an exception; None before the first call.
         reason: why it was not sampled in parallel, if it was not.
+        latents: the last state that the scheduler returned, ``(batch, *event)``, before decoding.
     """
 
     stats: Stats = field(default_factory=Stats)
     status: Status | None = None
     reason: str | None = None
+    latents: torch.Tensor | None = field(default=None, repr=False)
 
 
 @contextmanager
@@ -102,8 +104,8 @@ def parallel_sampling(
     Other arguments:
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
-        preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents; after
-            each step, with its result, where the pipeline is left to itself.
+        preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents, which
+            is computed for it; after each step, with its result, where the pipeline is left to itself.
         fallback: what to do with a call that cannot be sampled in parallel. "error": raise. "sequential": warn, and
             leave the pipeline to itself; ``run.reason`` says why.
 
@@ -246,7 +248,7 @@ class Session:
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
         run = self.run
-        run.stats, run.status, run.reason = Stats(), None, None
+        run.stats, run.status, run.reason, run.latents = Stats(), None, None, None
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
         except BaseException:
@@ -303,7 +305,7 @@ class Session:
         return capture
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
-        counter = _Counter(self.run.stats, self.choices.preview)
+        counter = _Counter(self.run, self.choices.preview)
         with _listening(self.pipe, counter):
             result = self.call(**kwargs)
         self.run.status = Status.CONVERGED
@@ -357,16 +359,17 @@ class _Listener:
 class _Counter(_Listener):
     """Counts a sequential run."""
 
-    def __init__(self, stats: Stats, preview: Preview | None) -> None:
-        self._stats, self._preview = stats, preview
+    def __init__(self, run: ParallelRun, preview: Preview | None) -> None:
+        self._run, self._preview = run, preview
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
-        self._stats.rounds += 1
-        self._stats.calls += 1
-        self._stats.evaluations += given["sample"].shape[0]
+        stats = self._run.stats
+        stats.rounds, stats.calls = stats.rounds + 1, stats.calls + 1
+        stats.evaluations += given["sample"].shape[0]
         output = super().step(scheduler, step, given)
+        self._run.latents = tree_leaves(output)[0]
         if self._preview is not None:
-            self._preview(self._stats.rounds, tree_leaves(output)[0])
+            self._preview(stats.rounds, self._run.latents)
         return output
 
 
@@ -499,8 +502,9 @@ class _Replay(_Listener):
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
             self._publish()
             output = step(**given)
+            self._run.latents = tree_leaves(output)[0]
             if self._choices.preview is not None:
-                self._choices.preview(stats.rounds, tree_leaves(output)[0])
+                self._choices.preview(stats.rounds, self._run.latents)
             return output
         if i == 0 and not torch.equal(given["sample"].to(self._capture.start.dtype), self._capture.start):
             raise PipelineNotParallelError(
@@ -515,6 +519,7 @@ class _Replay(_Listener):
         output = step(**given)
         if known and self._capture.unchanged:
             self._check(scheduler, i, given, tree_leaves(output)[0], target)
+        self._run.latents = target
         return _with_state(output, target)
 
     def _check(self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor) -> None:
