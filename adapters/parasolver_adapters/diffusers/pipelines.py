@@ -367,9 +367,9 @@ class _Counter(_Listener):
         stats.rounds, stats.calls = stats.rounds + 1, stats.calls + 1
         stats.evaluations += given["sample"].shape[0]
         output = super().step(scheduler, step, given)
-        self._run.latents = tree_leaves(output)[0]
+        self._run.latents = latents = tree_leaves(output)[0]
         if self._preview is not None:
-            self._preview(stats.rounds, self._run.latents)
+            self._preview(stats.rounds, latents)
         return output
 
 
@@ -502,9 +502,9 @@ class _Replay(_Listener):
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
             self._publish()
             output = step(**given)
-            self._run.latents = tree_leaves(output)[0]
+            self._run.latents = latents = tree_leaves(output)[0]
             if self._choices.preview is not None:
-                self._choices.preview(stats.rounds, self._run.latents)
+                self._choices.preview(stats.rounds, latents)
             return output
         if i == 0 and not torch.equal(given["sample"].to(self._capture.start.dtype), self._capture.start):
             raise PipelineNotParallelError(
