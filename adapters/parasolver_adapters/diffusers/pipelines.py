@@ -141,11 +141,13 @@ def parallel_sampling(
         fallback=fallback,
     )
     run, own = ParallelRun(), type(pipe)
-    pipe.__class__ = _parallel_class(own, choices, run)
+    runs = [run]
+    pipe.__class__ = _parallel_class(own, choices, runs)
     try:
         yield run
     finally:
         pipe.__class__ = own
+        runs.clear()  # the class lives on until garbage is collected
 
 
 @dataclass(frozen=True)
@@ -186,14 +188,14 @@ class Choices:
         return cls(solver, max_rows, preview, fallback, sequential or window == 1)
 
 
-def _parallel_class(own: type, choices: Choices, run: ParallelRun) -> type:
+def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
     active: list[Session] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if active:  # a pipeline that calls itself
             return own.__call__(self, *args, **kwargs)
-        session = Session(self, functools.partial(own.__call__, self), choices, run, [self])
+        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self])
         given = _named(inspect.signature(own.__call__), (self, *args), kwargs)
         del given["self"]
         active.append(session)
