@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, hypothesis profiles, and the array libraries."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy or PyTorch is loaded; both obey it
 
@@ -21,3 +22,14 @@ settings.load_profile("ci")
 def xp(request: pytest.FixtureRequest) -> ModuleType:
     """Each test that takes `xp` runs once on every array library."""
     return load(request.param)
+
+
+@pytest.fixture
+def quiet_diffusers() -> Iterator[None]:
+    """diffusers tells of every dtype and every option through its logger."""
+    from diffusers import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)

@@ -339,3 +339,15 @@ def test_a_scheduler_in_use_is_refused() -> None:
     scheduler.step(start(), scheduler.timesteps[0], start())
     with pytest.raises(ValueError, match="in the middle of a run"):
         step_rule_from_scheduler(scheduler)
+
+
+def test_clipping_is_known_also_where_nothing_was_clipped_before() -> None:
+    """The late steps of a run need not clip, so what clipping does there has to be found on purpose."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=True, timestep_spacing="trailing")
+    rule = step_rule_from_scheduler(scheduler, 25, clipping="denoiser")
+    assert rule.clip is not None
+    scheduler.set_timesteps(25)
+    for node in range(len(rule.timesteps) - 1):  # the last step ends at the predicted sample, whatever its weight
+        x, m = start(), 3 * start().flip(-1)
+        got = rule.table.advance(node, [x], [rule.clip.correct(node, x, m)])
+        assert distance(got, scheduler.step(m, scheduler.timesteps[node], x).prev_sample) < 1e-6

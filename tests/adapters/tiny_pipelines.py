@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -475,6 +476,11 @@ FAMILIES = [
         lambda: _latents(**text(2), eta=1.0, generator=[generator(1), generator(2)]),
     ),
     _sd("DDPM", scheduler=_scheduler("DDPMScheduler")),
+    _sd(
+        "DDPM, timesteps of one's own",
+        scheduler=_scheduler("DDPMScheduler"),
+        timesteps=[960, 820, 700, 590, 480, 380, 290, 200, 130, 70, 30, 10],
+    ),
     _sd("PNDM", scheduler=_scheduler("PNDMScheduler")),
     _sd("DPM-Solver++", scheduler=_scheduler("DPMSolverMultistepScheduler"), limit=SINGLE),
     _sd(
@@ -489,6 +495,11 @@ FAMILIES = [
         "StableDiffusionImg2ImgPipeline",
         lambda: stable_diffusion("StableDiffusionImg2ImgPipeline"),
         lambda: _latents(**text(), image=picture(), strength=0.7),
+    ),
+    Family(
+        "StableDiffusionInstructPix2PixPipeline",
+        lambda: stable_diffusion("StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8}),
+        lambda: _latents(**text(), image=picture()),
     ),
     Family(
         "StableDiffusionInpaintPipeline, 9 channels",
@@ -515,26 +526,30 @@ FAMILIES = [
         lambda: _latents(**text(), image=picture(), guess_mode=True, control_guidance_end=0.5),
     ),
     Family("StableDiffusionXLPipeline", sdxl, lambda: _latents(**_sdxl_text())),
-    Family("StableDiffusionXLPipeline, denoising_end", sdxl, lambda: _latents(**_sdxl_text(), denoising_end=0.6)),
+    Family(
+        "StableDiffusionXLPipeline, denoising_end, batch of 2",
+        sdxl,
+        lambda: _latents(**_sdxl_text(2), denoising_end=0.6),
+    ),
     Family("StableDiffusion3Pipeline", sd3, lambda: _latents(**_pooled(), height=16, width=16), SINGLE),
     Family(
-        "StableDiffusion3Pipeline, skip-layer guidance",
+        "StableDiffusion3Pipeline, skip-layer guidance, batch of 2",
         sd3,
-        lambda: _latents(**_pooled(), height=16, width=16, skip_guidance_layers=[0], skip_layer_guidance_stop=0.5),
+        lambda: _latents(**_pooled(2), height=16, width=16, skip_guidance_layers=[0], skip_layer_guidance_stop=0.5),
         SINGLE,
     ),
     Family("FluxPipeline", flux, lambda: _latents(**_flux_text(False), height=16, width=16), SINGLE),
     Family(
-        "FluxPipeline, true CFG",
+        "FluxPipeline, true CFG, batch of 2",
         flux,
-        lambda: _latents(**_flux_text(True), true_cfg_scale=3.0, height=16, width=16),
+        lambda: _latents(**_flux_text(True, 2), true_cfg_scale=3.0, height=16, width=16),
         SINGLE,
     ),
     Family("DiTPipeline", dit, lambda: {"class_labels": [1, 2], "output_type": "np"}, 1e-5),
     Family(
-        "PixArtAlphaPipeline",
+        "PixArtAlphaPipeline, batch of 2",
         pixart,
-        lambda: _latents(**_masked(), negative_prompt=None, height=16, width=16, use_resolution_binning=False),
+        lambda: _latents(**_masked(2), negative_prompt=None, height=16, width=16, use_resolution_binning=False),
         SINGLE,
     ),
     Family(
@@ -546,15 +561,20 @@ FAMILIES = [
     Family("DDIMPipeline", ddim_pipeline, lambda: {"batch_size": 2, "eta": 0.5, "output_type": "np"}),
     Family("DDPMPipeline, clip_sample", ddpm_pipeline, lambda: {"batch_size": 2, "output_type": "np"}),
     Family("WanPipeline", lambda: wan(1), lambda: _latents(**text(), num_frames=5, height=32, width=32), SINGLE),
-    Family("WanPipeline, two experts", wan, lambda: _latents(**text(), num_frames=5, height=32, width=32), SINGLE),
-    Family("CogVideoXPipeline", cogvideox, lambda: _latents(**text(), num_frames=8, height=16, width=16), SINGLE),
     Family(
-        "CogVideoXPipeline, dynamic guidance, DPM",
-        lambda: cogvideox(diffusers.CogVideoXDPMScheduler()),
-        lambda: _latents(**text(), num_frames=8, height=16, width=16, use_dynamic_cfg=True),
+        "WanPipeline, two experts, batch of 2",
+        wan,
+        lambda: _latents(**text(2), num_frames=5, height=32, width=32),
         SINGLE,
     ),
-    Family("LTXPipeline", ltx, lambda: _latents(**_masked(), num_frames=9, height=64, width=64), SINGLE),
+    Family("CogVideoXPipeline", cogvideox, lambda: _latents(**text(), num_frames=8, height=16, width=16), SINGLE),
+    Family(
+        "CogVideoXPipeline, dynamic guidance, DPM, batch of 2",
+        lambda: cogvideox(diffusers.CogVideoXDPMScheduler()),
+        lambda: _latents(**text(2), num_frames=8, height=16, width=16, use_dynamic_cfg=True),
+        SINGLE,
+    ),
+    Family("LTXPipeline, batch of 2", ltx, lambda: _latents(**_masked(2), num_frames=9, height=64, width=64), SINGLE),
     Family(
         "StableAudioPipeline",
         stable_audio,
@@ -570,10 +590,27 @@ FAMILIES = [
 ]
 
 
-def _sdxl_text() -> dict[str, Any]:
-    return text(1, pooled_prompt_embeds=32, negative_pooled_prompt_embeds=32)
+def _sdxl_text(batch: int = 1) -> dict[str, Any]:
+    return text(batch, pooled_prompt_embeds=32, negative_pooled_prompt_embeds=32)
 
 
-def _flux_text(negative: bool) -> dict[str, Any]:
-    given = _pooled()
+def _flux_text(negative: bool, batch: int = 1) -> dict[str, Any]:
+    given = _pooled(batch)
     return given if negative else {name: value for name, value in given.items() if "negative" not in name}
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def watch(network: Any, what: Any) -> list[Any]:
+    """``what`` of the arguments of each true call of a network."""
+    own, seen = network.forward, []
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(what(*args, **kwargs))
+        return own(*args, **kwargs)
+
+    network.forward = forward
+    return seen

@@ -1,6 +1,7 @@
 """diffusers: pipelines and schedulers as they are. Importing this package imports PyTorch and diffusers."""
 
 from parasolver_adapters.diffusers.capture import PipelineNotParallelError
+from parasolver_adapters.diffusers.denoisers import TransformerDenoiser, UNetDenoiser
 from parasolver_adapters.diffusers.pipelines import ParallelRun, parallel_sampling
 from parasolver_adapters.diffusers.schedulers import (
     SchedulerRule,
@@ -12,6 +13,8 @@ __all__ = [
     "ParallelRun",
     "PipelineNotParallelError",
     "SchedulerRule",
+    "TransformerDenoiser",
+    "UNetDenoiser",
     "UnsupportedSchedulerError",
     "parallel_sampling",
     "step_rule_from_scheduler",

@@ -9,6 +9,7 @@ recorded step is a :class:`Program`; running it repeats the pipeline's own opera
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 MOST_OPERATIONS = 2000  # of one step outside the networks; more means that a network is being recorded
@@ -147,41 +148,42 @@ class Recorder(TorchDispatchMode):
         self.program: Program | None = None
         self.references: dict[tuple[Any, ...], Reference] = {}
         self.extra_calls = 0
-        self._values: Any = WeakTensorKeyDictionary()  # tensors: their program and number
+        self._own: dict[int, tuple[torch.Tensor, int]] = {}  # this step's values by their id, with their numbers
+        self._earlier: Any = WeakTensorKeyDictionary()  # those of earlier steps that the loop still holds
         self._constants: dict[tuple[Any, ...], Any] = {}
 
     def begin(self, state: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
         """Record from here: a step has returned ``state``, and ``others`` that only the next step may use."""
-        self.program = program = Program(dtype=state.dtype)
-        self._values[state] = (program, 0)
+        self.program = Program(dtype=state.dtype)
+        self._own = {id(state): (state, 0)}
         for other in others:
             if other is not state:
-                self._values[other] = (None, 0)
+                self._earlier[other] = True
         self.__enter__()
 
     def finish(self, x: torch.Tensor, m: torch.Tensor) -> Program:
         """Stop: the loop calls the next step with these. What was recorded since :meth:`begin`."""
         program = self.program
         assert program is not None
-        self.close()
         for name, value in (("sample", x), ("model_output", m)):
-            owner, index = self._values.get(value, (None, -1))
-            if owner is not program:
+            if id(value) not in self._own:
                 raise PipelineNotParallelError(
                     f"the {name} given to scheduler.step is not computed from the state by tensor operations"
                 )
-            if name == "sample":
-                program.x = index
-            else:
-                program.m = index
+        program.x, program.m = self._own[id(x)][1], self._own[id(m)][1]
+        self.close()
         program.prune()
         return program
 
     def close(self) -> None:
         """Stop recording."""
-        if self.program is not None:
-            self.program = None
-            self.__exit__(None, None, None)
+        if self.program is None:
+            return
+        self.program = None
+        self.__exit__(None, None, None)
+        values = [weakref.ref(tensor) for tensor, _ in self._own.values()]
+        self._own = {}  # held until here, as an id is another tensor's as soon as it is free
+        self._earlier.update((tensor, True) for value in values if (tensor := value()) is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -280,30 +282,26 @@ class Recorder(TorchDispatchMode):
     def _number(self, tensor: torch.Tensor) -> int:
         assert self.program is not None
         index = self.program.new()
-        self._values[tensor] = (self.program, index)
+        self._own[id(tensor)] = tensor, index
         return index
 
-    def _ref(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value not in self._values:
-            return value
-        owner, index = self._values[value]
-        if owner is not self.program:
-            raise PipelineNotParallelError(
-                "a step of the loop uses what an earlier step computed, besides the state (momentum, a cache, or the "
-                "predicted clean sample)"
-            )
-        return Ref(index)
-
-    def _refs(self, values: Any, reads: list[int]) -> Any:
-        """The arguments with :class:`Ref` in place of values that depend on the state, whose numbers join ``reads``."""
-        if isinstance(values, (tuple, list)):
-            return type(values)(self._refs(value, reads) for value in values)
-        if isinstance(values, dict):
-            return {key: self._refs(value, reads) for key, value in values.items()}
-        ref = self._ref(values)
-        if isinstance(ref, Ref):
-            reads.append(ref.index)
-        return ref
+    def _refs(self, value: Any, reads: list[int]) -> Any:
+        """The argument with :class:`Ref` in place of values that depend on the state, whose numbers join ``reads``."""
+        if isinstance(value, torch.Tensor):
+            own = self._own.get(id(value))
+            if own is not None:
+                reads.append(own[1])
+                return Ref(own[1])
+            if value in self._earlier:
+                raise PipelineNotParallelError(
+                    "a step of the loop uses what an earlier step computed, besides the state (momentum, a cache, or "
+                    "the predicted clean sample)"
+                )
+        elif type(value) is tuple or type(value) is list:
+            return type(value)([self._refs(one, reads) for one in value])
+        elif type(value) is dict:
+            return {key: self._refs(one, reads) for key, one in value.items()}
+        return value
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Refuse what cannot be repeated; whether the operation works in place on values that depend on the state."""
@@ -316,18 +314,22 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             target = args[at] if at < len(args) else kwargs.get(argument.name)
-            if isinstance(target, torch.Tensor) and target not in self._values:
+            if isinstance(target, torch.Tensor) and id(target) not in self._own:
                 raise PipelineNotParallelError(f"the loop writes the state into a tensor made before ({func})")
             mutates = True
         return mutates
 
 
+_NESTED = (Ref, tuple, list, dict)
+
+
 def _resolve(value: Any, values: Sequence[Any]) -> Any:
-    if isinstance(value, Ref):
+    kind = type(value)
+    if kind is Ref:
         return values[value.index]
-    if isinstance(value, (tuple, list)):
-        return type(value)(_resolve(one, values) for one in value)
-    if isinstance(value, dict):
+    if kind is tuple or kind is list:
+        return kind([_resolve(one, values) if type(one) in _NESTED else one for one in value])
+    if kind is dict:
         return {key: _resolve(one, values) for key, one in value.items()}
     return value
 
@@ -358,7 +360,7 @@ def _hashable(leaf: Any) -> bool:
 
 def _names(leaves: list[Any], spec: TreeSpec, kwargs: dict[str, Any]) -> list[str]:
     """The keyword under which each leaf was given, or nothing."""
-    keyed = [name for name, value in kwargs.items() for _ in tree_flatten(value)[0]]
+    keyed = [name for name, value in kwargs.items() for _ in tree_leaves(value)]
     return [""] * (len(leaves) - len(keyed)) + keyed
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_adapters.diffusers.probing import Path, check_replay, run_nonlinear
-from parasolver_adapters.diffusers.stepping import Loop, UnsupportedSchedulerError
+from parasolver_adapters.diffusers.probing import Network, Path, check_replay, run_nonlinear
+from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.recurrence import Recurrence
 
@@ -78,29 +78,45 @@ def switch_off(scheduler: Any) -> None:
 def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
     """How ``loop``, which clips, relates to the table of the same loop without clipping.
 
-    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``.
+    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``, with
+    outputs that are larger than the states.
     """
     if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
         raise _cannot_move(loop, "its predicted clean sample is not known at every step")
     scale = np.ones(len(recurrence)) if recurrence.input_scale is None else recurrence.input_scale
     clip = Clip(_function(loop.scheduler), path.p, path.q, 1 / path.q, scale, recurrence.timesteps)
     try:
-        clip = replace(clip, w=_weights(loop, recurrence, clip))
-        check_replay(loop, recurrence, clip.correct, tolerance=1e-6)
+        network = _beyond_the_limits(clip)
+        clip = replace(clip, w=_weights(loop, recurrence, clip, network))
+        check_replay(loop, recurrence, clip.correct, tolerance=1e-5, network=network)
     except UnsupportedSchedulerError as error:
         raise _cannot_move(loop, str(error)) from error
     _check_unique(clip)
     return clip
 
 
-def _weights(loop: Loop, recurrence: Recurrence, clip: Clip) -> Float64:
+def _beyond_the_limits(clip: Clip) -> Network:
+    """A network whose predicted clean sample has to be clipped at every node."""
+
+    def network(node: Node) -> torch.Tensor:
+        sample = 2 * torch.cos(3 * node.model_input + node.index)
+        for _ in range(64):
+            if not torch.equal(clip.function(sample), sample):
+                break
+            sample = 2 * sample
+        return (sample - float(clip.p[node.index]) * node.x) / float(clip.q[node.index])
+
+    return network
+
+
+def _weights(loop: Loop, recurrence: Recurrence, clip: Clip, network: Network) -> Float64:
     """``w`` of each node: how far the clipping step is from the linear one, over ``b (clip(h) - h)``.
 
     A step that uses nothing of m but the clipped sample has ``w = 1 / q``; DDIM, which keeps the noise as predicted
-    before clipping, has another. Nodes where nothing was clipped get the former.
+    before clipping, has another.
     """
     weights, xs, ms = clip.w.copy(), [], []
-    for node, m, output in run_nonlinear(loop):
+    for node, m, output in run_nonlinear(loop, network):
         i = node.index
         xs.insert(0, node.x)
         change = (clip.correct(i, node.x, m) - m) * float(recurrence.b[i, 0] / clip.w[i])

@@ -35,6 +35,7 @@ from parasolver_core.recurrence import (
 )
 
 Float64Array = NDArray[np.float64]
+Network = Callable[[Node], torch.Tensor]
 
 PROBES = (1, 1, 8, 8)  # schedulers work entry by entry, so this is 64 independent runs in one
 EXACT = 1e-11  # largest residual of a fit, relative to the terms that make it up
@@ -174,11 +175,16 @@ def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Re
     return recurrence, path, independent
 
 
-def run_nonlinear(loop: Loop) -> Iterator[tuple[Node, torch.Tensor, Any]]:
+def wavy(node: Node) -> torch.Tensor:
+    """A nonlinear network."""
+    return torch.cos(3 * node.model_input + node.index) * 2
+
+
+def run_nonlinear(loop: Loop, network: Network = wavy) -> Iterator[tuple[Node, torch.Tensor, Any]]:
     """The loop's run with a nonlinear network and without noise."""
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(PROBES, generator=draw, dtype=torch.float64) * _start_size(loop)
-    return _guarded(loop, lambda node: torch.cos(3 * node.model_input + node.index) * 2, x)
+    return _guarded(loop, network, x)
 
 
 def check_replay(
@@ -186,6 +192,7 @@ def check_replay(
     recurrence: Recurrence,
     correct: Callable[[int, Any, Any], Any] = lambda i, x, m: m,
     tolerance: float = 1e-8,
+    network: Network = wavy,
 ) -> None:
     """Run the scheduler and the table side by side on a nonlinear network, without noise; they must agree.
 
@@ -194,9 +201,10 @@ def check_replay(
         recurrence: the table.
         correct: ``correct(i, x, m)`` gives the output that the table is to be given in place of ``m``.
         tolerance: largest difference accepted, relative to the states.
+        network: the nonlinear network.
     """
     xs, ms = [], []
-    for node, m, output in run_nonlinear(loop):
+    for node, m, output in run_nonlinear(loop, network):
         i = node.index
         xs.insert(0, node.x)
         ms.insert(0, correct(i, node.x, m))
@@ -210,7 +218,7 @@ def check_replay(
 
 
 def _guarded(
-    loop: Loop, network: Callable[[Node], torch.Tensor], x: torch.Tensor, draw: Draw = no_noise
+    loop: Loop, network: Network, x: torch.Tensor, draw: Draw = no_noise
 ) -> Iterator[tuple[Node, torch.Tensor, Any]]:
     """The loop's run, with failures of the scheduler itself named as such."""
     i = 0

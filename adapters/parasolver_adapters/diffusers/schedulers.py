@@ -239,7 +239,9 @@ def _with_timesteps(scheduler: Any, num_inference_steps: int | None) -> Any:
             raise UnsupportedSchedulerError(
                 f"scheduler: {name}.set_timesteps({num_inference_steps}) fails: {type(error).__name__}: {error}"
             ) from error
-    elif getattr(own, "timesteps", None) is None or getattr(own, "num_inference_steps", "unknown") is None:
+    elif getattr(own, "timesteps", None) is None or (
+        getattr(own, "num_inference_steps", "unknown") is None and not getattr(own, "custom_timesteps", False)
+    ):
         raise ValueError(f"num_inference_steps: expected a number, as {name}.set_timesteps has not been called")
     elif getattr(own, "_step_index", None) or getattr(own, "counter", 0):
         raise ValueError(f"scheduler: {name} is in the middle of a run; call set_timesteps again")

@@ -16,6 +16,7 @@ Example:
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 
 import torch
@@ -24,6 +25,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load
 from torch import Tensor
 
+from parasolver_adapters.diffusers.denoisers import UNetDenoiser
 from parasolver_core import NoiseSchedule
 
 SAMPLE_SHAPE = (1, 28, 28)
@@ -71,12 +73,14 @@ class NoiseUNet2DModel(UNet2DModel):
         Args:
             sample: Noisy pictures ``x_t`` (rows, 1, 28, 28); clean pictures lie in [-1, 1].
             timestep: Integers in 0 .. 999, one for all rows or (rows,).
-            class_labels: Integers (rows,) in 0 .. 9, or 10 for "no class".
+            class_labels: Integers (rows,) in 0 .. 9, or 10 for "no class"; None, as in pipelines: no class.
             return_dict: Whether to return an object with field ``sample`` instead of a tuple.
 
         Returns:
             ``eps``, same shape and dtype as ``sample``.
         """
+        if class_labels is None:
+            class_labels = torch.full((len(sample),), NO_CLASS, device=sample.device)
         v = super().forward(sample, timestep, class_labels, return_dict=False)[0]
         t = torch.as_tensor(timestep, dtype=torch.int64, device=sample.device).view(-1, 1, 1, 1)
         a = _ALPHAS_CUMPROD.to(sample.device)[t]
@@ -141,6 +145,20 @@ class EmbeddedDenoiser:
         if self.guidance_scale is not None and self.labels is None:
             raise ValueError("guidance_scale needs a class; pass labels, an int in 0 .. 9, or drop guidance_scale")
 
+    @cached_property
+    def _denoiser(self) -> UNetDenoiser:
+        label, no_class = (
+            {"class_labels": torch.tensor([one], device=self.model.device)}
+            for one in (NO_CLASS if self.labels is None else self.labels, NO_CLASS)
+        )
+        guided = self.guidance_scale is not None
+        return UNetDenoiser(
+            self.model,
+            label,
+            negative=no_class if guided else None,
+            guidance_scale=self.guidance_scale,
+        )
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in each row.
 
@@ -158,13 +176,4 @@ class EmbeddedDenoiser:
             raise ValueError(
                 f"x must have shape (rows, 1, 28, 28) and t shape (rows,); got {tuple(x.shape)} and {tuple(t.shape)}"
             )
-        label = NO_CLASS if self.labels is None else self.labels
-        if self.guidance_scale is None:
-            return self._predict(x, t, torch.full_like(t, label, dtype=torch.int64))
-        y = torch.full_like(t, label, dtype=torch.int64)
-        pairs = torch.cat([torch.full_like(y, NO_CLASS), y])
-        eps_uncond, eps_cond = self._predict(torch.cat([x, x]), torch.cat([t, t]), pairs).chunk(2)
-        return eps_uncond + self.guidance_scale * (eps_cond - eps_uncond)
-
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, t, class_labels=y, return_dict=False)[0]
+        return self._denoiser(x, t)

@@ -1,0 +1,107 @@
+"""Tiny stand-ins on disk for models that are too large to download: the same classes and form of configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SD2, CHURCH = "stabilityai/stable-diffusion-2", "google/ddpm-ema-church-256"
+
+
+def save_stable_diffusion(root: Path) -> Path:
+    """In the place of Stable Diffusion 2, in ``root``: with a text encoder, and predicting v."""
+    folder = root / SD2
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(4, 8, 8, 8),
+        attention_head_dim=[1, 2, 2, 2],
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=2,
+        use_linear_projection=True,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    tokenizer = _tokenizer(root)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_church(root: Path) -> Path:
+    """In the place of the model of LSUN churches, in ``root``."""
+    folder = root / CHURCH
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(4, 4, 4, 4, 8, 8),
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        layers_per_block=1,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=2,
+    )
+    scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True, variance_type="fixed_small")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(root: Path) -> CLIPTokenizer:
+    """A tokenizer whose words are single letters."""
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    letters = [chr(one) for one in range(33, 127)]
+    vocabulary = {word: at for at, word in enumerate([*letters, *(f"{one}</w>" for one in letters), begin, end])}
+    (root / "vocab.json").write_text(json.dumps(vocabulary))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=77)

@@ -1,0 +1,75 @@
+"""The code about pipelines in the documentation, on tiny stand-ins for the weights, as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+import torch
+
+from parasolver_core import Status
+from tests.adapters.saved_pipelines import save_church, save_stable_diffusion
+
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
+
+ROOT = Path(__file__).parents[2]
+DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, MODULAR = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/pipelines.md").read_text(), flags=re.DOTALL
+)
+(README,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder from which the names of the models lead to the stand-ins."""
+    root = tmp_path_factory.mktemp("models")
+    save_stable_diffusion(root)
+    save_church(root)
+    return root
+
+
+def run(code: str, models: Path, monkeypatch: pytest.MonkeyPatch, **names: Any) -> dict[str, Any]:
+    monkeypatch.chdir(models)
+    exec(compile(code, "example", "exec"), names)
+    return names
+
+
+def check(names: dict[str, Any], steps: int, rounds: int, **given: Any) -> None:
+    """The picture of the example, against the pipeline's own in the same setting."""
+    stats = names["run"].stats
+    assert names["run"].status is Status.CONVERGED
+    assert stats.rounds <= rounds
+    pipe, generator = names["pipe"], torch.Generator().manual_seed(42)
+    want = pipe(num_inference_steps=steps, generator=generator, **given).images[0]
+    got, want = (torch.tensor(list(one.tobytes())).double() for one in (names["image"], want))
+    assert names["image"].size == (64, 64) if given else (32, 32)
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("code", [DDIM, DPM_SOLVER, README], ids=["DDIM", "DPM-Solver++", "README"])
+def test_stable_diffusion(code: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(code, models, monkeypatch)
+    check(names, 25, 12, prompt="a lighthouse on a cliff")
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_stable_diffusion_with_ddpm(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(DDPM.replace("=1000", f"={steps}"), models, monkeypatch)
+    check(names, steps, {60: 30, 1000: 80}[steps], prompt="a lighthouse on a cliff")
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_churches(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(CHURCH.replace("=1000", f"={steps}"), models, monkeypatch)
+    check(names, steps, {60: 30, 1000: 80}[steps])
+    run(FALLBACK, models, monkeypatch, parallel_sampling=names["parallel_sampling"], pipe=names["pipe"])
+
+
+def test_modular_blocks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(MODULAR, models, monkeypatch)
+    assert "parallel_run" in [one.name for one in names["blocks"].sub_blocks["denoise"].intermediate_outputs]
