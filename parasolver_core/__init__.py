@@ -4,7 +4,7 @@ The core is framework-agnostic: it imports NumPy and array-api-compat, and works
 knows. ``solve`` is the front door.
 """
 
-from parasolver_core.denoiser import DenoiserFn, clip_sample
+from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
 from parasolver_core.errors import (
     ConvergenceError,
     NondeterministicDenoiserError,
@@ -35,6 +35,7 @@ __all__ = [
     "ParallelIntegralSolver",
     "Recurrence",
     "RoundRecord",
+    "Rows",
     "SampleRecord",
     "Secant",
     "SequentialSolver",

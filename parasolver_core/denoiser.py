@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, assign
-from parasolver_core.recurrence import predicted_sample_coefficients
+from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
 
@@ -21,9 +23,40 @@ class DenoiserFn(Protocol):
     ``t`` is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).
+
+    A denoiser whose attribute ``takes_rows`` is true is called ``denoiser(x, t, rows)`` with :class:`Rows`, which tell
+    the samples of the batch apart: each may have its own class label or prompt.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which step of which sample each row of a call is.
+
+    Args:
+        steps: (rows,), on the host: indices into the recurrence's timesteps.
+        samples: (rows,), on the host: places in the batch.
+        recurrence: the sampler.
+        noise: ``noise(step, sample)``, (*event), the standard normal ``z`` that the step adds to the sample.
+    """
+
+    steps: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    recurrence: Recurrence
+    noise: Callable[[int, int], Array]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, part: slice) -> Rows:
+        return replace(self, steps=self.steps[part], samples=self.samples[part])
+
+
+def takes_rows(denoiser: Any) -> bool:
+    """Whether a denoiser is called ``denoiser(x, t, rows)``; those that wrap another pass it on."""
+    return bool(getattr(denoiser, "takes_rows", False))
 
 
 class Evaluator:
@@ -32,38 +65,41 @@ class Evaluator:
     Args:
         denoiser: the user's network.
         x_T: gives dtype, device and array library of what the network sees.
-        timesteps: (N,), on the host.
+        recurrence: the sampler.
+        noise: the noise of each step and sample, for a denoiser that takes rows.
         max_rows: the most rows in one call; a larger round is split. None: no limit.
-        input_scale: (N,), on the host, what states are multiplied with first. None: nothing.
     """
 
     def __init__(
         self,
         denoiser: DenoiserFn,
         x_T: Array,
-        timesteps: np.ndarray,
+        recurrence: Recurrence,
+        noise: Callable[[int, int], Array],
         max_rows: int | None,
-        input_scale: np.ndarray | None = None,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
         self._xp = xp = array_api_compat.array_namespace(x_T)
         self._denoiser, self._max_rows = denoiser, max_rows
+        self._recurrence, self._noise, self._takes_rows = recurrence, noise, takes_rows(denoiser)
+        timesteps = recurrence.timesteps
         self._dtype, self._device = x_T.dtype, array_api_compat.device(x_T)
         self._event = tuple(x_T.shape[1:])
         integral = np.issubdtype(timesteps.dtype, np.integer)
         self._t = xp.asarray(timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device)
-        self._host_t, self._scale = timesteps, input_scale
+        self._host_t, self._scale = timesteps, recurrence.input_scale
         self.calls = 0
         self.seconds = 0.0
 
-    def __call__(self, x: Array, nodes: np.ndarray) -> Array:
-        """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), indices into the timesteps.
+    def __call__(self, x: Array, nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
+        """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).
 
         The network may work in place: ``x`` is its own. The result is good until the next call only.
         """
-        xp, rows = self._xp, x.shape[0]
-        chunk = min(self._max_rows or rows, rows)
+        xp, count = self._xp, x.shape[0]
+        rows = Rows(nodes, samples, self._recurrence, self._noise)
+        chunk = min(self._max_rows or count, count)
         if self._scale is not None:
             scale = xp.asarray(self._scale[nodes], dtype=x.dtype, device=self._device)
             x = x * xp.reshape(scale, (-1,) + (1,) * len(self._event))
@@ -71,25 +107,25 @@ class Evaluator:
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
         try:
-            if chunk == rows:
-                return self._call(x, t, nodes)
+            if chunk == count:
+                return self._call(x, t, rows)
             whole = xp.zeros_like(x)
             # each part is copied at once: the network may use its output's memory again
-            for i in range(0, rows, chunk):
-                part = slice(i, i + chunk)
-                whole = assign(whole, (part, ...), self._call(x[part, ...], t[part], nodes[part]))
+            for i in range(0, count, chunk):
+                part = slice(i, min(i + chunk, count))
+                whole = assign(whole, (part, ...), self._call(x[part, ...], t[part], rows[part]))
             return whole
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _call(self, x: Array, t: Array, nodes: np.ndarray) -> Array:
+    def _call(self, x: Array, t: Array, rows: Rows) -> Array:
         self.calls += 1
         try:
-            prediction = self._denoiser(x, t)
+            prediction = self._denoiser(x, t, *((rows,) if self._takes_rows else ()))
         except Exception as error:
-            first, last = nodes.min(), nodes.max()
+            first, last = rows.steps.min(), rows.steps.max()
             error.add_note(
-                f"raised by the denoiser in call {self.calls}, given {len(nodes)} rows of event shape {self._event} at "
+                f"raised by the denoiser in call {self.calls}, given {len(rows)} rows of event shape {self._event} at "
                 f"steps {first}..{last}, timesteps {self._host_t[first]}..{self._host_t[last]}"
             )
             raise
@@ -118,7 +154,11 @@ class ClippedDenoiser:
     prediction_type: str
     clip_range: float = 1.0
 
-    def __call__(self, x: Array, t: Array, /) -> Array:
+    @property
+    def takes_rows(self) -> bool:
+        return takes_rows(self.denoiser)
+
+    def __call__(self, x: Array, t: Array, /, *rows: Rows) -> Array:
         xp = array_api_compat.array_namespace(x)
         host_t = np.asarray(array_api_compat.to_device(t, "cpu"))
         alpha, sigma = (level[:-1] for level in self.schedule.levels(host_t))
@@ -126,7 +166,7 @@ class ClippedDenoiser:
             xp.reshape(xp.asarray(c, dtype=x.dtype, device=array_api_compat.device(x)), (-1,) + (1,) * (x.ndim - 1))
             for c in predicted_sample_coefficients(self.prediction_type, alpha, sigma)
         )
-        sample = xp.clip(p * x + q * self.denoiser(x, t), -self.clip_range, self.clip_range)
+        sample = xp.clip(p * x + q * self.denoiser(x, t, *rows), -self.clip_range, self.clip_range)
         return (sample - p * x) / q
 
 

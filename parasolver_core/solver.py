@@ -172,7 +172,7 @@ class SequentialSolver(Solver):
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
-        m = state.evaluator(xp.asarray(state.xs[0], copy=True), np.full(len(alive), i))
+        m = state.evaluator(xp.asarray(state.xs[0], copy=True), np.full(len(alive), i), np.asarray(alive))
         outputs_ok = finite_rows(xp, m)
         memory = recurrence.memory
         state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
@@ -265,15 +265,18 @@ class ParallelIntegralSolver(Solver):
         """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
+        samples = [window.index for window in running]
         repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
         if repeat:
             inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
             nodes.append(np.zeros(1, dtype=np.int64))
+            samples.append(0)
         x = inputs[0] if len(inputs) == 1 else xp.concat(inputs, axis=0)
         rows = xp.reshape(x, (x.shape[0], *event))
         if len(inputs) == 1:  # rows of our own buffer: the denoiser gets a copy, as it may work in place
             rows = xp.asarray(rows, copy=True)
-        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes)), x.shape)
+        owners = np.repeat(samples, [len(own) for own in nodes])
+        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes), owners), x.shape)
         if repeat:
             self._compare(state, D[-1, :])
             state.first_prediction = None
