@@ -4,6 +4,7 @@ The core is framework-agnostic: it imports NumPy and array-api-compat, and works
 knows. ``solve`` is the front door.
 """
 
+from parasolver_core.conformance import DenoiserReport, check_denoiser
 from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
 from parasolver_core.errors import (
     ConvergenceError,
@@ -25,6 +26,7 @@ __all__ = [
     "ConvergenceError",
     "DPMSolver",
     "DenoiserFn",
+    "DenoiserReport",
     "Euler",
     "Identity",
     "Linearization",
@@ -44,6 +46,7 @@ __all__ = [
     "Stats",
     "Status",
     "StepRule",
+    "check_denoiser",
     "clip_sample",
     "solve",
     "solve_sequential",
