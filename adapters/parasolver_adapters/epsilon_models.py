@@ -274,6 +274,7 @@ class LearnedVariance:
         eps, v = self.model.predict(x, t, rows)
         assert v is not None
         z = torch.stack([rows.noise(step, sample) for step, sample in zip(rows.steps, rows.samples, strict=True)])
+        z = z.to(x.device)
         table = torch.as_tensor(self._table(rows.recurrence)[:, rows.steps], dtype=z.dtype, device=z.device)
         b, c, log_small, log_large, noisy = table.view(5, -1, *[1] * (x.ndim - 1))
         weight = (v.to(z.dtype) + 1) / 2
