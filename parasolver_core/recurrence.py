@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
+UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
+
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
@@ -97,7 +99,7 @@ class Recurrence:
         """
         if self.signal is None:
             return np.ones(len(self))
-        return self.signal ** (self.noise_share - 1)
+        return np.maximum(self.signal, UNDECIDED) ** (self.noise_share - 1)
 
     def held_form(self) -> tuple[Float64, Float64]:
         """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
@@ -202,8 +204,8 @@ def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
 
 
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:
-    """``alpha / sqrt(alpha^2 + sigma^2)``, not below 0.01: before that, nothing of the sample is decided."""
-    return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 0.01)
+    """``alpha / sqrt(alpha^2 + sigma^2)``, above 0."""
+    return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 1e-12)
 
 
 def added_noise_share(alpha: Float64, sigma: Float64, c: Float64) -> float:
