@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/DiT, diffusion transformers on the latents of an autoencoder, built from timm's layers.
+"""Checkpoints of facebookresearch/DiT: diffusion transformers on the latents of an autoencoder, of timm's layers.
 
 Reference: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, https://arxiv.org/abs/2212.09748.
 """
@@ -80,7 +80,7 @@ PRESETS: dict[str, DiTConfig] = {
     for patch in (2, 4, 8)
     for pixels in (256, 512)
 }
-"""The architectures of the paper at 256 and 512 pixels; weights were published for "dit-xl-2-256" and "dit-xl-2-512"."""
+"""The paper's architectures at 256 and 512 pixels; weights were published for "dit-xl-2-256" and "dit-xl-2-512"."""
 
 
 class DiT(nn.Module):
@@ -127,7 +127,7 @@ class _TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, _FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, _FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class _LabelEmbedder(nn.Module):
@@ -208,8 +208,8 @@ class DiTDenoiser(EpsilonModel):
     """A DiT network as ``eps = denoiser(x, t)``, for DDIM and DPM-Solver; for DDPM see :class:`LearnedVariance`.
 
     The arguments are those of :class:`~parasolver_adapters.epsilon_models.EpsilonModel`. Published samples were made
-    with DDPM on 250 timesteps, ``guidance_scale=4``, and guidance of the first three channels only, which is the default
-    of ``guided_channels`` here; None guides all of them.
+    with DDPM on 250 timesteps, ``guidance_scale=4``, and guidance of the first three channels only, which is what
+    ``guided_channels`` is by default; None guides all of them.
 
     Example::
 
