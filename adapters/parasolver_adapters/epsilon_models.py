@@ -269,8 +269,10 @@ class LearnedVariance:
                 'DDPM(model.schedule, variance_type="fixed_large")'
             )
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        """The output ``m`` above of each row, like ``x``."""
+    def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
+        """The output ``m`` above of each row, like ``x``; the solver tells the rows."""
+        if rows is None:
+            raise TypeError("rows: needed for the noise of each row; give this denoiser to solve, with DDPM")
         eps, v = self.model.predict(x, t, rows)
         assert v is not None
         z = torch.stack([rows.noise(step, sample) for step, sample in zip(rows.steps, rows.samples, strict=True)])

@@ -19,7 +19,7 @@ def fill(network: torch.nn.Module) -> None:
 
 def expanded(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A state dict of the right shapes of which each tensor is one number, repeated without a copy."""
-    one = torch.tensor(0.01, dtype=dtype)
+    one = torch.tensor(0.01, dtype=dtype, device="cpu")
     return {key: one.expand(value.shape) for key, value in network.state_dict().items()}
 
 
