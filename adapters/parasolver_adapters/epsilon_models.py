@@ -75,6 +75,11 @@ def starting_noise(batch: int, event: tuple[int, ...], seed: int = 0, device: An
     return torch.stack([torch.randn(event, generator=generator) for _ in range(batch)]).to(device)
 
 
+def guided(null: Tensor, given: Tensor, scale: float) -> Tensor:
+    """``null + scale (given - null)``: classifier-free guidance of predictions without and with a condition."""
+    return null + scale * (given - null)
+
+
 @dataclass(frozen=True)
 class ClassifierGuidance:
     """``scale * d log p(y | x_t) / dx_t`` of a classifier of noisy pictures (Dhariwal and Nichol, 2021, section 4).
@@ -191,9 +196,8 @@ class EpsilonModel:
         both = self.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         labelled, unlabelled = both.chunk(2)
         first = x.shape[1] if self.guided_channels is None else self.guided_channels
-        plain = unlabelled[:, :first]
-        guided = plain + self.guidance_scale * (labelled[:, :first] - plain)  # type: ignore[operator]
-        return torch.cat([guided, labelled[:, first:]], dim=1)
+        changed = guided(unlabelled[:, :first], labelled[:, :first], self.guidance_scale)  # type: ignore[arg-type]
+        return torch.cat([changed, labelled[:, first:]], dim=1)
 
     def _labels_of(self, x: Tensor, rows: Rows | None) -> Tensor:
         labels = np.atleast_1d(np.asarray(self.labels, dtype=np.int64))
