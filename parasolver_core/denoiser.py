@@ -40,7 +40,7 @@ class Rows:
         steps: (rows,), on the host: indices into the recurrence's timesteps.
         samples: (rows,), on the host: places in the batch.
         recurrence: the sampler.
-        noise: ``noise(step, sample)``, (*event), the standard normal ``z`` that the step adds to the sample.
+        noise: ``noise(step, sample)``, ``(*event)``, the standard normal ``z`` that the step adds to the sample.
     """
 
     steps: NDArray[np.int64]
