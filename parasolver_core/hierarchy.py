@@ -94,6 +94,11 @@ class Levels:
         """``count`` nodes, or fewer where two would fall together."""
         return self(np.unique(self._nearest(np.linspace(0.0, 1.0, count))))
 
+    def opening(self, count: int) -> Level:
+        """Those of the first nodes whose states hardly depend on the sample."""
+        nodes = self.first(count).nodes
+        return self(nodes[nodes < self._recurrence.blind])
+
     def finer(self, level: Level) -> Level:
         """The level with the midpoints added."""
         left, right = level.nodes[:-1], level.nodes[1:]
@@ -175,16 +180,19 @@ class SpreadNodes:
         self._rounds, self._lost, self._wild = 0, False, False
 
         # rows of the level's nodes: states, predictions, moves of the states since their last evaluation
-        self._level = levels(np.zeros(1, dtype=np.int64))
-        self._X = xp.reshape(xp.asarray(start, copy=True), (1, -1))
+        self._opening = True  # nodes that need no prediction of the sample come first
+        self._level = levels.opening(self._first)
+        count = len(self._level.nodes)
+        self._free: Array  # what the states are made of x_T and the noise; and the sample:
+        self._end_free: Array
+        self._set_free()
+        self._X = self._free
         self._H, self._since = xp.zeros_like(self._X), xp.zeros_like(self._X)
-        self._free: Array = self._X  # what the states are made of x_T and the noise; and the sample:
-        self._end_free: Array = start
-        self._moved = np.full(1, np.inf)  # at least the RMS of `since` over the input's; inf: never evaluated
-        self._scale = np.ones(1)  # RMS of the inputs
+        self._moved = np.full(count, np.inf)  # at least the RMS of `since` over the input's; inf: never evaluated
+        self._scale = np.ones(count)  # RMS of the inputs
 
-        self._picked = np.zeros(1, dtype=np.int64)  # rows evaluated in the next round
-        self._waiting = np.ones(1, dtype=bool)  # rows that the sweep has still to evaluate
+        self._picked = np.arange(count)  # rows evaluated in the next round
+        self._waiting = np.ones(count, dtype=bool)  # rows that the sweep has still to evaluate
         self._change = 0.0  # of the sample, in this sweep
         self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
         self._left = _UNMEASURED  # the interpolation error of this level,
@@ -305,7 +313,7 @@ class SpreadNodes:
 
     def _settle(self) -> None:
         """After a sweep: go on, refine, or end."""
-        complete, first = len(self._level.nodes) == len(self._recurrence), len(self._level.nodes) == 1
+        complete = len(self._level.nodes) == len(self._recurrence)
         if self._measuring:
             self._measured, self._measuring = True, False
             self._left = self._midpoints / (self._gain - 1)  # what all further levels would add, a geometric series
@@ -319,7 +327,7 @@ class SpreadNodes:
             if settled:
                 self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
                 self.kept = self._all_states() if self._plan.keep else None
-        elif first or settled or self._change <= self._early * left:
+        elif self._opening or settled or self._change <= self._early * left:
             self._lost = self._measured and not self._worth_refining()
             if not self._lost:
                 self._refine()
@@ -347,9 +355,9 @@ class SpreadNodes:
     def _refine(self) -> None:
         """Add the midpoints (at first: spread the nodes), with interpolated predictions and slopes."""
         old = self._level.nodes
-        self._level = self._levels.first(self._first) if len(old) == 1 else self._levels.finer(self._level)
+        self._level = self._levels.first(self._first) if self._opening else self._levels.finer(self._level)
         nodes = self._level.nodes
-        if len(old) > 1:
+        if not self._opening:
             self._slope[nodes] = np.interp(nodes, old, self._slope[old])
         weights, known = interpolation(nodes, old), np.isin(nodes, old)
         self._H = self._xp.matmul(self._asarray(weights), self._H)
@@ -359,7 +367,7 @@ class SpreadNodes:
         moved = np.full(len(nodes), np.inf)
         moved[known] = self._moved
         self._moved, self._scale = moved, weights @ self._scale
-        self._measuring, self._midpoints = len(old) > 1, 0.0
+        self._measuring, self._opening, self._midpoints = not self._opening, False, 0.0
 
     def _set_free(self) -> None:
         """What the level's states, and the sample, are made of ``x_T`` and the noise."""

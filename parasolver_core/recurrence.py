@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
+_BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,14 @@ class Recurrence:
         if self.signal is None:
             return np.ones(len(self))
         return np.maximum(self.signal, UNDECIDED) ** (self.noise_share - 1)
+
+    @property
+    def blind(self) -> int:
+        """How many leading nodes, at least 1, have states that hardly depend on the sample: less than a tenth is its.
+
+        Their inputs are known well enough before anything was evaluated, with a predicted sample of 0.
+        """
+        return 1 if self.signal is None else max(1, int(np.argmin(np.append(self.signal < _BLIND, False))))
 
     def held_form(self) -> tuple[Float64, Float64]:
         """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""

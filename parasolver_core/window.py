@@ -78,6 +78,17 @@ class Near(Forecast):
         return self._outputs[i] + (x - self._states[i]) * slope
 
 
+class Nothing(Forecast):
+    """A held quantity of 0: a predicted sample that is the mean of all data, before anything is known."""
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self._held = recurrence.held
+
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        p, q = self._held[i]
+        return x * float(-p / q)
+
+
 class SampleWindow:
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
@@ -122,10 +133,21 @@ class SampleWindow:
         self.result: Array | None = None
         self.kept: list[Array] | None = [start] if keep else None
         self._forecast = forecast
-        if plan.warmup_steps == 0 and (forecast is not None or method.fill == "copy"):
-            m = forecast(0, start, float(self._slope[0])) if forecast is not None else self._stay(0, start, [start], [])
-            self._M = assign(self._M, (0, slice(None)), m)
-            self._fill(1, min(width, n))
+        if plan.warmup_steps == 0:
+            self._open(start, min(width, n))
+
+    def _open(self, start: Array, width: int) -> None:
+        """The first round's nodes after node 0: as forecast, copies, or those whose states do not need a prediction."""
+        if self._forecast is None and self._method.fill == "copy":
+            self._M = assign(self._M, (0, slice(None)), self._stay(0, start, [start], []))
+            self._fill(1, width)
+            return
+        forecast, hi = self._forecast, width
+        if forecast is None and self._method.fill == "held":
+            forecast, hi = Nothing(self._recurrence), min(width, self._recurrence.blind)
+        if forecast is not None:
+            self._M = assign(self._M, (0, slice(None)), forecast(0, start, float(self._slope[0])))
+            self._fill(1, hi, forecast)
 
     @property
     def running(self) -> bool:
@@ -228,15 +250,16 @@ class SampleWindow:
         else:
             self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
 
-    def _fill(self, first: int, hi: int) -> None:
+    def _fill(self, first: int, hi: int, forecast: Forecast | None = None) -> None:
         """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
+        forecast = forecast or self._forecast
         if hi <= first:
             return
         self._make_room(first, hi)
         self._evaluated[first:hi] = False
         self.hi = hi
-        if self._forecast is not None:
-            self._put(self._along(self._forecast, first - 1), hi - first)
+        if forecast is not None:
+            self._put(self._along(forecast, first - 1), hi - first)
         elif self._method.fill == "copy":
             self._put(self._copies(first - 1), hi - first)
         else:
