@@ -226,3 +226,26 @@ def test_fewer_labels_than_samples_are_refused() -> None:
 def test_wrong_learn_sigma_is_told() -> None:
     with pytest.raises(ValueError, match="learn_sigma: with False the network should give 3 channels for 3, got 6"):
         model(learn_sigma=False)(x_T(), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_trained_network_with_labels_guidance_and_a_variance(sampler: str) -> None:
+    """The embedded model, given a second half of channels that stands for a learned variance."""
+    pytest.importorskip("diffusers")
+    from parasolver_adapters import embedded
+
+    unet = embedded.load_embedded_model()
+
+    def with_variance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        eps = unet(x, t, class_labels=y, return_dict=False)[0]
+        return torch.cat([eps, torch.tanh(eps)], dim=1)
+
+    options: dict[str, Any] = {"num_classes": 11, "guidance_scale": 2.0, "null_label": embedded.NO_CLASS}
+    one = EpsilonModel(with_variance, embedded.SCHEDULE, (3, 7), clip_denoised=True, **options)
+    rule, denoiser = (DDIM(one.schedule), one) if sampler == "ddim" else (DDPM(one.schedule), LearnedVariance(one))
+    arguments = denoiser, starting_noise(2, embedded.SAMPLE_SHAPE), one.timesteps("15"), rule
+    expected = solve_sequential(*arguments, seed=1).sample
+    exact, near = (solve(*arguments, window=5, tolerance=tolerance, seed=1) for tolerance in (0, 1e-2))
+    assert near.stats.rounds < 15
+    assert relative(exact.sample, expected) < 1e-4
+    assert relative(near.sample, expected) < 1e-2

@@ -164,3 +164,20 @@ def test_pictures_that_are_not_finite_are_told(tmp_path: Path, dit_s: Path) -> N
     options = ["--checkpoint", saved(state, tmp_path / "nan.pt"), "--preset", "dit-s-8-256", "--count", 1]
     assert "NaN or infinity" in run("sample", "--out", tmp_path, "--steps", 5, *options, code=1)
     assert record(tmp_path)["status"] == "nonfinite_model"
+
+
+def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def bar(*_: object) -> Any:
+        def broken_off(state: Any) -> None:
+            if state.stats.rounds == 3:
+                raise KeyboardInterrupt
+
+        return broken_off
+
+    monkeypatch.setattr(command, "bar", bar)
+    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 10, "--window", 3, code=1)
+    assert "Interrupted after round 3" in told
+    assert record(tmp_path)["status"] == "interrupted"
+    assert (tmp_path / "000.png").exists()

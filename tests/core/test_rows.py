@@ -1,5 +1,6 @@
 """Denoisers that are told which step of which sample each row is."""
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +33,13 @@ class Labelled:
         return (x - label) / xp.asarray(sigma, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("max_rows", [None, 2])
-def test_each_sample_follows_its_own_label(xp: ModuleType, max_rows: int | None) -> None:
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_rows": 2}, {"buckets": (4, 16)}, {"buckets": (8,), "max_rows": 4}], ids=str
+)
+def test_each_sample_follows_its_own_label(xp: ModuleType, limits: dict[str, Any]) -> None:
     x_T = normal((3, 4), xp)
     for method in ("secant", "parataa", "sequential"):
-        options = {"window": 5, "method": method, "max_rows": max_rows}
+        options = {"window": 5, "method": method} | limits
         solution = solve(Labelled(), x_T, SCHEDULE.timesteps(12), DDIM(SCHEDULE), **options)
         expected = np.broadcast_to(LABELS[:, None], (3, 4))
         assert relative(solution.sample, expected) < 1e-2
@@ -65,6 +68,25 @@ def test_a_sample_that_failed_does_not_shift_the_others() -> None:
         arguments = (Failing(), normal((3, 4)), SCHEDULE.timesteps(12), DDIM(SCHEDULE))
         solution = solve(*arguments, window=4, method=method, throw=False)
         assert relative(solution.sample[1:], np.broadcast_to(LABELS[1:, None], (2, 4))) < 1e-2
+
+
+def test_rows_are_right_after_memory_ran_out() -> None:
+    class Small(Labelled):
+        def __call__(self, x: Any, t: Any, rows: Rows) -> Any:
+            assert len(x) == len(rows)
+            if len(x) > 3:
+                raise MemoryError
+            return super().__call__(x, t, rows)
+
+    solution = solve(Small(), normal((3, 4)), SCHEDULE.timesteps(12), DDIM(SCHEDULE), window=5)
+    assert solution.stats.max_rows == 3
+    assert relative(solution.sample, np.broadcast_to(LABELS[:, None], (3, 4))) < 1e-2
+
+
+def test_a_window_is_chosen_for_a_denoiser_that_takes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    solution = solve(Labelled(), normal((3, 4)), SCHEDULE.timesteps(12), DDIM(SCHEDULE), window="auto")
+    assert relative(solution.sample, np.broadcast_to(LABELS[:, None], (3, 4))) < 1e-2
 
 
 def test_clipping_passes_rows_on() -> None:
