@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser
 from parasolver_cli import figures
+from parasolver_cli.meter import Callback, bar, bars
 from parasolver_cli.outcome import Case, Look, Outcome
 from parasolver_core import (
     DDIM,
@@ -37,8 +38,6 @@ from parasolver_core import (
 DOCS = "docs/benchmarks.md"
 MAX_ROWS = 128  # a larger batch is no faster on a CPU and only takes memory
 FEW = 4  # samples of a sampler with so many steps that all of them would take too long
-
-Callback = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def run(settings: Settings, console: Console) -> list[Outcome]:
         generator = torch.Generator().manual_seed(settings.seed)
         x_T = torch.randn(settings.count, 1, 28, 28, generator=generator)
         denoiser(x_T, torch.full((settings.count,), 500))  # a network's first call is slower than the rest
-    with _progress(console) as progress:
+    with bars(console) as progress:
         outcomes = [_sample(case, denoiser, x_T, settings, progress) for case in cases(settings)]
     _save(outcomes, settings, console)
     console.print(_table(outcomes, settings.tolerance))
@@ -92,16 +91,16 @@ def _sample(
 ) -> Outcome:
     x_T = x_T[: case.samples]
     common: dict[str, Any] = {"seed": settings.seed, "max_rows": MAX_ROWS}
-    arguments = (denoiser, x_T, case.timesteps, case.step_rule)
+    arguments, steps = (denoiser, x_T, case.timesteps, case.step_rule), len(case.timesteps) * case.samples
     sequential, seconds_sequential = _timed(
         lambda callback: solve_sequential(*arguments, callback=callback, **common),
-        _task(progress, f"{case.name}, sequential", case),
+        bar(progress, f"{case.name}, sequential", steps),
     )
     parallel, seconds_parallel = _timed(
         lambda callback: solve(
             *arguments, window=case.window, tolerance=settings.tolerance, callback=callback, **common
         ),
-        _task(progress, f"{case.name}, in parallel", case),
+        bar(progress, f"{case.name}, in parallel", steps),
     )
     truth = _pictures(sequential.sample)
     return Outcome(
@@ -145,27 +144,6 @@ def _timed(sample: Callable[[Callback], Solution], callback: Callback) -> tuple[
 
 def _pictures(sample: torch.Tensor) -> NDArray[np.float32]:
     return sample[:, 0].numpy(force=True)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, {task.fields[rounds]} rounds"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def _task(progress: Progress, name: str, case: Case) -> Callback:
-    """A bar over the final steps of all samples, moved after each round."""
-    task = progress.add_task(name, total=len(case.timesteps) * case.samples, rounds=0)
-
-    def moved(state: Any) -> None:
-        progress.update(task, completed=sum(state.steps), rounds=state.stats.rounds)
-
-    return moved
 
 
 def _table(outcomes: list[Outcome], tolerance: float) -> Table:

@@ -98,6 +98,114 @@ def demo(
 
 
 @app.command()
+def sample(
+    out: Annotated[
+        Path,
+        typer.Option(callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False),
+    ] = Path("parasolver-samples"),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights, .safetensors or .pt.", show_default="the embedded model", dir_okay=False),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="The network of the checkpoint, such as dit-xl-2-256 or adm-256.")
+    ] = "fashion-mnist",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, dpm or ddpm (with the variance that the network learned).")
+    ] = "ddim",
+    steps: Annotated[str, typer.Option(help='A number, or "ddim25", or "10,20,30" for parts of the schedule.')] = "50",
+    window: Annotated[str, typer.Option(help='Steps evaluated in one round; 1 is sequential; "auto".')] = "16",
+    tolerance: Annotated[
+        float, typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample.")
+    ] = 1e-2,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise, and of the labels.")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=10000, help="Pictures to sample.")] = 8,
+    labels: Annotated[
+        str | None,
+        typer.Option(help='Classes, such as 207,360, in turn; or "none".', show_default="drawn from the seed"),
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of classifier-free guidance.")] = None,
+    guide_all_channels: Annotated[
+        bool, typer.Option("--guide-all-channels", help="DiT: guide all four channels, not the published three.")
+    ] = False,
+    classifier: Annotated[
+        Path | None, typer.Option(help="ADM: weights of the classifier that guides.", dir_okay=False)
+    ] = None,
+    classifier_scale: Annotated[float, typer.Option(help="Of its gradient.")] = 1.0,
+    vae: Annotated[
+        Path | None, typer.Option(help="DiT: a diffusers folder of the autoencoder.", file_okay=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    max_rows: Annotated[int, typer.Option(min=1, help="The most rows in one call of the network.")] = 64,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Sample sequentially too, and tell the difference.")
+    ] = False,
+) -> None:
+    """Sample pictures from the embedded model, or from a checkpoint of guided-diffusion or DiT."""
+    console = Console()
+    try:
+        from parasolver_cli.sample import DTYPES, PRESETS, SAMPLERS, Settings, default_device, run
+    except ImportError as error:
+        console.print(f"Sampling needs {error.name}; pip install 'parasolver[demo]'", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    for option, value, known in (
+        ("--preset", preset, PRESETS),
+        ("--sampler", sampler, SAMPLERS),
+        ("--dtype", dtype, DTYPES),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value}", param_hint=option)
+    settings = Settings(
+        out=out,
+        checkpoint=checkpoint,
+        preset=preset,
+        sampler=sampler,
+        steps=steps,
+        window=_window(window),
+        tolerance=tolerance,
+        seed=seed,
+        count=count,
+        labels=_labels(labels),
+        guidance_scale=guidance_scale,
+        guide_all_channels=guide_all_channels,
+        classifier=classifier,
+        classifier_scale=classifier_scale,
+        vae=vae,
+        device=device or default_device(),
+        dtype=dtype,
+        max_rows=max_rows,
+        compare=compare,
+    )
+    try:
+        converged = run(settings, console)
+    except (ImportError, OSError, TypeError, ValueError) as error:  # what the user gave does not fit
+        console.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    if not converged:
+        raise typer.Exit(1)
+
+
+def _window(text: str) -> int | None:
+    """None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f'expected a number of at least 1, or "auto", got {text}', param_hint="--window")
+    return int(text)
+
+
+def _labels(text: str | None) -> tuple[int, ...] | None:
+    """Empty where none were asked for, None for "none"."""
+    if text == "none":
+        return None
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise typer.BadParameter(f'expected classes such as 207,360, or "none", got {text}', param_hint="--labels")
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
 def plan(
     costs: Annotated[
         str | None,

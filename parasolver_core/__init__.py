@@ -4,7 +4,8 @@ The core is framework-agnostic: it imports NumPy and array-api-compat, and works
 knows. ``solve`` is the front door.
 """
 
-from parasolver_core.denoiser import DenoiserFn, clip_sample
+from parasolver_core.conformance import DenoiserReport, check_denoiser
+from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
 from parasolver_core.errors import (
     ConvergenceError,
     NondeterministicDenoiserError,
@@ -25,6 +26,7 @@ __all__ = [
     "ConvergenceError",
     "DPMSolver",
     "DenoiserFn",
+    "DenoiserReport",
     "Euler",
     "Identity",
     "Linearization",
@@ -35,6 +37,7 @@ __all__ = [
     "ParallelIntegralSolver",
     "Recurrence",
     "RoundRecord",
+    "Rows",
     "SampleRecord",
     "Secant",
     "SequentialSolver",
@@ -43,6 +46,7 @@ __all__ = [
     "Stats",
     "Status",
     "StepRule",
+    "check_denoiser",
     "clip_sample",
     "solve",
     "solve_sequential",

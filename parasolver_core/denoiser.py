@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, assign, own_copy
-from parasolver_core.recurrence import predicted_sample_coefficients
+from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
 
@@ -23,16 +24,47 @@ class DenoiserFn(Protocol):
     ``t`` is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).
+
+    A denoiser whose attribute ``takes_rows`` is true is called ``denoiser(x, t, rows)`` with :class:`Rows`, which tell
+    the samples of the batch apart: each may have its own class label or prompt.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which step of which sample each row of a call is.
+
+    Args:
+        steps: (rows,), on the host: indices into the recurrence's timesteps.
+        samples: (rows,), on the host: places in the batch.
+        recurrence: the sampler.
+        noise: ``noise(step, sample)``, ``(*event)``, the standard normal ``z`` that the step adds to the sample.
+    """
+
+    steps: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    recurrence: Recurrence
+    noise: Callable[[int, int], Array]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, part: slice | NDArray[np.int64]) -> Rows:
+        return replace(self, steps=self.steps[part], samples=self.samples[part])
+
+
+def takes_rows(denoiser: Any) -> bool:
+    """Whether a denoiser is called ``denoiser(x, t, rows)``; those that wrap another pass it on."""
+    return bool(getattr(denoiser, "takes_rows", False))
 
 
 class SharedDenoiser(ABC):
     """A denoiser whose rows several processes share, each of which runs the same solver on the same arguments."""
 
     @abstractmethod
-    def __call__(self, x: Array, t: Array, /) -> Array:
+    def __call__(self, x: Array, t: Array, rows: Rows | None = None, /) -> Array:
         """The prediction for all rows, the same in every process."""
 
     @property
@@ -69,9 +101,16 @@ class BatchedCall:
         self, denoiser: DenoiserFn, max_rows: int | None = None, buckets: Sequence[int] = (), device: Any = None
     ) -> None:
         self._denoiser, self._buckets, self._device = denoiser, sorted(buckets), device
+        self._takes_rows = takes_rows(denoiser)
         self.max_rows, self.calls, self.memory_ran_out = max_rows, 0, False
 
-    def __call__(self, x: Array | list[Array], t: Array, describe: Callable[[slice], str] | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array | list[Array],
+        t: Array,
+        rows: Rows | None = None,
+        describe: Callable[[slice], str] | None = None,
+    ) -> Array:
         """Predictions for rows ``x``, which stay as they are: the network may work in place and gets a copy.
 
         Good until the next call only.
@@ -79,23 +118,24 @@ class BatchedCall:
         Args:
             x: ``(rows, *event)``, or a list of such arrays, whose rows are put together in the network's copy only.
             t: (rows,), on the network's device.
+            rows: for a denoiser that takes them.
             describe: what to note on an exception of the network, given the rows.
         """
         parts = x if isinstance(x, list) else [x]
-        rows, done = t.shape[0], 0
+        count, done = t.shape[0], 0
         whole: Array = None
-        while done < rows:
-            size = self._size(rows - done)
-            part = slice(done, min(done + size, rows))
-            prediction = self._attempt(parts, t, part, size, describe)
+        while done < count:
+            size = self._size(count - done)
+            part = slice(done, min(done + size, count))
+            prediction = self._attempt(parts, t, rows, part, size, describe)
             if prediction is None:
                 continue  # with a smaller size
-            if size == rows:
+            if size == count:
                 return self._back(prediction, parts[0])
             if whole is None:
                 xp: Any = array_api_compat.array_namespace(parts[0])
                 like = {"dtype": parts[0].dtype, "device": array_api_compat.device(parts[0])}
-                whole = xp.zeros((rows, *parts[0].shape[1:]), **like)
+                whole = xp.zeros((count, *parts[0].shape[1:]), **like)
             # copied at once: the network may use its output's memory again
             whole = assign(whole, (part, ...), self._back(prediction, whole)[: part.stop - part.start, ...])
             done = part.stop
@@ -110,13 +150,20 @@ class BatchedCall:
         return next((size for size in fitting if size >= rows), fitting[-1])
 
     def _attempt(
-        self, parts: list[Array], t: Array, part: slice, size: int, describe: Callable[[slice], str] | None
+        self,
+        parts: list[Array],
+        t: Array,
+        rows: Rows | None,
+        part: slice,
+        size: int,
+        describe: Callable[[slice], str] | None,
     ) -> Array | None:
         """One call of the network; None if it ran out of memory, which the next one should not."""
         given, times = self._padded(parts, t, part, size)
+        which = () if rows is None or not self._takes_rows else (rows[_filled_up(part, size)],)
         self.calls += 1
         try:
-            prediction = self._denoiser(given, times)
+            prediction = self._denoiser(given, times, *which)
         except Exception as error:
             if not (out_of_memory(error) and size > 1):
                 if describe is not None:
@@ -151,15 +198,20 @@ class BatchedCall:
         )
 
 
+def _filled_up(part: slice, size: int) -> NDArray[np.int64]:
+    """The places of ``size`` rows, the last of the part again where it has too few."""
+    return np.minimum(np.arange(part.start, part.start + size), part.stop - 1)
+
+
 class Evaluator:
     """A denoiser with its contract checked at every call.
 
     Args:
         denoiser: the user's network.
         x_T: gives dtype, device and array library of what the network sees.
-        timesteps: (N,), on the host.
+        recurrence: the sampler.
+        noise: the noise of each step and sample, for a denoiser that takes rows.
         max_rows: the most rows in one call; a larger round is split. None: no limit.
-        input_scale: (N,), on the host, what states are multiplied with first. None: nothing.
         buckets: see :class:`BatchedCall`.
         state_device: where the rows come from and go to; None: the network's device.
     """
@@ -168,9 +220,9 @@ class Evaluator:
         self,
         denoiser: DenoiserFn,
         x_T: Array,
-        timesteps: np.ndarray,
+        recurrence: Recurrence,
+        noise: Callable[[int, int], Array],
         max_rows: int | None,
-        input_scale: np.ndarray | None = None,
         buckets: Sequence[int] = (),
         state_device: Any = None,
     ) -> None:
@@ -180,9 +232,10 @@ class Evaluator:
         self._denoiser, self._dtype, self._device = denoiser, x_T.dtype, array_api_compat.device(x_T)
         self._call = BatchedCall(denoiser, max_rows, buckets, None if state_device is None else self._device)
         self._event = tuple(x_T.shape[1:])
+        self._recurrence, self._noise, timesteps = recurrence, noise, recurrence.timesteps
         integral = np.issubdtype(timesteps.dtype, np.integer)
         self._t = xp.asarray(timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device)
-        self._host_t, self._scale = timesteps, input_scale
+        self._host_t, self._scale = timesteps, recurrence.input_scale
         self.seconds = 0.0
 
     @property
@@ -211,30 +264,31 @@ class Evaluator:
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.begin(plan())
 
-    def __call__(self, x: Array | list[Array], nodes: np.ndarray) -> Array:
-        """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), indices into the timesteps.
+    def __call__(self, x: Array | list[Array], nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
+        """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).
 
         ``x``, one array or several, stays as it is. The result is good until the next call only.
         """
         xp, parts, first = self._xp, [], 0
-        for rows in x if isinstance(x, list) else [x]:
-            own = nodes[first : first + rows.shape[0]]
-            parts.append(xp.astype(self._scaled(rows, own), self._dtype, copy=False))
+        for part in x if isinstance(x, list) else [x]:
+            own = nodes[first : first + part.shape[0]]
+            parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
         try:
-            return self._call(parts, t, lambda part: self._describe(nodes[part]))
+            rows = Rows(nodes, samples, self._recurrence, self._noise)
+            return self._call(parts, t, rows, lambda part: self._describe(nodes[part]))
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _scaled(self, rows: Array, nodes: np.ndarray) -> Array:
+    def _scaled(self, rows: Array, nodes: NDArray[np.int64]) -> Array:
         if self._scale is None:
             return rows
         scale = self._xp.asarray(self._scale[nodes], dtype=rows.dtype, device=array_api_compat.device(rows))
         return rows * self._xp.reshape(scale, (-1,) + (1,) * len(self._event))
 
-    def _describe(self, nodes: np.ndarray) -> str:
+    def _describe(self, nodes: NDArray[np.int64]) -> str:
         first, last = nodes.min(), nodes.max()
         return (
             f"raised by the denoiser in call {self.calls}, given {len(nodes)} rows of event shape {self._event} at "
@@ -287,7 +341,11 @@ class ClippedDenoiser:
     prediction_type: str
     clip_range: float = 1.0
 
-    def __call__(self, x: Array, t: Array, /) -> Array:
+    @property
+    def takes_rows(self) -> bool:
+        return takes_rows(self.denoiser)
+
+    def __call__(self, x: Array, t: Array, /, *rows: Rows) -> Array:
         xp = array_api_compat.array_namespace(x)
         host_t = np.asarray(array_api_compat.to_device(t, "cpu"))
         alpha, sigma = (level[:-1] for level in self.schedule.levels(host_t))
@@ -295,7 +353,7 @@ class ClippedDenoiser:
             xp.reshape(xp.asarray(c, dtype=x.dtype, device=array_api_compat.device(x)), (-1,) + (1,) * (x.ndim - 1))
             for c in predicted_sample_coefficients(self.prediction_type, alpha, sigma)
         )
-        sample = xp.clip(p * x + q * self.denoiser(x, t), -self.clip_range, self.clip_range)
+        sample = xp.clip(p * x + q * self.denoiser(x, t, *rows), -self.clip_range, self.clip_range)
         return (sample - p * x) / q
 
 

@@ -214,7 +214,7 @@ def _measure(state: SequentialState, own: Callable[[int], float], most: int) -> 
 
     def call(rows: int) -> None:
         copies = xp.concat([x] * -(-rows // batch))[:rows, ...]
-        out = state.evaluator(copies, np.linspace(0, steps - 1, rows).astype(np.int64))
+        out = state.evaluator(copies, np.linspace(0, steps - 1, rows).astype(np.int64), np.arange(rows) % batch)
         to_host(xp.isfinite(out[-1:, ...]))  # waits for the device
 
     first = time.perf_counter()

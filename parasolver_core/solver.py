@@ -199,7 +199,7 @@ class SequentialSolver(Solver):
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
-        m = state.evaluator(state.xs[0], np.full(len(alive), i))
+        m = state.evaluator(state.xs[0], np.full(len(alive), i), np.asarray(alive))
         memory = recurrence.memory
         state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
         z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
@@ -299,12 +299,16 @@ class ParallelIntegralSolver(Solver):
         """
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
+        samples = [window.index for window in running]
         repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
         if repeat:
             inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
             nodes.append(np.zeros(1, dtype=np.int64))
+            samples.append(0)
+        owners = np.repeat(samples, [len(own) for own in nodes])
         rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
-        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes)), (sum(map(len, nodes)), inputs[0].shape[1]))
+        D = state.evaluator(rows, np.concatenate(nodes), owners)
+        D = xp.reshape(D, (len(owners), inputs[0].shape[1]))
         repeated = []
         if repeat:
             first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))

@@ -63,15 +63,7 @@ class SolverState(ABC):
                 f"step_rule: its table has {len(self.recurrence)} steps for {len(grid)} timesteps; one row a timestep"
             )
         self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(
-            denoiser,
-            x_T,
-            self.recurrence.timesteps,
-            max_rows,
-            self.recurrence.input_scale,
-            buckets,
-            state_device,
-        )
+        self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
         self.stats = Stats()
         self.halted: Status | None = None
         self.failed_rounds: dict[int, int] = {}

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parasolver_core import __version__
-from parasolver_core.denoiser import BatchedCall, DenoiserFn, SharedDenoiser
+from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, takes_rows
 from parasolver_core.errors import SolverError
 from parasolver_core.introspection import reachable
 
@@ -106,6 +106,10 @@ class DistributedDenoiser(SharedDenoiser):
         return self._rank
 
     @property
+    def takes_rows(self) -> bool:
+        return takes_rows(self._denoiser)
+
+    @property
     def devices(self) -> int:
         return self._size
 
@@ -129,7 +133,7 @@ class DistributedDenoiser(SharedDenoiser):
         self._compare([{name: told for name, told in one.items() if name != "values"} for one in messages])
         return [max(column) for column in zip(*(one["values"] for one in messages), strict=True)]
 
-    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None, /) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x_T: several devices need a torch tensor, got {type(x).__name__}")
         if (
@@ -141,7 +145,7 @@ class DistributedDenoiser(SharedDenoiser):
         mine, part, error = shares[self._rank], None, None
         if mine.stop > mine.start:
             try:
-                part = self._local(x[mine], t[mine])
+                part = self._local(x[mine], t[mine], None if rows is None else rows[mine])
             except Exception as raised:
                 error = raised
         packet = _Packet.pack(part, error, self._calls, x, max(share.stop - share.start for share in shares))
@@ -149,11 +153,11 @@ class DistributedDenoiser(SharedDenoiser):
         headers = packets[:, :_HEADER].cpu()  # waits for the device
         self._raise_for(headers, x.shape[0], error)
         own = x.element_size() * x[0].numel()
-        rows = [
+        predictions = [
             packet[_HEADER : _HEADER + own * (share.stop - share.start)].view(x.dtype)
             for packet, share in zip(packets.to(x.device), shares, strict=True)
         ]
-        return torch.cat(rows).view(x.shape)
+        return torch.cat(predictions).view(x.shape)
 
     def _raise_for(self, headers: Tensor, rows: int, error: Exception | None) -> None:
         told = [_Packet.read(header) for header in headers]

@@ -27,6 +27,7 @@ both = pytest.mark.parametrize("ranks", [2, 4])
         {"window": 1},  # fewer rows than processes
         {"method": "sequential", "batch": 3},
         {"buckets": [2, 8], "window": 8},
+        {"batch": 3, "labelled": True, "buckets": [4, 16]},
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from parasolver_adapters.distributed import DistributedDenoiser, WorkerError, process_group
-from parasolver_core import DDIM, DDPM, NoiseSchedule, Solution, solve
+from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, solve
 from tests.core.problems import Rational
 
 SCHEDULE = NoiseSchedule.linear()
@@ -107,9 +107,23 @@ class SmallMemory:
         return self.inner(x, t)
 
 
+class Labelled:
+    """``Rational``, moved by the number of each row's sample."""
+
+    takes_rows = True
+
+    def __init__(self) -> None:
+        self.inner = Rational()
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.inner(x - torch.as_tensor(rows.samples, dtype=x.dtype)[:, None, None], t)
+
+
 def same_sample(rank: int, options: dict[str, Any]) -> dict[str, Any]:
-    shared = DistributedDenoiser(Rational(), timeout=20)
-    got, expected = sample(shared, **options), sample(Rational(), **options)
+    options = dict(options)
+    denoiser = Labelled() if options.pop("labelled", False) else Rational()
+    shared = DistributedDenoiser(denoiser, timeout=20)
+    got, expected = sample(shared, **options), sample(denoiser, **options)
     return {
         "bits": bits(got),
         "expected": bits(expected),

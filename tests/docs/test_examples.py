@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/devices.md",
+    "docs/wrapping.md",
+    "docs/guided_diffusion.md",
+    "docs/dit.md",
+)
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/quickstart.md", "docs/devices.md")
+    for page in PAGES
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
 ]
 

@@ -1,0 +1,183 @@
+"""``parasolver sample`` as a user meets it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from parasolver_adapters.dit import PRESETS as DITS
+from tests.adapters.weights import fill, relative, saved
+from tests.cli.test_cli import run
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "result.json").read_text())
+
+
+def sample(out: Path, *options: object, steps: int = 10) -> torch.Tensor:
+    run("sample", "--out", out, "--steps", steps, *options)
+    return load_file(out / "samples.safetensors")["samples"]
+
+
+@pytest.fixture(scope="module")
+def dit_s(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of DiT-S/8 with random weights."""
+    pytest.importorskip("timm", reason="DiT is built from timm's layers; pip install 'parasolver[timm]'")
+    from parasolver_adapters.dit import DiT
+
+    with torch.device("meta"):
+        network = DiT(DITS["dit-s-8-256"])
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        key: (0.05 * torch.randn(value.shape, generator=generator)).half()
+        for key, value in network.state_dict().items()
+    }
+    return saved(state, tmp_path_factory.mktemp("dit") / "dit-s-8.pt")
+
+
+def test_the_embedded_model_writes_pictures_and_a_record(tmp_path: Path) -> None:
+    samples = sample(tmp_path, "--count", 5, "--window", 3, "--labels", "3,7", "--compare")
+    assert samples.shape == (5, 1, 28, 28)
+    first = np.asarray(Image.open(tmp_path / "000.png"))
+    np.testing.assert_allclose(first / 127.5 - 1, samples[0, 0].clamp(-1, 1).numpy(), atol=0.5 / 127.5 + 1e-6)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 28, 3 * 28)
+    np.testing.assert_array_equal(grid[:28, :28], first)
+    np.testing.assert_array_equal(grid[28:, 28:56], np.asarray(Image.open(tmp_path / "004.png")))
+    assert not grid[28:, 56:].any()
+    told = record(tmp_path)
+    assert told["labels"] == [3, 7, 3, 7, 3]
+    assert told["status"] == "converged"
+    assert told["rounds"] < len(told["timesteps"]) == 10
+    assert max(told["error_to_sequential"]) < 1e-2
+    assert {"loading", "sampling", "sequential_sampling", "drawing"} == set(told["seconds"])
+
+
+def test_more_pictures_leave_the_first_as_they_are(tmp_path: Path) -> None:
+    few = sample(tmp_path / "few", "--count", 1, "--tolerance", 0, "--seed", 5)
+    more = sample(tmp_path / "more", "--count", 2, "--tolerance", 0, "--seed", 5)
+    assert relative(more[:1], few) < 1e-5
+    assert record(tmp_path / "more")["labels"][:1] == record(tmp_path / "few")["labels"]
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddpm"])
+def test_other_samplers(tmp_path: Path, sampler: str) -> None:
+    sample(tmp_path, "--count", 1, "--sampler", sampler, "--window", 1, "--guidance-scale", 2)
+    assert record(tmp_path)["rounds"] == 10
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_checkpoint_of_dit(tmp_path: Path, dit_s: Path, sampler: str) -> None:
+    options = ["--checkpoint", dit_s, "--preset", "dit-s-8-256", "--sampler", sampler, "--count", 2, "--compare"]
+    samples = sample(tmp_path, *options, "--guidance-scale", 1.5, steps=6)
+    assert samples.shape == (2, 4, 32, 32)
+    assert np.asarray(Image.open(tmp_path / "001.png")).shape == (32, 32, 3)
+    told = record(tmp_path)
+    assert told["checkpoint"] == {
+        "name": "dit-s-8.pt",
+        "sha256": hashlib.sha256(dit_s.read_bytes()).hexdigest(),
+    }
+    assert all(0 <= label < 1000 for label in told["labels"])
+    assert max(told["error_to_sequential"]) < 1e-2
+
+
+def test_latents_are_decoded_with_a_vae(tmp_path: Path, dit_s: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    options = ["--checkpoint", dit_s, "--preset", "dit-s-8-256", "--count", 1, "--labels", "none"]
+    sample(tmp_path / "out", *options, "--vae", tmp_path / "vae", "--dtype", "bfloat16", steps=5)
+    assert np.asarray(Image.open(tmp_path / "out" / "000.png")).shape == (64, 64, 3)
+    assert record(tmp_path / "out")["labels"] == [1000]
+
+
+def test_a_checkpoint_of_guided_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_adapters import guided_diffusion
+
+    options: dict[str, Any] = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 1), "num_head_channels": 16}
+    config = guided_diffusion.UNetConfig(16, num_classes=5, learn_sigma=True, attention_resolutions=(8,), **options)
+    network = guided_diffusion.UNet(config)
+    fill(network)
+    monkeypatch.setitem(guided_diffusion.PRESETS, "adm-64", guided_diffusion.Preset(config))
+    path = saved(network.state_dict(), tmp_path / "adm.pt")
+    samples = sample(tmp_path, "--checkpoint", path, "--preset", "adm-64", "--sampler", "ddpm", "--count", 2)
+    assert samples.shape == (2, 3, 16, 16)
+    assert all(0 <= label < 5 for label in record(tmp_path)["labels"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--preset", "sd"], "expected one of fashion-mnist, adm-64"),
+        (["--sampler", "euler"], "expected one of ddim, dpm, ddpm"),
+        (["--window", "0"], 'expected a number of at least 1, or "auto"'),
+        (["--labels", "cat"], "expected classes such as 207,360"),
+    ],
+)
+def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> None:
+    assert told in " ".join(run("sample", "--out", tmp_path, *options, code=2).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--preset", "adm-64"], "checkpoint: the preset adm-64 needs a file"),
+        (["--preset", "adm-64", "--checkpoint", "nowhere.pt"], "there is no file nowhere.pt"),
+        (["--steps", "2000"], "spacing: 2000 steps were asked for where there are 1000"),
+        (["--labels", "11"], "labels: expected classes in 0..10, got 11"),
+        (["--vae", "folder"], "vae: the embedded model has no use for it"),
+        (["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"], "labels: the preset lsun-cat has no classes"),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path: Path, options: list[str], told: str) -> None:
+    assert told in " ".join(run("sample", "--out", tmp_path, *options, code=1).split())
+
+
+def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"weight": Code()}, tmp_path / "code.pt")
+    options = ["--checkpoint", tmp_path / "code.pt", "--preset", "adm-64"]
+    assert "nothing was run" in " ".join(run("sample", "--out", tmp_path, *options, code=1).split())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_that_are_not_finite_are_told(tmp_path: Path, dit_s: Path) -> None:
+    state = torch.load(dit_s, weights_only=True)
+    state["final_layer.linear.bias"][:] = torch.nan
+    options = ["--checkpoint", saved(state, tmp_path / "nan.pt"), "--preset", "dit-s-8-256", "--count", 1]
+    assert "NaN or infinity" in run("sample", "--out", tmp_path, "--steps", 5, *options, code=1)
+    assert record(tmp_path)["status"] == "nonfinite_model"
+
+
+def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def bar(*_: object) -> Any:
+        def broken_off(state: Any) -> None:
+            if state.stats.rounds == 3:
+                raise KeyboardInterrupt
+
+        return broken_off
+
+    monkeypatch.setattr(command, "bar", bar)
+    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 10, "--window", 3, code=1)
+    assert "Interrupted after round 3" in told
+    assert record(tmp_path)["status"] == "interrupted"
+    assert (tmp_path / "000.png").exists()
