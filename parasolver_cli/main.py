@@ -98,6 +98,38 @@ def demo(
 
 
 @app.command()
+def plan(
+    costs: Annotated[
+        str | None,
+        typer.Option(
+            help="Seconds of one call of your network by its rows, as rows:seconds,... such as 1:0.05,8:0.06,64:0.3.",
+            show_default="measured with the embedded model",
+        ),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, dpm or ddpm.")] = "ddim",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")] = 50,
+    tolerance: Annotated[
+        float, typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample.")
+    ] = 1e-2,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
+    devices: Annotated[str, typer.Option(help="Numbers of devices to compare.")] = "1,2,4,8",
+) -> None:
+    """Predict whether sampling in parallel pays, and with which window, on 1, 2, 4 and 8 devices."""
+    from parasolver_cli.plan import SAMPLERS, Settings, parse_costs, run
+
+    if sampler not in SAMPLERS:
+        raise typer.BadParameter(f"expected one of {', '.join(SAMPLERS)}, got {sampler}", param_hint="--sampler")
+    try:
+        table = None if costs is None else parse_costs(costs)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--costs") from error
+    if not all(part.strip().isdigit() and int(part) > 0 for part in devices.split(",")):
+        raise typer.BadParameter(f"expected counts such as 1,2,4,8, got {devices}", param_hint="--devices")
+    counts = tuple(int(part) for part in devices.split(","))
+    run(Settings(sampler, steps, tolerance, batch, counts, table), Console())
+
+
+@app.command()
 def methods() -> None:
     """List the samplers and the methods to choose from."""
     import parasolver_core

@@ -71,7 +71,7 @@ class RelativeMove(Acceptance):
     """
 
     factor: float = 0.2
-    noisy_factor: float = 0.12
+    noisy_factor: float = 0.1
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         return (self.noisy_factor if recurrence.stochastic else self.factor) / recurrence.influence
@@ -89,19 +89,24 @@ class StepVariance(Acceptance):
     add no noise. The tolerance is then not a distance to the sequential sample: 0.1 is usual, up to 0.5 with noise.
     Made for variance-preserving schedules, whose states have RMS 1.
 
+    Args:
+        end: the noise variance ``1 - abar'`` at which the last step is taken to end, about the first beta of the
+            schedule that the network was trained on. With 0 the last node is final only when its input is.
+
     Reference: Shih et al., "Parallel Sampling of Diffusion Models", NeurIPS 2023, algorithm 1; ParaSolver, ICLR 2025.
     """
 
+    end: float = 1e-4
+
     def bounds(self, recurrence: Recurrence) -> Float64:
-        if recurrence.signal is None or len(recurrence) < 2:
+        if recurrence.signal is None:
             raise ValueError(
                 "method: its stop rule weighs a move by the variance of a diffusion step, and this step rule has no "
-                "noise levels, or a single step; use method='identity' or 'secant'"
+                "noise levels; use method='identity' or 'secant'"
             )
-        now = recurrence.signal[:-1] ** 2
-        after = np.maximum(recurrence.signal[1:] ** 2, now)
-        variance = (1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after)
-        return np.sqrt(np.append(variance, variance[-1]))  # the last step's end is not on the grid
+        now = recurrence.signal**2
+        after = np.maximum(np.append(now[1:], 1 - self.end), now)
+        return np.sqrt((1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after))
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         with np.errstate(divide="ignore", invalid="ignore"):

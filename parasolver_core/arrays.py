@@ -23,6 +23,9 @@ def to_host(array: Array) -> NDArray[Any]:
         return array.detach().cpu().numpy()
     if array_api_compat.is_cupy_array(array):
         return array.get()
+    if array_api_compat.is_array_api_strict_namespace(array_api_compat.array_namespace(array)):
+        xp: Any = array_api_compat.array_namespace(array)  # has several devices, to try them without one
+        array = array_api_compat.to_device(array, xp.__array_namespace_info__().default_device())
     return np.asarray(array)
 
 

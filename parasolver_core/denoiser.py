@@ -1,8 +1,10 @@
-"""Calling the user's network: in chunks, checked, and with the seconds counted."""
+"""Calling the user's network: in batches that fit into memory, checked, and with the seconds counted."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +28,127 @@ class DenoiserFn(Protocol):
     def __call__(self, x: Array, t: Array, /) -> Array: ...
 
 
+class SharedDenoiser(ABC):
+    """A denoiser whose rows several processes share, each of which runs the same solver on the same arguments."""
+
+    @abstractmethod
+    def __call__(self, x: Array, t: Array, /) -> Array:
+        """The prediction for all rows, the same in every process."""
+
+    @property
+    @abstractmethod
+    def devices(self) -> int:
+        """How many processes share the rows."""
+
+    @property
+    @abstractmethod
+    def max_rows(self) -> int | None:
+        """The most rows that this process evaluates in one call, if memory ran out in a larger one; else None."""
+
+    @abstractmethod
+    def begin(self, plan: Mapping[str, str]) -> None:
+        """Called before the first round with what every process must have been given alike; raises if it was not."""
+
+    @abstractmethod
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the processes, so that all of them decide alike."""
+
+
+class BatchedCall:
+    """A network called in batches that fit: bounded, of few sizes, and halved for good where memory runs out.
+
+    Args:
+        denoiser: the network.
+        max_rows: the most rows in one call; None: no limit. Falls when the network runs out of memory.
+        buckets: the only row counts to call the network with, as far as ``max_rows`` allows: smaller batches are filled
+            up by repeating their last row, so that compiled code sees few shapes. Empty: any row count.
+        device: where the network wants its input; None: where the rows are.
+    """
+
+    def __init__(
+        self, denoiser: DenoiserFn, max_rows: int | None = None, buckets: Sequence[int] = (), device: Any = None
+    ) -> None:
+        self._denoiser, self._buckets, self._device = denoiser, sorted(buckets), device
+        self.max_rows, self.calls, self.memory_ran_out = max_rows, 0, False
+
+    def __call__(self, x: Array, t: Array, describe: Callable[[slice], str] | None = None) -> Array:
+        """Predictions for rows ``x``, which stay as they are: the network may work in place and gets a copy.
+
+        Good until the next call only.
+
+        Args:
+            x: ``(rows, *event)``.
+            t: (rows,), on the network's device.
+            describe: what to note on an exception of the network, given the rows.
+        """
+        rows, done = x.shape[0], 0
+        whole: Array = None
+        while done < rows:
+            size = self._size(rows - done)
+            part = slice(done, min(done + size, rows))
+            prediction = self._attempt(x, t, part, size, describe)
+            if prediction is None:
+                continue  # with a smaller size
+            if size == rows:
+                return self._back(prediction, x)
+            if whole is None:
+                xp = array_api_compat.array_namespace(x)
+                whole = xp.zeros_like(x)
+            # copied at once: the network may use its output's memory again
+            whole = assign(whole, (part, ...), self._back(prediction, x)[: part.stop - part.start, ...])
+            done = part.stop
+        return whole
+
+    def _size(self, rows: int) -> int:
+        """Rows of the next call, where so many are left."""
+        limit = self.max_rows or max(rows, *self._buckets, 1)
+        if not self._buckets:
+            return min(rows, limit)
+        fitting = [size for size in self._buckets if size <= limit] or [limit]
+        return next((size for size in fitting if size >= rows), fitting[-1])
+
+    def _attempt(
+        self, x: Array, t: Array, part: slice, size: int, describe: Callable[[slice], str] | None
+    ) -> Array | None:
+        """One call of the network; None if it ran out of memory, which the next one should not."""
+        given, times = self._padded(x, t, part, size)
+        self.calls += 1
+        try:
+            prediction = self._denoiser(given, times)
+        except Exception as error:
+            if not (out_of_memory(error) and size > 1):
+                if describe is not None:
+                    error.add_note(describe(part))
+                if out_of_memory(error):
+                    error.add_note(
+                        "memory ran out with a single row in the call: use a smaller window or state_device='cpu' to "
+                        "keep fewer states on the device, or a smaller or half-precision network"
+                    )
+                raise
+            # not retried here: while the exception is handled, its traceback keeps the network's arrays alive
+        else:
+            check_prediction(prediction, given)
+            return prediction
+        self.max_rows, self.memory_ran_out = size // 2, True
+        return None
+
+    def _padded(self, x: Array, t: Array, part: slice, size: int) -> tuple[Array, Array]:
+        """The network's own copy of some rows, on its device, and their times; the last row again where too few."""
+        xp: Any = array_api_compat.array_namespace(x)
+        rows, times, missing = x[part, ...], t[part], size - (part.stop - part.start)
+        if missing:
+            rows = xp.concat([rows, *[rows[-1:, ...]] * missing])
+            times = xp.concat([times, *[times[-1:]] * missing])
+        elif self._device is None or self._device == array_api_compat.device(x):
+            return xp.asarray(rows, copy=True), times
+        return (rows if self._device is None else array_api_compat.to_device(rows, self._device)), times
+
+    def _back(self, prediction: Array, x: Array) -> Array:
+        return (
+            prediction if self._device is None else array_api_compat.to_device(prediction, array_api_compat.device(x))
+        )
+
+
 class Evaluator:
     """A denoiser with its contract checked at every call.
 
@@ -35,6 +158,8 @@ class Evaluator:
         timesteps: (N,), on the host.
         max_rows: the most rows in one call; a larger round is split. None: no limit.
         input_scale: (N,), on the host, what states are multiplied with first. None: nothing.
+        buckets: see :class:`BatchedCall`.
+        state_device: where the rows come from and go to; None: the network's device.
     """
 
     def __init__(
@@ -44,69 +169,92 @@ class Evaluator:
         timesteps: np.ndarray,
         max_rows: int | None,
         input_scale: np.ndarray | None = None,
+        buckets: Sequence[int] = (),
+        state_device: Any = None,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
         self._xp = xp = array_api_compat.array_namespace(x_T)
-        self._denoiser, self._max_rows = denoiser, max_rows
-        self._dtype, self._device = x_T.dtype, array_api_compat.device(x_T)
+        self._denoiser, self._dtype, self._device = denoiser, x_T.dtype, array_api_compat.device(x_T)
+        self._call = BatchedCall(denoiser, max_rows, buckets, None if state_device is None else self._device)
         self._event = tuple(x_T.shape[1:])
         integral = np.issubdtype(timesteps.dtype, np.integer)
         self._t = xp.asarray(timesteps, dtype=xp.int64 if integral else _time_dtype(xp, x_T.dtype), device=self._device)
         self._host_t, self._scale = timesteps, input_scale
-        self.calls = 0
         self.seconds = 0.0
+
+    @property
+    def calls(self) -> int:
+        """Calls of the denoiser so far."""
+        return self._call.calls
+
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows that memory has room for, as far as is known: None if it never ran out."""
+        if isinstance(self._denoiser, SharedDenoiser):
+            return self._denoiser.max_rows
+        return self._call.max_rows if self._call.memory_ran_out else None
+
+    @property
+    def devices(self) -> int:
+        """How many processes share the rows."""
+        return self._denoiser.devices if isinstance(self._denoiser, SharedDenoiser) else 1
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the processes that share the rows."""
+        return self._denoiser.agree(values) if isinstance(self._denoiser, SharedDenoiser) else list(values)
+
+    def begin(self, plan: Callable[[], Mapping[str, str]]) -> None:
+        """Before the first round: processes that share the rows compare what they were given."""
+        if isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.begin(plan())
 
     def __call__(self, x: Array, nodes: np.ndarray) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), indices into the timesteps.
 
-        The network may work in place: ``x`` is its own. The result is good until the next call only.
+        ``x`` stays as it is. The result is good until the next call only.
         """
-        xp, rows = self._xp, x.shape[0]
-        chunk = min(self._max_rows or rows, rows)
+        xp = self._xp
         if self._scale is not None:
-            scale = xp.asarray(self._scale[nodes], dtype=x.dtype, device=self._device)
+            scale = xp.asarray(self._scale[nodes], dtype=x.dtype, device=array_api_compat.device(x))
             x = x * xp.reshape(scale, (-1,) + (1,) * len(self._event))
         x = xp.astype(x, self._dtype, copy=False)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
         try:
-            if chunk == rows:
-                return self._call(x, t, nodes)
-            whole = xp.zeros_like(x)
-            # each part is copied at once: the network may use its output's memory again
-            for i in range(0, rows, chunk):
-                part = slice(i, i + chunk)
-                whole = assign(whole, (part, ...), self._call(x[part, ...], t[part], nodes[part]))
-            return whole
+            return self._call(x, t, lambda part: self._describe(nodes[part]))
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _call(self, x: Array, t: Array, nodes: np.ndarray) -> Array:
-        self.calls += 1
-        try:
-            prediction = self._denoiser(x, t)
-        except Exception as error:
-            first, last = nodes.min(), nodes.max()
-            error.add_note(
-                f"raised by the denoiser in call {self.calls}, given {len(nodes)} rows of event shape {self._event} at "
-                f"steps {first}..{last}, timesteps {self._host_t[first]}..{self._host_t[last]}"
-            )
-            raise
-        self._check(prediction, x)
-        return prediction
+    def _describe(self, nodes: np.ndarray) -> str:
+        first, last = nodes.min(), nodes.max()
+        return (
+            f"raised by the denoiser in call {self.calls}, given {len(nodes)} rows of event shape {self._event} at "
+            f"steps {first}..{last}, timesteps {self._host_t[first]}..{self._host_t[last]}"
+        )
 
-    def _check(self, prediction: Array, x: Array) -> None:
-        expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {self._device}"
-        if type(prediction) is not type(x):
-            hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
-            raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
-        got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)
-        if got != (tuple(x.shape), x.dtype, self._device):
-            raise ValueError(
-                f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
-                "one prediction a row, in the dtype and on the device of x"
-            )
+
+def check_prediction(prediction: Array, x: Array) -> None:
+    """Refuse a prediction that is not like the rows ``x`` it was made for."""
+    device = array_api_compat.device(x)
+    expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {device}"
+    if type(prediction) is not type(x):
+        hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
+        raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
+    got = tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)
+    if got != (tuple(x.shape), x.dtype, device):
+        raise ValueError(
+            f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
+            "one prediction a row, in the dtype and on the device of x"
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, whichever library raised it."""
+    if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__):
+        return True  # NumPy's is a MemoryError; the others are torch.OutOfMemoryError and CuPy's
+    told = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")  # JAX, drivers, PyTorch on a CPU
+    return isinstance(error, RuntimeError) and any(one in str(error) for one in told)
 
 
 @dataclass(frozen=True)

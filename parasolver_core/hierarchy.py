@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
 from parasolver_core.correction import Moments, inner_products
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.recurrence import UNDECIDED, Recurrence
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Forecast, Plan
 
@@ -115,7 +115,7 @@ def placement(recurrence: Recurrence) -> Float64:
     steps = np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1)
     if recurrence.signal is None or n == 1:
         return steps
-    share = np.minimum(recurrence.signal, np.sqrt(1 - 1e-8))
+    share = np.clip(recurrence.signal, UNDECIDED, np.sqrt(1 - 1e-8))
     log_snr = np.maximum.accumulate(np.log(share) - np.log1p(-(share**2)) / 2)
     span = log_snr[-1] - log_snr[0]
     return (steps + (log_snr - log_snr[0]) / span) / 2 if span > 0 else steps

@@ -90,7 +90,7 @@ class Anderson(Method):
 METHODS: dict[str, Method] = {
     "secant": Method(),
     "identity": Method(linearization=Identity(), spread=False),
-    "paradigms": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="copy"),
+    "paradigms": Method(linearization=Identity(), acceptance=StepVariance(end=0.0), spread=False, fill="copy"),
     "parataa": Anderson(),
     "parasolver": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="evaluated"),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, is_array
+from parasolver_core.arrays import Array, is_array, to_host
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
@@ -51,6 +52,16 @@ class NoiseSource:
         if at not in self._kept:
             self._kept[at] = self._draw(step, sample)
         return self._kept[at]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells two sources apart, short: the seeds, a hash of the array, or the function's name."""
+        if self._noise is None:
+            keys = ", ".join(f"{seed}/{sample}" for seed, sample in self._keys)
+            return f"seeds {keys}" if len(keys) < 100 else hashlib.sha256(keys.encode()).hexdigest()[:16]
+        if callable(self._noise):
+            return f"function {getattr(self._noise, '__qualname__', type(self._noise).__qualname__)}"
+        return hashlib.sha256(np.ascontiguousarray(to_host(self._noise)).tobytes()).hexdigest()[:16]
 
     def forget(self, step: int, sample: int) -> None:
         """Free the noise of a step that is final."""

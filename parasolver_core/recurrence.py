@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
+UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
+
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
@@ -91,13 +93,13 @@ class Recurrence:
         """(N,), about how large a relative error in a state may become in the sample.
 
         Without noise, once the flow has made up its mind, ``x = alpha x_0 + ...`` makes an error d in x one of
-        d / alpha in the sample. A full reverse diffusion has the forward process's joint distribution, in which the
-        sample remembers only alpha of x. In between, the memory fades exponentially with the variance added.
+        d / alpha in the sample. A full reverse diffusion of Gaussian data remembers only alpha of x, but a trained
+        network was measured to keep what it has decided, noise or not: an error d stays one of about d. In between,
+        the weight falls exponentially with the variance added.
         """
         if self.signal is None:
             return np.ones(len(self))
-        power = 2 * self.noise_share - 1
-        return np.maximum(self.signal, 0.01 if power < 0 else 0.1) ** power
+        return np.maximum(self.signal, UNDECIDED) ** (self.noise_share - 1)
 
     def held_form(self) -> tuple[Float64, Float64]:
         """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
@@ -202,8 +204,8 @@ def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
 
 
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:
-    """``alpha / sqrt(alpha^2 + sigma^2)``, not below 0.01: before that, nothing of the sample is decided."""
-    return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 0.01)
+    """``alpha / sqrt(alpha^2 + sigma^2)``, above 0."""
+    return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 1e-12)
 
 
 def added_noise_share(alpha: Float64, sigma: Float64, c: Float64) -> float:

@@ -97,6 +97,7 @@ class Stats:
         rounds: batched network calls made one after another; what the user waits for.
         evaluations: rows given to the network, over all samples.
         calls: calls of the denoiser; more than ``rounds`` where ``max_rows`` splits a round.
+        max_rows: the most rows in one call since the denoiser ran out of memory in a larger one; None if it did not.
         seconds_denoiser, seconds: as in :class:`RoundRecord`, summed.
         history: one record a round.
     """
@@ -104,6 +105,7 @@ class Stats:
     rounds: int = 0
     evaluations: int = 0
     calls: int = 0
+    max_rows: int | None = None
     seconds_denoiser: float = 0.0
     seconds: float = 0.0
     history: list[RoundRecord] = field(default_factory=list)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, finite_rows, no_grad, to_host
 from parasolver_core.correction import fetch
+from parasolver_core.costs import CostTable
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.errors import (
     ConvergenceError,
@@ -23,12 +25,14 @@ from parasolver_core.errors import (
 )
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, Seed
+from parasolver_core.planning import Costs, choose, explain, measured_costs
 from parasolver_core.progress import meter
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
 from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
-from parasolver_core.validation import check_count, check_tolerance
+from parasolver_core.validation import check_count, check_counts, check_tolerance
 
+_OWN_ROUNDS = 8  # to time the solver's own part
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 Callback = Callable[["SolverState"], Any]
 
@@ -43,10 +47,13 @@ class Solver(ABC):
     step_rule: StepRule
     max_rounds: int | None = field(default=None, kw_only=True)
     max_rows: int | None = field(default=None, kw_only=True)
+    buckets: Sequence[int] = field(default=(), kw_only=True)
+    state_device: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count("max_rounds", self.max_rounds, optional=True)
         check_count("max_rows", self.max_rows, optional=True)
+        check_counts("buckets", self.buckets)
 
     @abstractmethod
     def init(
@@ -69,9 +76,11 @@ class Solver(ABC):
     def step(self, state: SolverState) -> None:
         """One round."""
         started, before = time.perf_counter(), state.evaluator.seconds
+        if state.stats.rounds == 0:
+            state.evaluator.begin(lambda: self._choices() | state.plan())
         with no_grad(state.xp):
             evaluations, records = self._round(state)
-        state.stats.calls = state.evaluator.calls
+        state.stats.calls, state.stats.max_rows = state.evaluator.calls, state.evaluator.max_rows
         for sample, status in enumerate(state.statuses):
             if status in _NONFINITE:
                 state.failed_rounds.setdefault(sample, state.stats.rounds + 1)
@@ -85,6 +94,13 @@ class Solver(ABC):
             )
         )
 
+    def _choices(self) -> dict[str, str]:
+        """The solver's choices by name; the step rule's are in its table."""
+        chosen = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name != "step_rule"}
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in chosen.items()} | {
+            "solver": type(self).__name__
+        }
+
     def done(self, state: SolverState) -> bool:
         """Whether every sample has ended, the run was halted or ``max_rounds`` are used up."""
         if state.halted is not None or Status.RUNNING not in state.statuses:
@@ -92,6 +108,17 @@ class Solver(ABC):
         if self.max_rounds is not None and state.stats.rounds >= self.max_rounds:
             state.halt(Status.MAX_ROUNDS)
         return state.halted is not None
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """How the network is called."""
+        return {"max_rows": self.max_rows, "buckets": self.buckets, "state_device": self.state_device}
+
+    def own_seconds(self, x_T: Array, timesteps: ArrayLike) -> float:
+        """The solver's own time of a round, as measured in a few rounds with a function in the place of a network."""
+        solution = self.solve(lambda x, t: x / (1 + x * x), x_T, timesteps, throw=False)
+        rounds = solution.stats.history[1:] or solution.stats.history  # the window opens in the first
+        return float(np.median([record.seconds - record.seconds_denoiser for record in rounds]))
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
@@ -168,22 +195,22 @@ class SequentialSolver(Solver):
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
         options = {"seed": None, "noise": None, "save": "sample"} | options
         options.pop("start", None)  # the sequential sampler has no use for it
-        return SequentialState(denoiser, x_T, timesteps, self.step_rule, max_rows=self.max_rows, **options)
+        return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
-        m = state.evaluator(xp.asarray(state.xs[0], copy=True), np.full(len(alive), i))
-        outputs_ok = finite_rows(xp, m)
+        m = state.evaluator(state.xs[0], np.full(len(alive), i))
         memory = recurrence.memory
         state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
         z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
         with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
             x = recurrence.advance(i, state.xs, state.ms, z)
         before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]
+        outputs_ok, states_ok = np.split(finite_rows(xp, xp.concat([state.ms[0], x])), 2)
         failed = {
             sample: Status.NONFINITE_SOLVER if outputs_ok[row] else Status.NONFINITE_MODEL
             for row, sample in enumerate(alive)
-            if not outputs_ok[row] or not finite_rows(xp, x)[row]
+            if not (outputs_ok[row] and states_ok[row])
         }
         for sample in alive:
             state.noise.forget(i, sample)
@@ -208,7 +235,7 @@ class ParallelIntegralSolver(Solver):
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
         max_rounds: give up after so many; by default never: N suffice, N / window + 16 more where nodes are spread.
-        max_rows: the most rows in one call of the network.
+        max_rows, buckets, state_device: how the network is called, as in :func:`solve`.
 
     Example, by hand::
 
@@ -243,26 +270,33 @@ class ParallelIntegralSolver(Solver):
             width=self.window,
             warmup_steps=self.warmup_steps,
             tolerance=self.tolerance,
-            max_rows=self.max_rows,
+            **self._evaluation,
             **options,
         )
 
     def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
         running = state.running
-        outputs, evaluations = self._evaluate(state, running)
+        outputs, evaluations, repeated = self._evaluate(state, running)
         records = []
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
             packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
-            for window, D, products in zip(running, outputs, fetch(state.xp, packed), strict=True):
+            fetched = fetch(state.xp, packed + repeated)
+            for window, D, products in zip(running, outputs, fetched[: len(running)], strict=True):
                 first = window.lo
                 records.append(window.correct(D, products))
                 for step in range(first, window.lo):
                     state.noise.forget(step, window.index)
+        for compared in fetched[len(running) :]:
+            self._check_repeated(state, compared)
         state.slide_exhausted()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int]:
-        """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
+    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int, list[Array]]:
+        """The round's network call: the outputs of each running sample, (n, size), and the number of rows.
+
+        Where a row was evaluated a second time, also how the two outputs compare; fetched with the round's sums, as
+        waiting for the device once more would cost time.
+        """
         xp, event = state.xp, tuple(state.x_T.shape[1:])
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
         repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
@@ -270,25 +304,22 @@ class ParallelIntegralSolver(Solver):
             inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
             nodes.append(np.zeros(1, dtype=np.int64))
         x = inputs[0] if len(inputs) == 1 else xp.concat(inputs, axis=0)
-        rows = xp.reshape(x, (x.shape[0], *event))
-        if len(inputs) == 1:  # rows of our own buffer: the denoiser gets a copy, as it may work in place
-            rows = xp.asarray(rows, copy=True)
-        D = xp.reshape(state.evaluator(rows, np.concatenate(nodes)), x.shape)
+        D = xp.reshape(state.evaluator(xp.reshape(x, (x.shape[0], *event)), np.concatenate(nodes)), x.shape)
+        repeated = []
         if repeat:
-            self._compare(state, D[-1, :])
+            first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))
+            repeated = [xp.stack([xp.max(xp.abs(row)) for row in (again - first, first, again)])]
             state.first_prediction = None
         elif state.stats.rounds == 0 and self.window > 1:
             state.first_prediction = xp.asarray(D[0, :], copy=True)
         ends = np.cumsum([len(own) for own in nodes]).tolist()
         outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
-        return outputs[: len(running)], ends[-1]
+        return outputs[: len(running)], ends[-1], repeated
 
-    def _compare(self, state: ParallelState, again: Array) -> None:
+    def _check_repeated(self, state: ParallelState, compared: NDArray[np.float64]) -> None:
         """Refuse a denoiser that answers the same row differently by more than rounding explains."""
-        xp, first = state.xp, state.first_prediction
-        difference = float(xp.max(xp.abs(again - first)))
-        size = max(float(xp.max(xp.abs(part))) for part in (again, first))
-        limit = float(np.sqrt(float(xp.finfo(state.x_T.dtype).eps)))
+        difference, size = float(compared[0]), float(max(compared[1:]))
+        limit = float(np.sqrt(float(state.xp.finfo(state.x_T.dtype).eps)))
         if difference > limit * size:
             raise NondeterministicDenoiserError(
                 f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that "
@@ -302,14 +333,17 @@ def solve(
     x_T: Array,
     timesteps: ArrayLike,
     step_rule: StepRule,
-    window: int = 5,
+    window: int | Literal["auto"] = 5,
     *,
     tolerance: float = 1e-2,
     method: str | Method = "secant",
+    costs: CostTable | Mapping[int, float] | None = None,
     seed: Seed | None = None,
     noise: Array | NoiseFn | None = None,
     max_rounds: int | None = None,
     max_rows: int | None = None,
+    buckets: Sequence[int] = (),
+    state_device: Any = None,
     warmup_steps: int = 0,
     check: bool = True,
     start: Array | None = None,
@@ -327,17 +361,26 @@ def solve(
             standard normal noise. Never changed.
         timesteps: (N,), in the sampler's order (decreasing for diffusion), given to the network as they are.
         step_rule: the sampler, for example ``DDIM(schedule)``.
-        window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling.
+        window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling. "auto": the
+            one with the least predicted time, from a few timed calls of the network, which are remembered for later
+            runs of the same network, shape and device. Sequential where that is fastest; ``solution.message`` says so.
 
     Other arguments:
         tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
             see the theory page. 0 evaluates every node at its final input.
         method: "secant", "identity" (Picard), "sequential", or a :class:`~parasolver_core.methods.Method`.
+        costs: with ``window="auto"``, seconds of one network call by its rows, such as ``{1: 0.05, 8: 0.06, 64: 0.3}``,
+            instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
         max_rounds: the most rounds; by default unlimited, as N suffice (N / window + 16 more where nodes are spread).
-        max_rows: the most rows in one network call; larger rounds are split, to bound memory.
+        max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
+            the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.
+        buckets: the only row counts to call the network with, for example (1, 4, 16), so that compiled code is compiled
+            no more often: smaller calls are filled up with copies of a row, whose predictions are dropped.
+        state_device: where the solver keeps its states, if not on the device of ``x_T``, for example "cpu": only the
+            rows of a call are then on the network's device. For states so large that a window of them does not fit.
         warmup_steps: further sequential network calls after the first, before the window opens.
         check: spend one evaluation on finding a denoiser that is not deterministic.
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
@@ -361,7 +404,29 @@ def solve(
     Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
     """
     sequential = isinstance(method, str) and method == "sequential"
-    limits: dict[str, Any] = {"max_rounds": max_rounds, "max_rows": max_rows}
+    limits: dict[str, Any] = {
+        "max_rounds": max_rounds,
+        "max_rows": max_rows,
+        "buckets": buckets,
+        "state_device": state_device,
+    }
+    told = ""
+    if isinstance(window, str):
+        window, told = _chosen(
+            window,
+            denoiser,
+            x_T,
+            timesteps,
+            step_rule,
+            tolerance,
+            method,
+            costs,
+            limits,
+            {"seed": seed, "noise": noise},
+        )
+        sequential |= window == 1
+    elif costs is not None:
+        raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
     solver: Solver = ParallelIntegralSolver(
         step_rule,
         window,
@@ -373,7 +438,7 @@ def solve(
     )
     if sequential:
         solver = SequentialSolver(step_rule, **limits)
-    return solver.solve(
+    solution = solver.solve(
         denoiser,
         x_T,
         timesteps,
@@ -385,6 +450,7 @@ def solve(
         progress=progress,
         throw=throw,
     )
+    return replace(solution, message=f"{solution.message} {told}") if told else solution
 
 
 def solve_sequential(
@@ -392,6 +458,66 @@ def solve_sequential(
 ) -> Solution:
     """The same sample by the plain loop, one network call a step; arguments and result as in :func:`solve`."""
     return solve(denoiser, x_T, timesteps, step_rule, method="sequential", **options)
+
+
+def _chosen(
+    window: str,
+    denoiser: DenoiserFn,
+    x_T: Array,
+    timesteps: ArrayLike,
+    step_rule: StepRule,
+    tolerance: float,
+    method: str | Method,
+    costs: CostTable | Mapping[int, float] | None,
+    limits: dict[str, Any],
+    noise: dict[str, Any],
+) -> tuple[int, str]:
+    """The window with the least predicted time, and what to say of it; sets ``max_rows`` in the limits."""
+    if window != "auto":
+        raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
+    if isinstance(method, str) and method == "sequential":
+        return 1, ""
+    method, given = get_method(method), None if costs is None else CostTable.of(costs)
+    check_tolerance(tolerance)
+    solver = SequentialSolver(step_rule, **limits)
+    probe = solver.init(denoiser, x_T, timesteps, **noise)
+    chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
+    try:
+        probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
+        with no_grad(probe.xp):
+            measured = Costs(given) if given else _measured(solver, probe, denoiser, method, tolerance)
+    except BaseException as error:
+        probe.halt(Status.FAILED)
+        error.solution = solver._partial(probe)  # type: ignore[attr-defined]
+        raise
+    best, other = choose(probe.recurrence, method, tolerance, measured, batch=probe.batch, max_rows=limits["max_rows"])
+    limits["max_rows"] = best.max_rows
+    return best.window, explain(best, other)
+
+
+def measure_run(denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule) -> Costs:
+    """The costs by which ``window="auto"`` chooses, of the default method; arguments as in :func:`solve`."""
+    solver = SequentialSolver(step_rule)
+    probe = solver.init(denoiser, x_T, timesteps)
+    with no_grad(probe.xp):
+        return _measured(solver, probe, denoiser, get_method("secant"), 1e-2)
+
+
+def _measured(
+    solver: SequentialSolver, probe: SequentialState, denoiser: DenoiserFn, method: Method, tolerance: float
+) -> Costs:
+    """Costs of a network, and of the solver around it; kept for later runs."""
+
+    def own(width: int) -> float:
+        common = {"max_rows": solver.max_rows, "state_device": solver.state_device, "max_rounds": _OWN_ROUNDS}
+        stub: Solver = SequentialSolver(solver.step_rule, **common)
+        if width > 1:
+            stub = ParallelIntegralSolver(
+                solver.step_rule, width, method=method, tolerance=tolerance, check=False, **common
+            )
+        return stub.own_seconds(probe.x_T, probe.recurrence.timesteps)
+
+    return measured_costs(probe, denoiser, own, repr(method), solver._evaluation)
 
 
 def _call_back(callback: Callback, state: SolverState) -> bool:
@@ -421,8 +547,12 @@ def _message(status: Status, state: SolverState) -> str:
                 "went on. Check the network there, for example in float32 instead of half precision."
             )
         return f"The solver's own arithmetic overflowed for {where}. Use a wider dtype or a smaller window."
+    memory = state.evaluator.max_rows
+    ran_out = (
+        "" if memory is None else f" Memory ran out; the network was called with at most {memory} rows from then on."
+    )
     return {
-        Status.CONVERGED: f"Converged in {rounds} rounds and {state.stats.evaluations} evaluations.",
+        Status.CONVERGED: f"Converged in {rounds} rounds and {state.stats.evaluations} evaluations.{ran_out}",
         Status.MAX_ROUNDS: (
             f"Not converged within max_rounds={rounds}: {steps} of {total} steps are final. Raise max_rounds "
             f"({total} always suffice), the window or the tolerance."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import array_api_compat
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.anderson import AndersonWindow
-from parasolver_core.arrays import Array, detach, is_array, narrow, working_dtype
+from parasolver_core.arrays import Array, detach, is_array, narrow, to_host, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Anderson, Method
@@ -40,6 +42,8 @@ class SolverState(ABC):
         noise: Array | NoiseFn | None,
         save: Save,
         max_rows: int | None,
+        buckets: Sequence[int] = (),
+        state_device: Any = None,
     ) -> None:
         if save not in ("sample", "trajectory"):
             raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
@@ -48,7 +52,9 @@ class SolverState(ABC):
         check_start(x_T)
         grid = check_timesteps(timesteps)
         step_rule.check_grid(grid)
-        self.x_T, self.save = detach(x_T), save
+        self.x_T, self.save, self._device = detach(x_T), save, array_api_compat.device(x_T)
+        if state_device is not None:
+            self.x_T = _moved(self.x_T, state_device)
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = step_rule.recurrence(grid)
@@ -56,8 +62,16 @@ class SolverState(ABC):
             raise ValueError(
                 f"step_rule: its table has {len(self.recurrence)} steps for {len(grid)} timesteps; one row a timestep"
             )
-        self.noise = NoiseSource(x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(denoiser, x_T, self.recurrence.timesteps, max_rows, self.recurrence.input_scale)
+        self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
+        self.evaluator = Evaluator(
+            denoiser,
+            x_T,
+            self.recurrence.timesteps,
+            max_rows,
+            self.recurrence.input_scale,
+            buckets,
+            state_device,
+        )
         self.stats = Stats()
         self.halted: Status | None = None
         self.failed_rounds: dict[int, int] = {}
@@ -101,6 +115,21 @@ class SolverState(ABC):
     def halt(self, status: Status) -> None:
         """End the run for all samples that are not final."""
         self.halted = status
+
+    def plan(self) -> dict[str, str]:
+        """What processes that share the rows must have been given alike: hashes of the arrays, by name."""
+        table = self.recurrence
+        tables = [table.timesteps, table.a, table.b, table.c, table.held, table.slope, table.identity_slope]
+        return {
+            "timesteps and step rule": _hash(*tables),
+            "shape and dtype of x_T": f"{tuple(self.x_T.shape)}, {self.x_T.dtype}",
+            "x_T": _hash(to_host(self.xp.astype(self.x_T, self.dtype))),
+            "seed or noise": self.noise.fingerprint,
+        }
+
+    def _given_back(self, values: Array) -> Array:
+        """A result in the dtype and on the device of ``x_T`` as it was given."""
+        return array_api_compat.to_device(narrow(self.xp, values, self.x_T.dtype), self._device)
 
 
 class ParallelState(SolverState):
@@ -178,7 +207,8 @@ class ParallelState(SolverState):
             )
         if not bool(self.xp.all(self.xp.isfinite(start))):
             raise ValueError("start: holds NaN or infinity; start from a trajectory that converged")
-        return self.xp.astype(self.xp.reshape(detach(start), (expected[0], self.batch, -1)), self.dtype)
+        start = array_api_compat.to_device(detach(start), array_api_compat.device(self.x_T))
+        return self.xp.astype(self.xp.reshape(start, (expected[0], self.batch, -1)), self.dtype)
 
     @property
     def running(self) -> list[SampleRun]:
@@ -192,12 +222,16 @@ class ParallelState(SolverState):
     def statuses(self) -> tuple[Status, ...]:
         return tuple(window.status for window in self.windows)
 
+    def plan(self) -> dict[str, str]:
+        start = "none" if self._start is None else _hash(to_host(self._start))
+        return super().plan() | {"warm start": start}
+
     def estimate(self) -> Array:
-        return self._stack([window.estimate() for window in self.windows])
+        return self._given_back(self._stack([window.estimate() for window in self.windows]))
 
     @property
     def states(self) -> Array:
-        return self._stack([window.state for window in self.windows])
+        return self._given_back(self._stack([window.state for window in self.windows]))
 
     def failure(self) -> tuple[int, int]:
         window = next(window for window in self.windows if window.failed_node >= 0)
@@ -256,7 +290,7 @@ class SequentialState(SolverState):
     @property
     def states(self) -> Array:
         failed = {sample: state for sample, (_, _, state) in self.ended.items()}
-        return narrow(self.xp, self.xp.asarray(self._all(self.xs[0], failed), copy=True), self.x_T.dtype)
+        return self._given_back(self.xp.asarray(self._all(self.xs[0], failed), copy=True))
 
     def failure(self) -> tuple[int, int]:
         sample = min(self.ended)
@@ -285,3 +319,20 @@ class SequentialState(SolverState):
             return alive
         rows = [others[s] if s in others else alive[self.alive.index(s), ...] for s in range(self.batch)]
         return self.xp.stack(rows)
+
+
+def _moved(x_T: Array, device: Any) -> Array:
+    try:
+        return array_api_compat.to_device(x_T, device)
+    except Exception as error:
+        raise ValueError(
+            f"state_device: expected a device of x_T's array library, such as 'cpu' for PyTorch, got {device!r}"
+        ) from error
+
+
+def _hash(*arrays: NDArray[Any]) -> str:
+    """Of the arrays' bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

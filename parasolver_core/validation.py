@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -70,6 +71,14 @@ def check_count(name: str, value: Any, *, minimum: int = 1, optional: bool = Fal
         raise TypeError(f"{name}: expected an integer of at least {minimum}, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
+
+
+def check_counts(name: str, values: Any) -> None:
+    """A sequence, maybe empty, of integers of at least 1."""
+    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of integers of at least 1, such as (1, 4, 16), got {values!r}")
+    for value in values:
+        check_count(name, value)
 
 
 def check_tolerance(tolerance: Any) -> None:

@@ -1,11 +1,13 @@
 """The published methods as presets: their rules, written out once more in the plainest form."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve, solve_sequential
+from parasolver_core.acceptance import StepVariance
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.methods import Anderson
 from tests.core.problems import TanhNetwork, normal, relative
@@ -23,8 +25,8 @@ def picard(network, x_T, timesteps, window, tolerance, fill):
     """Picard iteration over a sliding window, as the papers write it: rounds and the final state."""
     n = len(timesteps)
     ab = np.append(SCHEDULE.alphas_cumprod[timesteps], 1.0)
-    variance = (1 - ab[1:n]) / (1 - ab[: n - 1]) * (1 - ab[: n - 1] / ab[1:n])
-    variance = np.append(variance, variance[-1])
+    after = np.append(ab[1:n], 1.0 if fill == "copy" else 1 - 1e-4)
+    variance = (1 - after) / (1 - ab[:n]) * (1 - ab[:n] / after)
     states, lo, hi, rounds = [x_T] * (n + 1), 0, 1 if fill == "evaluated" else min(window, n), 0
     while lo < n:
         steps = [ddim_step(network, states[i], ab[i], ab[i + 1], timesteps[i]) for i in range(lo, hi)]
@@ -60,14 +62,24 @@ def test_a_published_method_is_its_algorithm(name, fill, steps, window, toleranc
     assert relative(got.sample[0], sample) < 1e-10
 
 
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.squared_cosine()], ids=["linear", "cosine"])
+def test_the_published_stop_rule_knows_the_noise_of_the_first_steps(schedule) -> None:
+    timesteps = schedule.timesteps(1000)
+    ab = schedule.alphas_cumprod[timesteps]
+    beta = 1 - ab[:-1] / ab[1:]
+    bounds = StepVariance().bounds(DDPM(schedule).recurrence(timesteps))
+    np.testing.assert_allclose(bounds[:-1] ** 2, beta * (1 - ab[1:]) / (1 - ab[:-1]), rtol=1e-9)
+    assert bounds[-1] < 1e-8  # it ends where the last step begins: that one waits for its final input
+
+
 def anderson(network, x_T, timesteps, window, tolerance, order, memory):
     """ParaTAA as the paper writes it, with explicit sums and a least squares problem for every state."""
     n = len(timesteps)
     ab = np.append(SCHEDULE.alphas_cumprod[timesteps], 1.0)
     a = np.sqrt(ab[1:] / ab[:-1])
     b = np.sqrt(1 - ab[1:]) - a * np.sqrt(1 - ab[:-1])
-    deviation = np.sqrt((1 - ab[1:n]) / (1 - ab[: n - 1]) * (1 - ab[: n - 1] / ab[1:n]))
-    deviation = np.append(deviation, deviation[-1])
+    after = np.append(ab[1:n], 1 - 1e-4)
+    deviation = np.sqrt((1 - after) / (1 - ab[:n]) * (1 - ab[:n] / after))
     x, lo, rounds, history = {i: x_T for i in range(window + 1)}, 0, 0, []
     while lo < n:
         hi = min(lo + window, n)
@@ -158,8 +170,9 @@ def test_copies_fill_the_first_window() -> None:
 
 
 def test_the_published_stop_rule_needs_noise_levels() -> None:
-    with pytest.raises(ValueError, match="single step"):
-        solve(TanhNetwork(), normal((1, 6)), SCHEDULE.timesteps(1), DDIM(SCHEDULE), method="paradigms")
+    recurrence = replace(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(9)), signal=None)
+    with pytest.raises(ValueError, match="no noise levels"):
+        StepVariance().bounds(recurrence)
 
 
 def test_an_unknown_fill_is_refused() -> None:

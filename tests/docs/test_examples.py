@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of the quickstart run as they stand."""
+"""The Python blocks of the README and of some pages run as they stand."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/quickstart.md")
+    for page in ("README.md", "docs/quickstart.md", "docs/devices.md")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
 ]
 

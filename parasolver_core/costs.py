@@ -1,0 +1,195 @@
+"""What a network call costs, by its number of rows: measured warm, and kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import array_api_compat
+
+from parasolver_core.arrays import Array, is_array
+from parasolver_core.introspection import reachable
+
+_REPEATS = 3  # timed calls of each size
+_LINEAR = 1.9  # twice the rows cost so many times as much: larger calls gain nothing more
+_DAYS = 30  # how long tables are kept
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of one network call by its rows; linear in between, proportional to the rows beyond the last.
+
+    Args:
+        rows: increasing, at least 1.
+        seconds: as many, finite and above 0.
+
+    Example:
+        >>> CostTable.of({1: 0.05, 8: 0.06, 32: 0.2})(16)
+        0.10666666666666667
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows or len(self.rows) != len(self.seconds):
+            raise ValueError(f"costs: expected seconds for some row counts, got {self.rows} and {self.seconds}")
+        if list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise ValueError(f"costs: expected increasing row counts of at least 1, got {self.rows}")
+        if not all(math.isfinite(second) and second > 0 for second in self.seconds):
+            raise ValueError(f"costs: expected finite seconds above 0, got {self.seconds}")
+
+    @classmethod
+    def of(cls, costs: CostTable | Mapping[int, float]) -> CostTable:
+        """From seconds by row count."""
+        if isinstance(costs, CostTable):
+            return costs
+        if not isinstance(costs, Mapping):
+            raise TypeError(f"costs: expected seconds by row count, such as {{1: 0.05, 8: 0.06}}, got {costs!r}")
+        try:
+            pairs = sorted((int(rows), float(seconds)) for rows, seconds in costs.items())
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"costs: expected seconds by row count, such as {{1: 0.05, 8: 0.06}}, got {costs}"
+            ) from error
+        return cls(tuple(rows for rows, _ in pairs), tuple(seconds for _, seconds in pairs))
+
+    def __call__(self, rows: int) -> float:
+        """Seconds of one call with so many rows."""
+        if rows <= self.rows[0]:
+            return self.seconds[0]
+        for i in range(1, len(self.rows)):
+            if rows <= self.rows[i]:
+                share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
+                return (1 - share) * self.seconds[i - 1] + share * self.seconds[i]
+        return self.seconds[-1] * rows / self.rows[-1]
+
+    def in_calls(self, rows: int, most: int) -> float:
+        """Seconds of so many rows in calls of at most ``most``."""
+        full, rest = divmod(rows, most)
+        return full * self(most) + (self(rest) if rest else 0.0)
+
+
+def measure(
+    call: Callable[[int], Any],
+    smallest: int,
+    largest: int,
+    budget: float,
+    agree: Callable[[Sequence[float]], list[float]] = list,
+) -> CostTable:
+    """Time calls of ``smallest``, twice, four times ... as many rows, each warm: the median of a few.
+
+    Ends early where a larger call would not fit into what is left of the budget, or gains nothing any more.
+
+    Args:
+        call: evaluates so many rows, and waits until they are done.
+        smallest, largest: row counts.
+        budget: seconds to spend, once the smallest size has been measured.
+        agree: makes the seconds the same in all processes that share the rows.
+    """
+
+    def timed(rows: int) -> float:
+        started = time.perf_counter()
+        call(rows)
+        return agree([time.perf_counter() - started])[0]
+
+    rows, seconds, spent = [], [], 0.0
+    size = smallest
+    while True:
+        spent += timed(size)  # a first call compiles, chooses kernels and finds memory
+        times = [timed(size)]
+        while len(times) < _REPEATS and (spent + sum(times) < budget or not rows):
+            times.append(timed(size))
+        spent += sum(times)
+        rows.append(size)
+        seconds.append(statistics.median(times))
+        linear = len(seconds) >= 3 and seconds[-1] >= _LINEAR * seconds[-2] >= _LINEAR**2 * seconds[-3]
+        size = min(2 * size, largest)
+        if linear or size <= rows[-1] or spent + 4 * seconds[-1] > budget:
+            return CostTable(tuple(rows), tuple(seconds))
+
+
+def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
+    """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters."""
+    parts = [_device(x_T), f"{tuple(x_T.shape)} {x_T.dtype}", *map(str, others)]
+    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _parameters(part) is not None):
+        parameters = _parameters(one)
+        if isinstance(one, (bool, int, float, str)):
+            parts.append(repr(one))
+        elif is_array(one):
+            parts.append(f"array {tuple(one.shape)} {one.dtype}")
+        else:
+            code = getattr(one, "__code__", None)
+            parts.append(f"{type(one).__module__}.{type(one).__qualname__} {getattr(one, '__qualname__', '')}")
+            parts += [code.co_code.hex()] if code is not None else []
+            parts += [f"{tuple(p.shape)} {p.dtype}" for p in parameters] if parameters is not None else []
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def recall(key: str) -> dict[str, CostTable] | None:
+    """The tables kept under a key; None if there are none, or they are old or damaged."""
+    file = cache_folder() / f"{key}.json"
+    try:
+        if time.time() - file.stat().st_mtime > _DAY * _DAYS:
+            return None
+        return {
+            name: CostTable.of({int(rows): seconds for rows, seconds in table.items()})
+            for name, table in json.loads(file.read_text()).items()
+        }
+    except (OSError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def keep(key: str, tables: Mapping[str, CostTable]) -> None:
+    """Keep tables for later runs of this user; silently not, where nothing can be written."""
+    folder, entry = cache_folder(), {name: dict(zip(t.rows, t.seconds, strict=True)) for name, t in tables.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
+            json.dump(entry, part)
+        os.replace(part.name, folder / f"{key}.json")  # other processes see the old file or the new one
+        for file in folder.iterdir():
+            if time.time() - file.stat().st_mtime > _DAY * _DAYS:
+                file.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def cache_folder() -> Path:
+    """Where costs are kept, a file a key: ``parasolver/costs`` in the user's cache. It may be deleted at any time."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(folder) / "parasolver" / "costs"
+
+
+def _parameters(thing: Any) -> list[Any] | None:
+    """The arrays of a network, if it is one in the manner of PyTorch."""
+    parameters: Any = getattr(thing, "parameters", None)
+    if not callable(parameters) or isinstance(thing, type):
+        return None
+    try:
+        found: list[Any] = list(parameters())  # type: ignore[arg-type]
+    except Exception:  # something else of that name
+        return None
+    return found if all(is_array(one) for one in found) else None
+
+
+def _device(x_T: Array) -> str:
+    """The device and, as far as the library tells, its model and threads."""
+    device, told = array_api_compat.device(x_T), [platform.node(), platform.machine(), str(os.cpu_count())]
+    if array_api_compat.is_torch_array(x_T):
+        xp: Any = array_api_compat.array_namespace(x_T)
+        told += [version("torch"), str(xp.get_num_threads())]
+        told += [xp.cuda.get_device_name(device)] if str(device).startswith("cuda") else []
+    return f"{type(x_T).__module__} {device} {' '.join(told)}"

@@ -1,0 +1,225 @@
+"""A window that chooses itself: predicted rounds times measured costs.
+
+The rounds of the default method were measured on three networks (``benchmarks.planning``) and follow
+
+    rounds = N / window + (p + q log10(1 / tolerance)) N^(1/4)                      (a sliding window)
+    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))              (spread nodes)
+
+within some 20 %. The first term is what a window costs that moves on by itself each round, the second how many rounds a
+node takes to settle. The seconds are those of the network's calls, a little fewer rows in the first round and in the
+last, and the solver's own time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parasolver_core.arrays import to_host
+from parasolver_core.costs import CostTable, describe, keep, measure, recall
+from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.methods import Method
+from parasolver_core.recurrence import Recurrence
+from parasolver_core.state import SequentialState
+
+_SLIDING, _SLIDING_NOISY = (0.78, 0.79), (1.0, 0.9)  # p and q above, printed by benchmarks.planning
+_SPREAD = (0.7, 4.0, 4.3)
+_FINEST = 1e-6  # a smaller tolerance is the arithmetic's
+_NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_FILLED = 0.85  # of the window, on average, with spread nodes
+_WIDEST = 64  # rows of each sample that are measured at most; larger rounds are split
+_BUDGET, _LEAST_SECONDS = 0.25, 0.2  # for measuring: a share of a sequential run, and seconds
+_GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one choice is expected to cost.
+
+    Args:
+        window: nodes evaluated in one round; 1: sequentially.
+        max_rows: the most rows in one network call of one device.
+        devices: how many share the rows.
+        rounds, evaluations: evaluations count each sample of the batch.
+        network, own: seconds in the network, and in the solver.
+    """
+
+    window: int
+    max_rows: int
+    devices: int
+    rounds: float
+    evaluations: float
+    network: float
+    own: float
+
+    @property
+    def seconds(self) -> float:
+        """All that the user waits for."""
+        return self.network + self.own
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds.
+
+    Args:
+        network: of one call, by rows.
+        own: of the solver in one round, by window; a window of 1 is the sequential loop. None: nothing.
+    """
+
+    network: CostTable
+    own: CostTable | None = None
+
+    def of_round(self, rows: int, devices: int, max_rows: int) -> float:
+        """Seconds in the network, of a round of so many rows shared by devices."""
+        return self.network.in_calls(-(-rows // devices), max_rows)
+
+
+def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
+    """How many rounds the default method takes, one sample; see the top of this file."""
+    n = len(recurrence)
+    if window == 1:
+        return float(n)
+    tolerance = max(tolerance, _FINEST)
+    digits = math.log10(1 / min(tolerance, 1.0))
+    if method.spreads(recurrence, window, tolerance):
+        p, q, r = _SPREAD
+        return min(p + q * digits + r / (window * math.sqrt(tolerance)), float(n))
+    p, q = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
+    return min(n / window + (p + q * digits) * n**0.25, float(n))
+
+
+def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:
+    """The rows of each predicted round, one sample."""
+    n, rounds = len(recurrence), max(round(predicted_rounds(recurrence, method, window, tolerance)), 1)
+    if window == 1 or rounds == 1:
+        return [1] * rounds
+    if method.spreads(recurrence, window, tolerance):
+        needed = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
+        return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
+    final = np.linspace(1, n, rounds, endpoint=False)[
+        : rounds - 1
+    ]  # how many nodes are, before each round but the first
+    return [1, *(max(min(window, n - round(at)), 1) for at in final)]
+
+
+def predict(
+    recurrence: Recurrence,
+    method: Method,
+    window: int,
+    tolerance: float,
+    costs: Costs,
+    *,
+    batch: int = 1,
+    devices: int = 1,
+    max_rows: int | None = None,
+) -> Prediction:
+    """The cost of one window, with the row count a call that is best for it.
+
+    Args:
+        recurrence, method, window, tolerance: of the run.
+        costs: measured; those of one device.
+        batch: samples.
+        devices: how many share the rows of a round.
+        max_rows: the most rows in one call; None: the most that was measured.
+    """
+    rows = [batch * one for one in predicted_rows(recurrence, method, window, tolerance)]
+    limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
+    sizes = [size for size in costs.network.rows if size <= limit] or [limit]
+    seconds = {size: sum(costs.of_round(one, devices, size) for one in rows) for size in sizes}
+    best = min(reversed(sizes), key=lambda size: seconds[size])  # the largest of those that are equal
+    own = 0.0 if costs.own is None else len(rows) * costs.own(window)
+    return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], own)
+
+
+def candidates(steps: int) -> Iterator[int]:
+    """Windows worth looking at: 2, 3, 4, 6, 8, 12, ... and all steps."""
+    window = 2
+    while window < steps:
+        yield window
+        if window + window // 2 < steps and window > 1:
+            yield window + window // 2
+        window *= 2
+    if steps > 1:
+        yield steps
+
+
+def choose(
+    recurrence: Recurrence,
+    method: Method,
+    tolerance: float,
+    costs: Costs,
+    *,
+    batch: int = 1,
+    devices: int = 1,
+    max_rows: int | None = None,
+) -> tuple[Prediction, Prediction]:
+    """The best choice and, to compare, the best of the others: sequential sampling or a window. Arguments as above."""
+
+    def cost(window: int) -> Prediction:
+        return predict(recurrence, method, window, tolerance, costs, batch=batch, devices=devices, max_rows=max_rows)
+
+    sequential = cost(1)
+    parallel = min((cost(window) for window in candidates(len(recurrence))), key=lambda one: one.seconds, default=None)
+    if parallel is None or not parallel.seconds < _GAIN * sequential.seconds:
+        return sequential, parallel or sequential
+    return parallel, sequential
+
+
+def explain(chosen: Prediction, other: Prediction) -> str:
+    """One sentence on a choice."""
+
+    def told(one: Prediction) -> str:
+        name = "sequentially" if one.window == 1 else f"with a window of {one.window}"
+        return f"{name}, {one.rounds:.0f} rounds in {seconds(one.seconds)}"
+
+    return f"Of the windows, the fastest was predicted to be: {told(chosen)} (else {told(other)})."
+
+
+def seconds(value: float) -> str:
+    """Seconds for the reader."""
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def measured_costs(state: SequentialState, denoiser: DenoiserFn, own: Callable[[int], float], *also: Any) -> Costs:
+    """The costs of a run that has not begun: as kept from an earlier run, or measured now and kept.
+
+    Args:
+        state: of the run.
+        denoiser: its network.
+        own: the solver's own seconds of a round, by window; 1 is the sequential loop.
+        also: what else the costs depend on.
+    """
+    steps, agree = len(state.recurrence), state.evaluator.agree
+    most = min(steps, _WIDEST)
+    key = describe(denoiser, state.x_T, most, state.evaluator.devices, *also)
+    kept = recall(key)
+    number = -1.0 if kept is None else float(int(hashlib.sha256(repr(kept).encode()).hexdigest()[:12], 16))
+    same = agree([number, -number]) == [number, -number]  # in all processes that share the rows
+    if kept is None or not same:
+        kept = _measure(state, own, most)
+        keep(key, kept)
+    return Costs(kept["network"], kept["own"])
+
+
+def _measure(state: SequentialState, own: Callable[[int], float], most: int) -> dict[str, CostTable]:
+    xp, batch, steps, agree = state.xp, state.batch, len(state.recurrence), state.evaluator.agree
+    x = state.xs[0]
+
+    def call(rows: int) -> None:
+        copies = xp.concat([x] * -(-rows // batch))[:rows, ...]
+        out = state.evaluator(copies, np.linspace(0, steps - 1, rows).astype(np.int64))
+        to_host(xp.isfinite(out[-1:, ...]))  # waits for the device
+
+    first = time.perf_counter()
+    call(batch)
+    first = agree([time.perf_counter() - first])[0]
+    network = measure(call, batch, batch * most, max(_BUDGET * steps * first, _LEAST_SECONDS), agree)
+    windows = sorted({1, min(2, steps), min(16, steps)})
+    return {"network": network, "own": CostTable(tuple(windows), tuple(agree([own(window) for window in windows])))}

@@ -1,0 +1,218 @@
+"""Several processes share the rows of a round: the same sample in all, and the same error when one of them fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parasolver_adapters.distributed import DistributedDenoiser, WorkerLostError, _shares, fingerprint, process_group
+from tests.adapters import workers
+from tests.adapters.workers import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+both = pytest.mark.parametrize("ranks", [2, 4])
+
+
+@both
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 3, "dtype": "float64"},
+        {"dtype": "bfloat16", "window": 5},
+        {"batch": 2, "dtype": "float16", "noisy": True, "seed": 3, "max_rows": 5},
+        {"window": 1},  # fewer rows than processes
+        {"method": "sequential", "batch": 3},
+        {"buckets": [2, 8], "window": 8},
+    ],
+    ids=str,
+)
+def test_same_bits_as_one_process(ranks: int, options: dict[str, Any], tmp_path: Path) -> None:
+    seen = launch(workers.same_sample, ranks, tmp_path, options)
+    assert all(one["bits"] == one["expected"] == seen[0]["bits"] for one in seen)
+    assert all(one["rounds"][0] == one["rounds"][1] for one in seen)
+
+
+@both
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raise", "ValueError: boom (raised"),
+        ("shape", "ValueError: denoiser: expected"),
+        ("dtype", "ValueError: denoiser: expected"),
+        ("memory", "OutOfMemoryError: no room for a single row (memory ran out"),
+    ],
+)
+def test_an_exception_in_one_process_ends_all(fault: str, told: str, ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.fails, ranks, tmp_path, fault)
+    assert {one["type"] for one in seen} == {"WorkerError"}
+    assert len({one["text"] for one in seen}) == 1
+    assert seen[0]["text"].startswith(f"rank 1 of {ranks} failed in network call")
+    assert told.split(" (")[0] in seen[0]["text"]
+    assert {one["rank"] for one in seen} == {1}
+    assert len({one["rounds"] for one in seen}) == 1
+    assert all(one["status"] == "FAILED" and one["finite"] and one["after"] for one in seen)
+
+
+@both
+def test_a_process_that_dies_is_noticed_at_once(ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.fails, ranks, tmp_path, "die")
+    assert seen.pop(1) == {}
+    assert {one["type"] for one in seen} == {"WorkerLostError"}
+    assert all("died" in one["text"] and one["rounds"] >= 1 and one["finite"] for one in seen)
+    assert all(one["seconds"] < workers.TIMEOUT and one["after"] == "WorkerLostError" for one in seen)
+
+
+@both
+def test_a_process_that_hangs_ends_the_others_in_time(ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.fails, ranks, tmp_path, "hang")
+    assert {one["type"] for one in seen} == {"WorkerLostError"}  # the one that slept finds the others gone
+    assert all(one["rounds"] >= 1 and one["finite"] for one in seen)
+    waiting = [one["seconds"] for rank, one in enumerate(seen) if rank != 1]
+    assert all(seconds < 2 * workers.TIMEOUT for seconds in waiting)
+
+
+def test_a_callback_that_raises_in_one_process_ends_the_others(tmp_path: Path) -> None:
+    seen = launch(workers.leaves, 2, tmp_path)
+    assert [one["type"] for one in seen] == ["WorkerLostError", "KeyError"]
+    assert all(one["status"] == "FAILED" and one["rounds"] == 2 for one in seen)
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("window", {"window": 9}),
+        ("seed or noise", {"seed": 4}),
+        ("timesteps and step rule", {"steps": 21}),
+        ("timesteps and step rule", {"noisy": True}),
+        ("shape and dtype of x_T", {"batch": 2}),
+        ("x_T", {"start_seed": 1}),
+        ("tolerance", {"tolerance": 1e-2}),
+        ("solver", {"method": "sequential"}),
+        ("network", None),
+        ("window", {"window": "auto"}),
+    ],
+    ids=str,
+)
+def test_other_arguments_in_one_process(name: str, other: dict[str, Any] | None, ranks: int, tmp_path: Path) -> None:
+    options, gain = [{} for _ in range(ranks)], [1.0] * ranks
+    if other is None:
+        gain[-1] = 1.001
+    else:
+        options[-1] = other
+    seen = launch(workers.disagree, ranks, tmp_path, options, gain)
+    assert {one["type"] for one in seen} == {"WorkersDisagreeError"}
+    assert len({one["text"] for one in seen}) == 1
+    assert f"{name}: " in seen[0]["text"]
+    assert f"on rank {ranks - 1}" in seen[0]["text"]
+    assert all(one["rounds"] == 0 for one in seen)
+
+
+@both
+def test_memory_that_runs_out_in_one_process_halves_its_calls(ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.small_memory, ranks, tmp_path)
+    assert all(one["bits"] == one["expected"] for one in seen)
+    limits = [one["max_rows"] for one in seen]
+    assert limits == ([None, 2] if ranks == 2 else [None] * 4)  # with four, each gets two rows at most
+
+
+def test_beside_a_network_that_is_split_itself(tmp_path: Path) -> None:
+    seen = launch(workers.beside_tensor_parallel, 4, tmp_path)
+    assert all(one["difference"] < 1e-5 and one["rows"] == 4 for one in seen)
+    assert all("mesh['solver']" in one["whole"] for one in seen)
+
+
+def test_a_group_of_some_processes(tmp_path: Path) -> None:
+    first, other, last = launch(workers.subgroup, 3, tmp_path)
+    assert first["bits"] == first["expected"] == last["bits"]
+    assert (first["rank"], last["rank"]) == (0, 1)
+    assert "only its members" in other["refused"]
+
+
+def test_the_embedded_model(tmp_path: Path) -> None:
+    seen = launch(workers.embedded, 2, tmp_path)
+    assert seen[0]["bits"] == seen[1]["bits"]
+    assert all(one["difference"] < 1e-5 and one["rounds"][0] == one["rounds"][1] for one in seen)
+
+
+@both
+def test_automatic_windows_agree(ranks: int, tmp_path: Path) -> None:
+    seen = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
+    assert len({str(one) for one in seen}) == 1
+    assert "with a window of" in seen[0]["message"]
+    again = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
+    assert again == seen  # from what was kept
+
+
+SCRIPT = """
+import torch
+from parasolver_adapters.distributed import DistributedDenoiser, process_group
+from parasolver_core import DDIM, NoiseSchedule, solve
+
+schedule = NoiseSchedule.linear()
+network = lambda x, t: x / (1 + x * x)
+x_T = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+arguments = (x_T, schedule.timesteps(30), DDIM(schedule), 8)
+with process_group() as device:
+    denoiser = DistributedDenoiser(network)
+    shared = solve(denoiser, *arguments)
+    assert torch.equal(shared.sample, solve(network, *arguments).sample)
+    open(f"rank{denoiser.rank}", "w").close()
+"""
+
+
+def test_a_script_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60, env=os.environ | {"PYTHONPATH": workers.PATH})
+    assert (tmp_path / "rank0").exists()
+    assert (tmp_path / "rank1").exists()
+
+
+@pytest.mark.parametrize("rows", range(10))
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_are_even_and_complete(rows: int, size: int) -> None:
+    shares = _shares(rows, size)
+    counts = [share.stop - share.start for share in shares]
+    assert sum(counts) == rows
+    assert len(counts) == size
+    assert max(counts) - min(counts) <= 1
+    assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
+
+
+def test_fingerprint_sees_the_network_inside() -> None:
+    torch.manual_seed(0)
+    one, same, other = (torch.nn.Linear(3, 3).requires_grad_(False) for _ in range(3))
+    same.load_state_dict(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    other.bias[1] += 1e-6
+
+    class Holder:
+        def __init__(self, network: torch.nn.Module) -> None:
+            self.network = network
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.network(x)
+
+    assert fingerprint(one) == fingerprint(same) == fingerprint(lambda x, t: one(x)) == fingerprint(Holder(same))
+    assert fingerprint(Holder(other)) != fingerprint(one)
+    assert fingerprint(one) != fingerprint(one.bfloat16())
+    assert "no torch module" in fingerprint(lambda x, t: x)
+
+
+def test_without_processes() -> None:
+    with pytest.raises(RuntimeError, match="torchrun"):
+        DistributedDenoiser(lambda x, t: x)
+    with pytest.raises(RuntimeError, match="torchrun"), process_group():
+        pass
+
+
+def test_a_lost_group_is_a_solver_error() -> None:
+    from parasolver_core import SolverError
+
+    assert issubclass(WorkerLostError, SolverError)

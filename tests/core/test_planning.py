@@ -1,0 +1,212 @@
+"""Predicted rounds, measured costs, and the window that follows from them."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
+from parasolver_core.costs import CostTable, cache_folder, describe, keep, measure, recall
+from parasolver_core.methods import get_method
+from parasolver_core.planning import Costs, candidates, choose, predict, predicted_rounds, predicted_rows
+from tests.core.problems import Counted, Mixture, Rational, TanhNetwork, normal
+
+SCHEDULE = NoiseSchedule.linear()
+METHOD = get_method("secant")
+FREE = {1: 0.05, 64: 0.05}  # a batch costs as much as a row
+BUSY = {1: 0.05, 64: 3.2}  # a batch costs as much as its rows
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return cache_folder()
+
+
+def table(steps: int, rule: Any = DDIM) -> Any:
+    return rule(SCHEDULE).recurrence(SCHEDULE.timesteps(steps))
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    costs = CostTable.of({4: 1.0, 1: 0.4, 8: 3.0})
+    assert [costs(rows) for rows in (1, 4, 6, 8, 16)] == pytest.approx([0.4, 1.0, 2.0, 3.0, 6.0])
+    assert costs(2) == pytest.approx(0.6)
+    assert costs.in_calls(9, 4) == pytest.approx(1.0 + 1.0 + 0.4)
+
+
+@pytest.mark.parametrize(
+    "costs", [{}, {0: 1.0}, {1: -1.0}, {1: math.nan}, {"many": 1.0}, [1, 2], {1: math.inf}], ids=repr
+)
+def test_bad_costs(costs: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="costs"):
+        solve(Rational(), normal((1, 4)), SCHEDULE.timesteps(10), DDIM(SCHEDULE), window="auto", costs=costs)
+
+
+def test_bad_windows() -> None:
+    arguments = (Rational(), normal((1, 4)), SCHEDULE.timesteps(10), DDIM(SCHEDULE))
+    with pytest.raises(ValueError, match='"auto"'):
+        solve(*arguments, window="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="costs"):
+        solve(*arguments, window=4, costs=FREE)
+
+
+@pytest.mark.parametrize("rule", [DDIM, DDPM])
+@pytest.mark.parametrize(("steps", "window"), [(20, 4), (50, 8), (50, 16), (100, 8), (100, 32)])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_predicted_rounds_are_near_the_real_ones(rule: Any, steps: int, window: int, tolerance: float) -> None:
+    """On a network that the constants were not fitted to; they are good to 20 % where they were."""
+    network = Mixture(SCHEDULE, "epsilon")
+    got = solve(network, normal((1, 16)), SCHEDULE.timesteps(steps), rule(SCHEDULE), window, tolerance=tolerance)
+    assert predicted_rounds(table(steps, rule), METHOD, window, tolerance) == pytest.approx(got.stats.rounds, rel=0.4)
+
+
+def test_predictions_are_in_order() -> None:
+    for steps in (1, 2, 3, 10, 200, 1000):
+        for tolerance in (0.0, 1e-3, 1e-1, 3.0):
+            for window in {1, 2, 8, steps}:
+                if window <= steps:
+                    rounds = predicted_rounds(table(steps), METHOD, window, tolerance)
+                    rows = predicted_rows(table(steps), METHOD, window, tolerance)
+                    assert 0 < rounds <= steps
+                    assert len(rows) == max(round(rounds), 1)
+                    assert min(rows) >= 1
+                    assert max(rows) <= window
+    assert predicted_rows(table(50), METHOD, 1, 1e-2) == [1] * 50
+    assert list(candidates(10)) == [2, 3, 4, 6, 8, 10]
+    assert list(candidates(1)) == []
+
+
+def test_predicted_seconds_are_those_of_the_calls() -> None:
+    costs = Costs(CostTable.of({1: 1.0, 2: 1.5, 4: 10.0}), CostTable.of({1: 0.25, 8: 0.5}))
+    sequential = predict(table(10), METHOD, 1, 1e-2, costs, batch=3)
+    assert (sequential.rounds, sequential.evaluations, sequential.max_rows) == (10, 30, 2)  # 3 rows as 2 + 1
+    assert sequential.network == pytest.approx(10 * 2.5)
+    assert sequential.own == pytest.approx(2.5)
+    one, two = (predict(table(50), METHOD, 8, 1e-2, costs, devices=devices) for devices in (1, 2))
+    assert one.rounds == two.rounds
+    assert one.network / 2 <= two.network < one.network
+
+
+def test_the_choice_follows_the_costs() -> None:
+    free, _ = choose(table(50), METHOD, 1e-2, Costs(CostTable.of(FREE)))
+    busy, other = choose(table(50), METHOD, 1e-2, Costs(CostTable.of(BUSY)))
+    assert free.window > 16
+    assert free.seconds < 0.25 * 50 * 0.05
+    assert busy.window == 1
+    assert other.window > 1
+    shared, _ = choose(table(50), METHOD, 1e-2, Costs(CostTable.of(BUSY)), devices=8)
+    assert shared.window >= 8
+
+
+def test_auto_with_costs_given() -> None:
+    network = Counted(Rational())
+    x_T, timesteps = normal((2, 4)), SCHEDULE.timesteps(50)
+    busy = solve(network, x_T, timesteps, DDIM(SCHEDULE), window="auto", costs=BUSY)
+    assert network.rows == [2] * 50
+    assert "sequentially, 50 rounds" in busy.message
+    assert np.array_equal(busy.sample, solve_sequential(Rational(), x_T, timesteps, DDIM(SCHEDULE)).sample)
+    network.rows.clear()
+    free = solve(network, x_T, timesteps, DDIM(SCHEDULE), window="auto", costs=FREE)
+    assert len(network.rows) == free.stats.rounds < 20
+    assert "with a window of" in free.message
+
+
+def test_auto_measures_once(cache: Path) -> None:
+    class Slow:
+        """A batch costs as much as a row."""
+
+        def __init__(self) -> None:
+            self.rows: list[int] = []
+
+        def __call__(self, x: Any, t: Any) -> Any:
+            rows.append(x.shape[0])
+            time.sleep(0.004)
+            return network(x, t)
+
+    rows, network = [], TanhNetwork(4)
+    arguments = (Slow(), normal((1, 4)), SCHEDULE.timesteps(40), DDIM(SCHEDULE))
+    first = solve(*arguments, window="auto")
+    assert "with a window of" in first.message
+    assert len(rows) > first.stats.calls
+    assert len(list(cache.iterdir())) == 1
+    rows.clear()
+    second = solve(*arguments, window="auto")
+    assert len(rows) == second.stats.calls
+    assert second.message == first.message
+
+
+def test_an_error_while_measuring_has_the_state_reached() -> None:
+    def broken(x: Any, t: Any) -> Any:
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom") as caught:
+        solve(broken, normal((1, 4)), SCHEDULE.timesteps(10), DDIM(SCHEDULE), window="auto")
+    assert caught.value.solution.steps == (0,)  # type: ignore[attr-defined]
+
+
+def test_auto_and_sequential() -> None:
+    network = Counted(Rational())
+    solve(network, normal((1, 4)), SCHEDULE.timesteps(10), DDIM(SCHEDULE), window="auto", method="sequential")
+    assert network.rows == [1] * 10
+
+
+def test_measuring_doubles_the_rows_until_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("parasolver_core.costs.time.perf_counter", lambda: clock[0])
+    calls = []
+
+    def call(rows: int, cost: Any) -> None:
+        calls.append(rows)
+        clock[0] += cost(rows)
+
+    flat = measure(lambda rows: call(rows, lambda n: 1.0), 3, 50, budget=1e9)
+    assert flat.rows == (3, 6, 12, 24, 48, 50)
+    assert flat.seconds == (1.0,) * 6
+    assert calls.count(6) == 4  # a warm one, and three that count
+    linear = measure(lambda rows: call(rows, float), 1, 64, budget=1e9)
+    assert linear.rows == (1, 2, 4)
+    hurried = measure(lambda rows: call(rows, lambda n: 1.0), 1, 64, budget=0.0)
+    assert hurried.rows == (1,)
+
+
+def test_the_cache_survives_damage_and_age(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {"network": CostTable.of({1: 0.1, 2: 0.15}), "own": CostTable.of({1: 0.01})}
+    assert recall("key") is None
+    keep("key", tables)
+    assert recall("key") == tables
+    file = cache / "key.json"
+    for damaged in ("", "[]", "{", '{"network": 3}', '{"network": {}}', '{"network": {"1": "much"}}'):
+        file.write_text(damaged)
+        assert recall("key") is None
+        keep("key", tables)
+        assert recall("key") == tables
+    month = time.time() - 31 * 86400
+    os.utime(file, (month, month))
+    assert recall("key") is None
+    keep("other", tables)
+    assert [one.name for one in cache.iterdir()] == ["other.json"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    keep("key", tables)  # nothing can be written there
+
+
+def test_what_costs_depend_on() -> None:
+    x = normal((1, 4))
+
+    def made(factor: float) -> Any:
+        return lambda x, t: factor * x
+
+    assert describe(made(1.0), x) == describe(made(1.0), x)
+    different = [
+        describe(made(1.0), x),
+        describe(made(2.0), x),
+        describe(lambda x, t: x, x),
+        describe(made(1.0), normal((2, 4))),
+        describe(made(1.0), normal((1, 4), dtype="float32")),
+        describe(made(1.0), x, "more"),
+        describe(Rational(), x),
+    ]
+    assert len(set(different)) == len(different)
