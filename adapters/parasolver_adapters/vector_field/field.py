@@ -13,6 +13,9 @@ from parasolver_core.arrays import Array, detach, no_grad, to_host
 
 Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop"]
 Signature = Literal["ty", "yt"]
+_ROW_COST = 1 / 500  # of a call; for small states
+_TRIALS = 4
+_SAME = 1e-6  # of the largest change
 _PROBE_ROWS = (5, 7, 11, 13, 17, 19, 23)  # a number that is no axis of the state, so that axes cannot be mistaken
 
 
@@ -53,6 +56,16 @@ class Field:
         self._vmapped: Any = None
         self.calls = 0
         self.evaluations = 0
+        self.row_cost = _ROW_COST
+
+    @property
+    def spent(self) -> float:
+        """Everything asked for so far, in calls of one row."""
+        return self.cost(self.calls, self.evaluations)
+
+    def cost(self, calls: int, rows: int) -> float:
+        """What calls of so many rows altogether cost, in calls without rows."""
+        return calls + rows * self.row_cost
 
     @property
     def parallel(self) -> bool:
@@ -97,6 +110,25 @@ class Field:
             )
         self.batching = "loop"
         return "; ".join(reasons)
+
+    def independent_axes(self, grid: Grid, y0: Array) -> int:
+        """How many leading axes of the state count samples that do not act on each other, as far as a few trials show.
+
+        What a trial misses costs rounds and never accuracy, since corrections go on until all defects vanish.
+        """
+        xp, ndim = self.xp, len(self.shape)
+        y0, generator = detach(y0), np.random.default_rng(0)
+        scale = float(xp.max(xp.abs(y0))) or 1.0
+        with no_grad(xp), np.errstate(all="ignore"):
+            t = grid.asarray(np.full(_TRIALS + 1, grid.t[0]))
+            for axes in range(ndim, 0, -1):
+                moved = np.zeros((_TRIALS + 1, *self.shape[:axes], *(1,) * (ndim - axes)))
+                moved[1:] = generator.integers(0, 2, moved[1:].shape)
+                f = to_host(self(t, y0[None, ...] + grid.asarray(moved * (0.01 * scale) * np.ones(self.shape))))
+                change = np.where(moved[1:] == 0, np.abs(f[1:] - f[:1]), 0.0)
+                if np.max(change) <= _SAME * np.max(np.abs(f[1:] - f[:1]), initial=1e-30):
+                    return axes
+        return 0
 
     def _candidates(self) -> tuple[Batching, ...]:
         if self.batching != "auto":

@@ -9,14 +9,16 @@ from array_api_compat import is_torch_array
 
 from parasolver_adapters.vector_field.methods import ExponentialRungeKutta
 from parasolver_adapters.vector_field.problem import Problem
-from parasolver_adapters.vector_field.surrogate import Propagator, doubled, step_increment
+from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
 from parasolver_core.arrays import Array
 
 _BLOCKS = 200  # about as many Jacobians a window at first
+_STALE = 1e-3  # Jacobians at states that were this far off are taken again
+_FAST, _SLOW = 0.1, 0.5  # contractions: better than the first, Jacobians are kept; worse than the second, blocks halved
 
 
-class FieldJacobian:
-    """Jacobians along a window of a problem; starts with long blocks and halves them when asked to.
+class FieldJacobian(Surrogate):
+    """Jacobians along a window of a problem; starts with long blocks of steps and halves them when progress is slow.
 
     Args:
         problem: the problem.
@@ -27,16 +29,33 @@ class FieldJacobian:
     def __init__(self, problem: Problem, lo: int, hi: int, dense: bool) -> None:
         self.problem, self.lo, self.hi, self.dense = problem, lo, hi, dense
         self.length = 2 ** int(np.clip(np.log2((hi - lo) / _BLOCKS), 0, 6))
+        self._current: Propagator | None = None
+        self._size = np.inf
 
-    def refine(self) -> bool:
-        """Halve the blocks; False if they are single steps."""
-        if self.length == 1:
-            return False
-        self.length //= 2
+    def propagate(self, r: Array, y: Array) -> Array:
+        return self._at(y).propagate(r)
+
+    def propagate_back(self, g: Array, y: Array) -> Array:
+        return self._at(y).propagate_back(g)
+
+    def update(self, size: float, theta: float) -> bool:
+        moved, self._size = self._size, size
+        if theta > _SLOW:
+            if self.length == 1:
+                return theta < 1
+            self.length //= 2
+            self._current = None
+        elif theta > _FAST or moved > _STALE:
+            self._current = None
         return True
 
-    def propagator(self, y: Array) -> Propagator:
-        """The propagator at the states y, ``(hi - lo + 1, *state)``."""
+    def _at(self, y: Array) -> Propagator:
+        if self._current is None:
+            self._current = self._propagator(y)
+        return self._current
+
+    def _propagator(self, y: Array) -> Propagator:
+        """With Jacobians at the states y, ``(hi - lo + 1, *state)``."""
         problem, length, grid = self.problem, self.length, self.problem.grid
         xp, n, lo, hi = problem.xp, self.hi - self.lo, self.lo, self.hi
         blocks = -(-n // length)

@@ -26,10 +26,12 @@ class StepMethod(ABC):
     Attributes:
         order: the global order of convergence.
         memory: how many outputs before its own a step reads.
+        stages: calls of the field a step.
     """
 
     order: int
     memory: int = 0
+    stages: int = 1
 
     @abstractmethod
     def advance(
@@ -54,6 +56,10 @@ class StepMethod(ABC):
         """The method that finds a first approximation on a coarser grid."""
         return RK4
 
+    def derivative(self, f: Array, y: Array, grid: Grid) -> Array:
+        """``y'`` where the field says f."""
+        return f
+
 
 @dataclass(frozen=True)
 class RungeKutta(StepMethod):
@@ -68,6 +74,10 @@ class RungeKutta(StepMethod):
     order: int
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
+
+    @property
+    def stages(self) -> int:  # type: ignore[override]
+        return len(self.b)
 
     def advance(
         self, field: Slopes, grid: Grid, lo: int, hi: int, y: Array, past: Array | None = None
@@ -162,8 +172,15 @@ class ExponentialRungeKutta(StepMethod):
         return end, None
 
     @property
+    def stages(self) -> int:  # type: ignore[override]
+        return self.order
+
+    @property
     def starter(self) -> StepMethod:
         return ExponentialRungeKutta(2, self.linear)
+
+    def derivative(self, f: Array, y: Array, grid: Grid) -> Array:
+        return f + self._apply(grid, grid.asarray(self.linear), y)
 
     @property
     def dense(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from parasolver_adapters.vector_field.field import Field
 from parasolver_adapters.vector_field.grid import Grid
 from parasolver_adapters.vector_field.methods import StepMethod
-from parasolver_core.arrays import Array, to_host
+from parasolver_core.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Problem:
         grid: the grid.
         method: bound to the grid.
         batch_dims: how many leading axes of the state count independent samples.
-        tolerance: wanted relative distance to the sequential solution.
         jacobian: ``jacobian(t, y)`` of the field given by the user; None: by differences or by autograd.
     """
 
@@ -32,7 +31,6 @@ class Problem:
     grid: Grid
     method: StepMethod
     batch_dims: int
-    tolerance: float
     jacobian: Callable[[Array, Array], Array] | None = None
 
     @property
@@ -58,51 +56,31 @@ class Problem:
         """(n, samples, size) as ``(n, *state)``."""
         return self.xp.reshape(states, (states.shape[0], *self.field.shape))
 
+    def sequential_cost(self, steps: int) -> float:
+        """What so many steps one after another cost, in calls of the field."""
+        return self.method.stages * steps * self.field.cost(1, 1)
+
     def past(self, lo: int, states: list[Array]) -> Array | None:
-        """What the steps from ``lo`` on need to know of the nodes before, given the last pieces of the trajectory."""
+        """What the steps from ``lo`` on need to know of the nodes before, given the pieces of the trajectory so far."""
         known = min(lo, self.method.memory)
         if not known:
             return None
-        rows = self.xp.concat(states, axis=0)[-1 - known : -1, ...]
+        rows = self.xp.concat(states, axis=0)[lo - known : lo, ...]
         return self.field(self.grid.times(lo - known, lo, 0.0), rows)
 
-    def coarse(self, nodes: NDArray[np.int64], method: StepMethod | None = None) -> Problem:
+    def coarse(self, nodes: NDArray[np.int64]) -> Problem:
         """The same problem on some nodes of the grid only, by the method that finds a first approximation."""
         grid = self.grid.part(nodes)
-        return replace(self, grid=grid, method=(method or self.method.starter).bind(grid))
-
-
-@dataclass
-class Effort:
-    """What a run did beside calling the field.
-
-    Args:
-        corrections: linear systems solved for a whole window.
-        windows: windows solved in parallel.
-        sequential_steps: steps of the grid made one after another.
-        note: why steps were made one after another where parallel integration was asked for.
-    """
-
-    corrections: int = 0
-    windows: int = 0
-    sequential_steps: int = 0
-    note: str = ""
-    wasted: int = field(default=0, repr=False)
+        return replace(self, grid=grid, method=self.method.starter.bind(grid))
 
 
 def integrate(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Array:
     """States ``lo + 1 .. hi``, one step after another, from the state y at ``lo``, ``(1, *state)``.
 
-    The loop goes on where a state is not finite; :func:`first_nonfinite` finds that out for all steps at once.
+    The loop goes on where a state is not finite; that is found out for all steps at once.
     """
     states = []
     for n in range(lo, hi):
         y, past = problem.method.advance(problem.field, problem.grid, n, n + 1, y, past)
         states.append(y)
     return problem.xp.concat(states, axis=0) if states else y[:0, ...]
-
-
-def first_nonfinite(xp: Any, states: Array) -> int | None:
-    """Index of the first state that holds NaN or infinity."""
-    finite = to_host(xp.all(xp.reshape(xp.isfinite(states), (states.shape[0], -1)), axis=1))
-    return None if finite.all() else int(np.argmin(finite))

@@ -7,10 +7,79 @@ block: ``A_n = R(h_n J)``. Blocks are then linear maps, and the map of all of th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from parasolver_core.arrays import Array
+import numpy as np
+from array_api_compat import device
+
+from parasolver_core.arrays import Array, to_host
+from parasolver_core.linearization import Secant
+
+
+class Surrogate(ABC):
+    """What stands for the Jacobians of a window's steps while defects are carried along it."""
+
+    @abstractmethod
+    def propagate(self, r: Array, y: Array) -> Array:
+        """``d_1 .. d_N`` of ``d_{n+1} = A_n d_n + r_n``, ``d_0 = 0``; r is ``(N, samples, size)``.
+
+        Args:
+            r: defects.
+            y: the trajectory, ``(N + 1, *state)``.
+        """
+
+    @abstractmethod
+    def propagate_back(self, g: Array, y: Array) -> Array:
+        """``l_0 .. l_{N-1}`` of the transposed recurrence ``l_n = A_n^T l_{n+1} + g_n``, ``l_N = 0``."""
+
+    def update(self, size: float, theta: float) -> bool:
+        """Told how far the last correction moved the trajectory and its ratio to the one before; False: no use to go on."""
+        return True
+
+
+class IdentitySurrogate(Surrogate):
+    """Each step's Jacobian is the identity: Picard iteration."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def propagate(self, r: Array, y: Array) -> Array:
+        return self.xp.cumulative_sum(r, axis=0)
+
+    def propagate_back(self, g: Array, y: Array) -> Array:
+        return self.xp.flip(self.xp.cumulative_sum(self.xp.flip(g, axis=0), axis=0), axis=0)
+
+
+class SecantSurrogate(Surrogate):
+    """Each step's Jacobian is a multiple of the identity, learned from how the step's end moved with its beginning.
+
+    A defect is what the step's end differs by from what the slope predicted, as in the core.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        self.xp, self._slope, self._moved = xp, None, None
+
+    def propagate(self, r: Array, y: Array) -> Array:
+        xp = self.xp
+        if self._moved is None:
+            self._slope = np.zeros(tuple(r.shape[:2]))
+        else:
+            products = xp.stack([xp.sum(self._moved * self._moved, axis=-1), xp.sum(self._moved * r, axis=-1)])
+            self._slope = Secant().update(self._slope, *to_host(products).astype(np.float64))
+        d = self._propagator(r).propagate(r)
+        self._moved = xp.concat([xp.zeros_like(d[:1, ...]), d[:-1, ...]], axis=0)
+        return d
+
+    def propagate_back(self, g: Array, y: Array) -> Array:
+        if self._slope is None:
+            self._slope = np.zeros(tuple(g.shape[:2]))
+        return self._propagator(g).propagate_back(g)
+
+    def _propagator(self, like: Array) -> Propagator:
+        increment = self.xp.asarray(self._slope[:, :, None], dtype=like.dtype, device=device(like))
+        return Propagator(self.xp, increment, increment + 1, like.shape[0], None, 1, False)
 
 
 @dataclass(frozen=True)
