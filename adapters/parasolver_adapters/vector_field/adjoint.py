@@ -73,7 +73,7 @@ class _Adjoint:
             rho = problem.flat(self._back(adjoint[1:]) + g[:-1] - adjoint[:-1])
             d = surrogate.propagate_back(rho, self.states)
             adjoint = torch.cat([adjoint[:-1] + problem.unflat(d), adjoint[-1:]])
-            scale = component_scale(torch, problem.flat(adjoint))
+            scale = component_scale(problem.xp, problem.flat(adjoint))
             size, defect = (float(torch.max(part.abs() / scale)) for part in (d, rho))
             if not np.isfinite(size):
                 break

@@ -122,8 +122,11 @@ class Field:
         with no_grad(xp), np.errstate(all="ignore"):
             t = grid.asarray(np.full(_TRIALS + 1, grid.t[0]))
             for axes in range(ndim, 0, -1):
-                moved = np.zeros((_TRIALS + 1, *self.shape[:axes], *(1,) * (ndim - axes)))
-                moved[1:] = generator.integers(0, 2, moved[1:].shape)
+                moved = np.zeros((_TRIALS + 1, int(np.prod(self.shape[:axes]))))
+                for k in range(1, _TRIALS, 2):  # half of the samples, then the others
+                    moved[k, generator.permutation(moved.shape[1])[: (moved.shape[1] + 1) // 2]] = 1
+                    moved[k + 1] = 1 - moved[k]
+                moved = moved.reshape(-1, *self.shape[:axes], *(1,) * (ndim - axes))
                 f = to_host(self(t, y0[None, ...] + grid.asarray(moved * (0.01 * scale) * np.ones(self.shape))))
                 change = np.where(moved[1:] == 0, np.abs(f[1:] - f[:1]), 0.0)
                 if np.max(change) <= _SAME * np.max(np.abs(f[1:] - f[:1]), initial=1e-30):

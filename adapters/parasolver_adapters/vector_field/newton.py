@@ -77,9 +77,10 @@ class ParallelIntegrator:
                 break
             before = problem.field.spent
             found, converged = self._window(problem, lo, hi, states, effort)
-            states.append(found)
-            lo += found.shape[0]
-            effort.windows += bool(found.shape[0])
+            if found.shape[0]:
+                states.append(found)
+                lo += found.shape[0]
+                effort.windows += 1
             if converged:
                 width = min(2 * width, cap)
                 continue
@@ -103,7 +104,7 @@ class ParallelIntegrator:
 
     def _window(self, problem: Problem, lo: int, hi: int, states: list[Array], effort: Effort) -> tuple[Array, bool]:
         """The converged states behind ``lo``, and whether these are all of the window."""
-        xp, y = problem.xp, next(part for part in reversed(states) if part.shape[0])[-1:, ...]
+        xp, y = problem.xp, states[-1][-1:, ...]
         nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
         level = problem.coarse(nodes)
         found = xp.concat([y, integrate(level, 0, len(level.grid), y)], axis=0)
