@@ -15,6 +15,7 @@ Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop
 Signature = Literal["ty", "yt"]
 _ROW_COST = 1 / 500  # of a call; for small states
 _TRIALS = 4
+_SPREAD = 0.01
 _SAME = 1e-6  # of the largest change
 _PROBE_ROWS = (5, 7, 11, 13, 17, 19, 23)  # a number that is no axis of the state, so that axes cannot be mistaken
 
@@ -92,7 +93,9 @@ class Field:
             t = grid.asarray(grid.t[nodes])
             y0 = detach(y0)
             first = self._single(t[:1], y0[None, ...])[0, ...]
+            noise = np.random.default_rng(0).uniform(-1, 1, (rows, *self.shape))
             y = xp.stack([y0 + first * float(grid.h[0] * k / (rows - 1)) for k in range(rows)])
+            y = y * grid.asarray(1 + _SPREAD * noise)  # so that rows that act on each other are noticed
             singles = xp.concat([self._single(t[k : k + 1], y[k : k + 1, ...]) for k in range(rows)], axis=0)
             self.calls += rows
             self.evaluations += rows

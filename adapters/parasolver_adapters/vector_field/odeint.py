@@ -113,7 +113,7 @@ def integrate(
     linearization: Linearization = "auto",
     tolerance: float | None = None,
     window: int | None = None,
-    coarse_steps: int = 24,
+    coarse_steps: int = 48,
     batching: Batching = "auto",
     batch_dims: int | None = None,
     jacobian: Callable[[Array, Array], Array] | None = None,
@@ -366,18 +366,31 @@ def _outcome(problem: Problem, states: Array) -> tuple[Status, str]:
     if finite.all():
         return Status.CONVERGED, ""
     n = int(np.argmin(finite))
-    wrong = np.argwhere(~np.isfinite(to_host(states[n, ...])))[0]
-    where = f"element {tuple(wrong.tolist())} of the state" if wrong.size else "the state"
-    if wrong.size > 1:
-        where = f"sample {wrong[0]} ({where})"
+    blamed: list[tuple[Array, Array]] = []
+
+    def watched(t: Array, y: Array) -> Array:
+        f = problem.field(t, y)
+        if not blamed and finite_rows(xp, y)[0] and not finite_rows(xp, f)[0]:
+            blamed.append((t, f))
+        return f
+
     with no_grad(xp), np.errstate(all="ignore"):
-        before = problem.field(grid.times(n - 1, n, 0.0), states[n - 1 : n, ...])
-    if finite_rows(xp, before)[0]:
-        return Status.NONFINITE_SOLVER, (
-            f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {where} became NaN or infinite: the solution or "
-            "the method is unstable there. Take smaller steps, or an implicit method of another library for stiff fields."
+        past = problem.past(n - 1, [states])
+        problem.method.advance(watched, grid, n - 1, n, states[n - 1 : n, ...], past)
+    if blamed:
+        t, f = blamed[0]
+        return Status.NONFINITE_MODEL, (
+            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there is finite. "
+            f"States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
         )
-    return Status.NONFINITE_MODEL, (
-        f"f gave NaN or infinity at t = {grid.t[n - 1]:.6g} for {where}, although the state there is finite. States up to "
-        "that time are valid; check the field there."
+    return Status.NONFINITE_SOLVER, (
+        f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {_element(states[n, ...])} became NaN or infinite: the "
+        "solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit method."
     )
+
+
+def _element(values: Array) -> str:
+    """The first one that is not finite, in words."""
+    index = np.argwhere(~np.isfinite(to_host(values)))[0]
+    where = f"element {tuple(index.tolist())} of the state" if index.size else "the state"
+    return f"sample {index[0]} ({where})" if index.size > 1 else where
