@@ -1,5 +1,6 @@
 """Gradients of a trajectory found in parallel are those of the sequential method."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,10 @@ def test_equal_to_sequential(method: str, linearization: Any, shape: tuple[int, 
 
     inputs = [y0, *net.parameters()]
     expected = gradients(field, y0, times(), inputs, linearization="sequential", **options)
-    found = gradients(field, y0, times(), inputs, linearization=linearization, **options)
+    with warnings.catch_warnings():
+        if method == "ab4":  # one call a step: the loop is soon cheaper than more rounds
+            warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = gradients(field, y0, times(), inputs, linearization=linearization, **options)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
 
@@ -82,7 +86,7 @@ def test_chaotic_field_has_the_sequential_gradient() -> None:
     def lorenz(t: Any, y: Any) -> Any:
         return torch.stack([10 * (y[1] - y[0]), y[0] * (rho - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
 
-    y0, t = torch.tensor([1.0, 1.0, 1.0], dtype=DTYPE, requires_grad=True), torch.linspace(0, 3, 151, dtype=DTYPE)
+    y0, t = torch.tensor([1.0, 1.0, 1.0], dtype=DTYPE, requires_grad=True), torch.linspace(0, 3, 601, dtype=DTYPE)
     expected = gradients(lorenz, y0, t, [y0, rho], linearization="sequential")
     found = gradients(lorenz, y0, t, [y0, rho], linearization="full")
     for a, b in zip(found, expected, strict=True):

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.vector_field.newton import ParallelIntegrator, component_scale
-from parasolver_adapters.vector_field.problem import Problem, integrate
+from parasolver_adapters.vector_field.newton import ParallelIntegrator, running_scale
+from parasolver_adapters.vector_field.problem import Problem, steps
 
-_MOST_ROUNDS = 12
+_MOST_ROUNDS = 40  # as many backward passes through one batched step; then the plain loop is differentiated
 
 
 def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class _Adjoint:
             rho = problem.flat(self._back(adjoint[1:]) + g[:-1] - adjoint[:-1])
             d = surrogate.propagate_back(rho, self.states)
             adjoint = torch.cat([adjoint[:-1] + problem.unflat(d), adjoint[-1:]])
-            scale = component_scale(problem.xp, problem.flat(adjoint))
+            scale = running_scale(problem.xp, problem.flat(adjoint).flip(0)).flip(0)[:-1]
             size, defect = (float(torch.max(part.abs() / scale)) for part in (d, rho))
             if not np.isfinite(size):
                 break
@@ -82,8 +82,7 @@ class _Adjoint:
                 return adjoint
             if theta > 0.5 and defect <= 1e3 * eps:
                 return adjoint
-            if not surrogate.update(size, theta):
-                break
+            surrogate.update(size, theta)
             before = size
         return self._sequential(g)
 
@@ -96,5 +95,5 @@ class _Adjoint:
         """By differentiating the plain loop."""
         with torch.enable_grad():
             first = self.states[:1].detach().requires_grad_()
-            states = [first, *integrate(self.problem, 0, len(self.problem.grid), first).split(1)]
+            states = [first, *steps(self.problem, 0, len(self.problem.grid), first)]
             return torch.cat(torch.autograd.grad(states, states, list(g.split(1))))

@@ -36,7 +36,7 @@ class Grid:
 
     def asarray(self, values: NDArray[Any]) -> Array:
         """Host values in the field's library and dtype, on its device."""
-        return self.xp.asarray(values, dtype=self._like.dtype, device=array_api_compat.device(self._like))
+        return self.xp.asarray(np.array(values), dtype=self._like.dtype, device=array_api_compat.device(self._like))
 
     def steps(self, lo: int, hi: int) -> Any:
         """Lengths of the steps ``lo .. hi - 1``: a column, or a plain number for a single step."""

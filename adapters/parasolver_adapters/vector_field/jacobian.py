@@ -13,6 +13,7 @@ from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, do
 from parasolver_core.arrays import Array
 
 _BLOCKS = 200  # about as many Jacobians a window at first
+_DIRECTIONS = 8  # that estimate a diagonal
 _STALE = 1e-3  # Jacobians at states that were this far off are taken again
 _FAST, _SLOW = 0.1, 0.5  # contractions: better than the first, Jacobians are kept; worse than the second, blocks halved
 
@@ -30,7 +31,7 @@ class FieldJacobian(Surrogate):
         self.problem, self.lo, self.hi, self.dense = problem, lo, hi, dense
         self.length = 2 ** int(np.clip(np.log2((hi - lo) / _BLOCKS), 0, 6))
         self._current: Propagator | None = None
-        self._size = np.inf
+        self._moved = np.inf
 
     def propagate(self, r: Array, y: Array) -> Array:
         return self._at(y).propagate(r)
@@ -38,16 +39,12 @@ class FieldJacobian(Surrogate):
     def propagate_back(self, g: Array, y: Array) -> Array:
         return self._at(y).propagate_back(g)
 
-    def update(self, size: float, theta: float) -> bool:
-        moved, self._size = self._size, size
+    def update(self, size: float, theta: float) -> None:
         if theta > _SLOW:
-            if self.length == 1:
-                return theta < 1
-            self.length //= 2
+            self.length = max(self.length // 2, 1)
+        if theta > _FAST or self._moved > _STALE:
             self._current = None
-        elif theta > _FAST or moved > _STALE:
-            self._current = None
-        return True
+        self._moved = size
 
     def _at(self, y: Array) -> Propagator:
         if self._current is None:
@@ -115,20 +112,25 @@ def _prefer_autograd(y: Array) -> bool:
 
 
 def _by_differences(problem: Problem, t: Array, y: Array) -> Array:
-    """Forward differences in all directions, one batch."""
-    xp, n, d = problem.xp, y.shape[0], problem.size
+    """Column by column."""
+    columns = [change for change, _w in _changes(problem, t, y, np.eye(problem.size))]
+    return problem.xp.stack(columns, axis=-1)
+
+
+def _changes(problem: Problem, t: Array, y: Array, directions: np.ndarray) -> list[tuple[Array, np.ndarray]]:
+    """``J v`` for each direction v (size,), by forward differences in one batch, and v."""
+    xp, n, d, k = problem.xp, y.shape[0], problem.size, len(directions)
     flat = problem.flat(y)
     eps = float(xp.finfo(y.dtype).eps) ** 0.5
-    size = xp.max(xp.abs(flat), axis=(0, 2), keepdims=True)
-    step = (xp.abs(flat) + size * 1e-2 + 1e-30) * eps  # (n, samples, d)
+    size = xp.max(xp.abs(flat), axis=-1, keepdims=True)
+    step = (size + 1e-30) * eps * problem.grid.asarray(directions)[:, None, None, :]
     step = (flat + step) - flat  # what is really added
-    eye = problem.grid.asarray(np.eye(d))
-    moved = flat[None, ...] + step[None, ...] * xp.reshape(eye, (d, 1, 1, d))
-    rows = problem.unflat(xp.concat([flat[None, ...], moved], axis=0).reshape((d + 1) * n, problem.samples, d))
-    f = problem.field(xp.tile(t, (d + 1,)), rows)
-    f = xp.reshape(f, (d + 1, n, problem.samples, d))
-    change = xp.permute_dims(f[1:, ...] - f[:1, ...], (1, 2, 3, 0))
-    return change / step[:, :, None, :]
+    rows = xp.concat([flat[None, ...], flat + step], axis=0)
+    f = problem.field(xp.tile(t, (k + 1,)), problem.unflat(xp.reshape(rows, ((k + 1) * n, problem.samples, d))))
+    f = xp.reshape(f, (k + 1, n, problem.samples, d))
+    length = xp.max(xp.abs(step), axis=-1, keepdims=True)
+    change = (f[1:, ...] - f[:1, ...]) / length
+    return [(change[i, ...], v) for i, v in enumerate(directions)]
 
 
 def _by_autograd(problem: Problem, t: Array, y: Array) -> Array:
@@ -148,18 +150,17 @@ def _by_autograd(problem: Problem, t: Array, y: Array) -> Array:
 
 
 def _diagonal(problem: Problem, t: Array, y: Array) -> Array:
-    """Estimate of the diagonal, ``v * J v`` with random signs v; exact where the field acts elementwise.
+    """The diagonal, ``sum_k v_k * J v_k / sum_k v_k * v_k``, by differences in a few directions v_k.
+
+    Exact for small states and where the field acts elementwise; for others an estimate with random signs.
 
     Reference: Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", Appl. Numer. Math. 57, 2007.
     """
-    xp = problem.xp
-    eps = float(xp.finfo(y.dtype).eps) ** 0.5
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(1, *problem.field.shape))
-    v = problem.grid.asarray(signs)
-    step = (xp.max(xp.abs(y)) * 1e-2 + xp.abs(y) + 1e-30) * eps * v
-    step = (y + step) - y
-    f = problem.field(xp.concat([t, t]), xp.concat([y, y + step], axis=0))
-    return problem.flat((f[y.shape[0] :, ...] - f[: y.shape[0], ...]) / step)
+    xp, n, d = problem.xp, y.shape[0], problem.size
+    v = np.eye(d) if d <= _DIRECTIONS else np.random.default_rng(0).choice([-1.0, 1.0], size=(_DIRECTIONS, d))
+    return sum(change * problem.grid.asarray(w) for change, w in _changes(problem, t, y, v)) / problem.grid.asarray(
+        (v**2).sum(axis=0)
+    )
 
 
 def _given(problem: Problem, jacobian: Any, t: Array, y: Array, dense: bool) -> Array:

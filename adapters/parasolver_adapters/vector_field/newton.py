@@ -25,6 +25,7 @@ FEWEST_STEPS = 64  # of a window; fewer are sooner made one after another
 _RATIO = 25  # the most steps of one level for one of the level before
 _COARSE_TOLERANCE = 1e-7  # a coarse level is no nearer to the finest than this anyway
 _MOST_ROUNDS = 40  # of one level; what needs more does not pay
+_DIVERGED = 1e3  # times the smallest correction
 _WASTE = 0.1  # of the sequential cost may go into windows that fail
 
 
@@ -127,11 +128,12 @@ class ParallelIntegrator:
         xp, n, tolerance = problem.xp, hi - lo, max(tolerance, self.tolerance)
         eps = float(xp.finfo(y.dtype).eps)
         surrogate = self.surrogate(problem, lo, hi)
-        before, moved, limit = np.inf, np.full(n, np.inf), problem.field.spent + problem.sequential_cost(n)
+        limit = problem.field.spent + problem.sequential_cost(n) / 2
+        before, best, moved = np.inf, np.inf, np.full(n, np.inf)
         for _ in range(_MOST_ROUNDS):
             ends, _past = problem.method.advance(problem.field, problem.grid, lo, hi, y[:-1, ...], past)
             r = problem.flat(ends - y[1:, ...])
-            scale = component_scale(xp, problem.flat(y))
+            scale = running_scale(xp, problem.flat(y))[1:, ...]
             defect = float(xp.max(xp.abs(r) / scale))
             if defect <= 4 * eps:
                 return y, n
@@ -147,19 +149,25 @@ class ParallelIntegrator:
                 return y, n
             if theta > 0.5 and defect <= 1e3 * eps:  # what moves is rounding
                 return y, n
-            if not surrogate.update(size, theta) or problem.field.spent > limit:
+            surrogate.update(size, theta)
+            before, best = size, min(size, best)
+            if size > _DIVERGED * best or problem.field.spent > limit:
                 break
-            before = size
         good = moved <= 0.1 * tolerance
         return y, n if good.all() else int(np.argmin(good))
 
 
-def component_scale(xp: Any, states: Array) -> Array:
-    """(samples, size): the largest value of each component, and at least a thousandth of the largest of its sample."""
-    component = xp.max(xp.abs(states), axis=0)
-    whole = xp.max(component, axis=-1, keepdims=True)
-    tiny = float(xp.finfo(states.dtype).smallest_normal)
-    return xp.maximum(xp.maximum(component, whole * 1e-3), xp.full_like(component, tiny))
+def running_scale(xp: Any, states: Array) -> Array:
+    """(n, samples, size): the largest value that each component has had so far, and a thousandth of its sample's at least.
+
+    Later states do not count: where they have run away, earlier ones would seem accurate beside them.
+    """
+    largest, n, reach = xp.abs(states), states.shape[0], 1
+    while reach < n:
+        largest = xp.concat([largest[:reach, ...], xp.maximum(largest[reach:, ...], largest[:-reach, ...])], axis=0)
+        reach *= 2
+    whole = xp.max(largest, axis=-1, keepdims=True) * 1e-3
+    return xp.maximum(xp.maximum(largest, whole), xp.full_like(whole, float(xp.finfo(states.dtype).smallest_normal)))
 
 
 def level_nodes(lo: int, hi: int, coarse_steps: int) -> list[NDArray[np.int64]]:

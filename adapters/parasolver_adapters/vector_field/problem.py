@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,8 +79,12 @@ def integrate(problem: Problem, lo: int, hi: int, y: Array, past: Array | None =
 
     The loop goes on where a state is not finite; that is found out for all steps at once.
     """
-    states = []
+    states = list(steps(problem, lo, hi, y, past))
+    return problem.xp.concat(states, axis=0) if states else y[:0, ...]
+
+
+def steps(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Iterator[Array]:
+    """The same states one by one, ``(1, *state)``."""
     for n in range(lo, hi):
         y, past = problem.method.advance(problem.field, problem.grid, n, n + 1, y, past)
-        states.append(y)
-    return problem.xp.concat(states, axis=0) if states else y[:0, ...]
+        yield y

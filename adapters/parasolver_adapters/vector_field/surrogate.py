@@ -34,9 +34,8 @@ class Surrogate(ABC):
     def propagate_back(self, g: Array, y: Array) -> Array:
         """``l_0 .. l_{N-1}`` of the transposed recurrence ``l_n = A_n^T l_{n+1} + g_n``, ``l_N = 0``."""
 
-    def update(self, size: float, theta: float) -> bool:
-        """Told how far the last correction moved the trajectory and its ratio to the one before; False: no use to go on."""
-        return True
+    def update(self, size: float, theta: float) -> None:  # noqa: B027
+        """Told how far the last correction moved the trajectory, and its ratio to the correction before."""
 
 
 class IdentitySurrogate(Surrogate):
