@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,8 @@ from parasolver_core.arrays import Array, detach, no_grad, to_host
 
 Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop"]
 Signature = Literal["ty", "yt"]
-_ROW_COST = 1 / 500  # of a call; for small states
+_ROW_COST = 1 / 500  # of a call, for states up to so many elements; measured for larger ones
+_SMALL = 256
 _TRIALS = 4
 _SPREAD = 0.01
 _SAME = 1e-6  # of the largest change
@@ -103,6 +105,7 @@ class Field:
             for name in self._candidates():
                 if (reason := self._disagreement(name, t, y, singles)) == "":
                     self.batching = name
+                    self._measure(t, y)
                     return ""
                 reasons.append(f"{name}: {reason}")
         if self.batching != "auto":
@@ -135,6 +138,20 @@ class Field:
                 if np.max(change) <= _SAME * np.max(np.abs(f[1:] - f[:1]), initial=1e-30):
                     return axes
         return 0
+
+    def _measure(self, t: Array, y: Array) -> None:
+        """What one more row costs, in calls; from the times of calls with one row and with several."""
+        rows = y.shape[0]
+        if np.prod(self.shape) <= _SMALL:
+            return
+        one, several = (min(self._seconds(t[:n], y[:n, ...]) for _ in range(3)) for n in (1, rows))
+        share = min(max((several / one - 1) / (rows - 1), 0.0), 0.99)  # of a call with one row that the row costs
+        self.row_cost = share / (1 - share)
+
+    def _seconds(self, t: Array, y: Array) -> float:
+        started = time.perf_counter()
+        to_host(self(t, y)[:1, ...])  # waits for the device
+        return time.perf_counter() - started
 
     def _candidates(self) -> tuple[Batching, ...]:
         if self.batching != "auto":

@@ -22,6 +22,7 @@ from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
 from parasolver_core.validation import check_count, check_tolerance
 
+_EXPECTED_ROUNDS = 5
 _LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
 
 
@@ -270,6 +271,9 @@ class _Choices:
         dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
         problem = replace(problem, batch_dims=dims)
         if asked == "auto":
+            rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
+            if rounds > problem.sequential_cost(steps):
+                return problem, None
             asked = "diagonal" if problem.size == 1 else "full" if problem.size <= _LARGEST_DENSE else "secant"
         eps = float(problem.xp.finfo(y0.dtype).eps)
         tolerance = 64 * eps if self.tolerance is None else self.tolerance

@@ -58,23 +58,27 @@ class SecantSurrogate(Surrogate):
     """
 
     def __init__(self, xp: Any) -> None:
-        self.xp, self._slope, self._moved = xp, None, None
+        self.xp, self._slope, self._moved = xp, np.zeros((1, 1)), None
 
     def propagate(self, r: Array, y: Array) -> Array:
-        xp = self.xp
-        if self._moved is None:
-            self._slope = np.zeros(tuple(r.shape[:2]))
-        else:
-            products = xp.stack([xp.sum(self._moved * self._moved, axis=-1), xp.sum(self._moved * r, axis=-1)])
-            self._slope = Secant().update(self._slope, *to_host(products).astype(np.float64))
+        self._learn(r)
         d = self._propagator(r).propagate(r)
-        self._moved = xp.concat([xp.zeros_like(d[:1, ...]), d[:-1, ...]], axis=0)
+        self._moved = self.xp.concat([self.xp.zeros_like(d[:1, ...]), d[:-1, ...]], axis=0)
         return d
 
     def propagate_back(self, g: Array, y: Array) -> Array:
-        if self._slope is None:
-            self._slope = np.zeros(tuple(g.shape[:2]))
-        return self._propagator(g).propagate_back(g)
+        self._learn(g)
+        d = self._propagator(g).propagate_back(g)
+        self._moved = self.xp.concat([d[1:, ...], self.xp.zeros_like(d[:1, ...])], axis=0)
+        return d
+
+    def _learn(self, defect: Array) -> None:
+        if self._moved is None:
+            self._slope = np.zeros(tuple(defect.shape[:2]))
+            return
+        moved, xp = self._moved, self.xp
+        products = xp.stack([xp.sum(moved * moved, axis=-1), xp.sum(moved * defect, axis=-1)])
+        self._slope = Secant().update(self._slope, *to_host(products).astype(np.float64))
 
     def _propagator(self, like: Array) -> Propagator:
         increment = self.xp.asarray(self._slope[:, :, None], dtype=like.dtype, device=device(like))
