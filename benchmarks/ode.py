@@ -1,7 +1,7 @@
 """Ordinary differential equations in parallel over time: ``python -m benchmarks.ode``.
 
-``torchdiffeq``'s fixed-step rk4 beside ``odeint`` of this project, on the same grid, in the same process and in turn; medians
-of the seconds a user waits for. Every pair of answers is compared, and gradients too where they are timed.
+``torchdiffeq``'s fixed-step rk4 beside ``odeint`` of this project, on the same grid, in the same process and in turn;
+medians of the seconds a user waits for. Every pair of answers is compared, and gradients too where they are timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,7 +126,7 @@ def compare(name: str, steps: int, repeats: int) -> Line:
 
 
 def compare_neural(batch: int, steps: int, repeats: int, size: int = 64) -> Line:
-    """A multilayer perceptron, trajectory and gradients of a loss at the end; the difference is that of the gradients."""
+    """A multilayer perceptron, trajectory and gradients of a loss at the end; gradients are compared."""
     generator = torch.Generator().manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.Tanh(), torch.nn.Linear(size, size)).to(DTYPE)
     for parameter in net.parameters():
@@ -239,7 +240,7 @@ def scaling(name: str, repeats: int) -> list[Line]:
         t = torch.linspace(0, problem.end, steps + 1, dtype=DTYPE)
         y0 = torch.tensor(problem.y0, dtype=DTYPE)
         with torch.no_grad():
-            [(parallel, run)] = interleaved(repeats, lambda y0=y0, t=t: quietly(problem.field, y0, t))
+            [(parallel, run)] = interleaved(repeats, partial(quietly, problem.field, y0, t))
         lines.append(_line(name, steps, math.nan, parallel, math.nan, run))
     return lines
 

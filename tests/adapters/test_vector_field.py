@@ -106,9 +106,7 @@ def test_order_is_the_declared_one(method: str, linear: float | None) -> None:
         t = np.linspace(0, end, n + 1)
         y = odeint(field, np.array([1.0]), t, method=method, linear=linear)
         errors.append(abs(y[-1, 0] - 1 / u))
-    slopes = [
-        np.log(a / b) / np.log(m / n) for (a, b), (n, m) in zip(pairwise(errors), pairwise(counts), strict=True)
-    ]
+    slopes = [np.log(a / b) / np.log(m / n) for (a, b), (n, m) in zip(pairwise(errors), pairwise(counts), strict=True)]
     assert slopes[-1] == pytest.approx(declared, abs=0.15)
 
 
@@ -157,7 +155,12 @@ def test_field_stays_inside_the_interval_and_y0_is_not_changed() -> None:
     [
         (torch_pendulum, torch.tensor([1.0, 0.0]), "trailing", "full"),
         (batched_oscillators, torch.linspace(-1, 1, 8).reshape(4, 2), "column", "full"),
-        (lambda t, y: torch.tanh(y @ torch.ones(3, 3) / 3) - y, torch.linspace(-1, 1, 15).reshape(5, 3), "column", "full"),
+        (
+            lambda t, y: torch.tanh(y @ torch.ones(3, 3) / 3) - y,
+            torch.linspace(-1, 1, 15).reshape(5, 3),
+            "column",
+            "full",
+        ),
         (lambda t, y: y * torch.sin(t), torch.linspace(-1, 1, 50), "column", "diagonal"),
         (lambda t, y: -torch.nn.functional.linear(y, torch.eye(2)).flatten(1), torch.ones(3, 2), "merged", "diagonal"),
         (lambda t, y: -torch.sin(y).mean() - y, torch.linspace(-1, 2, 40), "vmap", "secant"),
@@ -219,7 +222,9 @@ def test_explicit_method_on_a_stiff_field_gives_what_the_method_gives() -> None:
     t = np.linspace(0, 1, 201)
     with pytest.warns(SequentialFallbackWarning, match="one after another"):
         found = odeint(lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler")
-    expected = odeint(lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler", linearization="sequential")
+    expected = odeint(
+        lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler", linearization="sequential"
+    )
     close(found, expected)
 
 
@@ -227,7 +232,10 @@ def test_nan_names_time_and_sample() -> None:
     def field(t: Any, y: Any) -> Any:
         return np.where((t > 4) & (np.arange(6).reshape(3, 2) == 3), np.nan, -y)
 
-    with pytest.warns(SequentialFallbackWarning), pytest.raises(NonFiniteError, match=r"t = 4\.\d+ for sample 1") as info:
+    with (
+        pytest.warns(SequentialFallbackWarning),
+        pytest.raises(NonFiniteError, match=r"t = 4\.\d+ for sample 1") as info,
+    ):
         odeint(field, np.ones((3, 2)), TIMES)
     assert np.all(np.isfinite(info.value.solution.states[:201]))  # type: ignore[union-attr]
     with pytest.warns(SequentialFallbackWarning):

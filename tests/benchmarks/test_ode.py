@@ -36,7 +36,9 @@ def test_command_prints_a_table_and_writes_files(tmp_path: Path, monkeypatch: py
     app = ode.typer.Typer()
     app.command()(ode.main)
     files = [str(tmp_path / name) for name in ("ode.json", "ode.png")]
-    result = CliRunner().invoke(app, ["--json", files[0], "--picture", files[1], "--repeats", "1"], env={"COLUMNS": "140"})
+    result = CliRunner().invoke(
+        app, ["--json", files[0], "--picture", files[1], "--repeats", "1"], env={"COLUMNS": "140"}
+    )
     assert result.exit_code == 0, result.output
     assert "pendulum" in result.output
     assert len(json.loads(Path(files[0]).read_text())) == len(ode.PROBLEMS)

@@ -1,6 +1,7 @@
 r"""Gradients of a trajectory, without differentiating through the rounds that found it.
 
-At the solution ``y_{n+1} = Phi_n(y_n)``, so the adjoint :math:`\lambda_n = dL/dy_n` obeys a linear recurrence backwards,
+At the solution ``y_{n+1} = Phi_n(y_n)``, so the adjoint :math:`\lambda_n = dL/dy_n` obeys a linear recurrence,
+backwards,
 
 .. math:: \lambda_n = \Bigl(\frac{\partial \Phi_n}{\partial y}\Bigr)^T \lambda_{n+1} + \frac{\partial L}{\partial y_n} ,
 

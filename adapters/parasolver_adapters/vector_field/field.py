@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import array_api_compat
 import numpy as np
@@ -205,7 +205,7 @@ class Field:
 
     def _checked(self, out: Any, shape: tuple[int, ...]) -> Array:
         if isinstance(out, (list, tuple)) and self._numpy:  # as SciPy's fields may
-            out = np.asarray(out, dtype=self._dtype)
+            out = np.asarray(out, dtype=cast(Any, self._dtype))
         if not isinstance(out, self._type) and not (self._numpy and np.isscalar(out)):
             raise TypeError(f"f: expected {self._type.__name__} of shape {shape}, got {type(out).__name__}")
         out = np.asarray(out) if self._numpy else out

@@ -61,8 +61,8 @@ class FieldJacobian(Surrogate):
         mean = (grid.t[lo + edges[1:]] - grid.t[lo + edges[:-1]]) / count
         t, states = self._middle(y, edges)
         J = self._jacobian(t, states)
-        hJ = J * xp.reshape(grid.asarray(mean), (blocks, *(1,) * (J.ndim - 1)))
-        increment = step_increment(xp, hJ, max(problem.method.order, 2), self._halvings(mean), self.dense)
+        scaled = J * xp.reshape(grid.asarray(mean), (blocks, *(1,) * (J.ndim - 1)))
+        increment = step_increment(xp, scaled, max(problem.method.order, 2), self._halvings(mean), self.dense)
         block = increment
         for _ in range(int(np.log2(length))):
             block = doubled(xp, block, self.dense)
@@ -156,11 +156,10 @@ def _diagonal(problem: Problem, t: Array, y: Array) -> Array:
 
     Reference: Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", Appl. Numer. Math. 57, 2007.
     """
-    xp, n, d = problem.xp, y.shape[0], problem.size
+    d = problem.size
     v = np.eye(d) if d <= _DIRECTIONS else np.random.default_rng(0).choice([-1.0, 1.0], size=(_DIRECTIONS, d))
-    return sum(change * problem.grid.asarray(w) for change, w in _changes(problem, t, y, v)) / problem.grid.asarray(
-        (v**2).sum(axis=0)
-    )
+    weighted = sum(change * problem.grid.asarray(w) for change, w in _changes(problem, t, y, v))
+    return weighted / problem.grid.asarray((v**2).sum(axis=0))
 
 
 def _given(problem: Problem, jacobian: Any, t: Array, y: Array, dense: bool) -> Array:

@@ -63,7 +63,9 @@ class StepMethod(ABC):
 
 @dataclass(frozen=True)
 class RungeKutta(StepMethod):
-    r"""An explicit Runge-Kutta method: :math:`K_i = f(t + c_i h, y + h \sum_j a_{ij} K_j)`, :math:`y + h \sum_i b_i K_i`.
+    r"""An explicit Runge-Kutta method.
+
+    .. math:: K_i = f(t + c_i h, y + h \sum_j a_{ij} K_j) , \qquad y' = y + h \sum_i b_i K_i
 
     Args:
         order: of convergence.

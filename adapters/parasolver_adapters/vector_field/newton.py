@@ -1,9 +1,9 @@
 """Newton's method for all steps of a window at once, from a coarse solution up.
 
-The unknown is the whole trajectory ``y_1 .. y_N``. A round advances every node by one step of the method, in one batch a
-stage, compares the ends with the nodes behind (``r_n = Phi_n(y_n) - y_{n+1}``) and carries the defects along the
-trajectory with a :class:`~parasolver_adapters.vector_field.surrogate.Surrogate`. It rests only where all defects vanish:
-at the sequential solution.
+The unknown is the whole trajectory ``y_1 .. y_N``. A round advances every node by one step of the method, in one batch
+a stage, compares the ends with the nodes behind (``r_n = Phi_n(y_n) - y_{n+1}``) and carries the defects along the
+trajectory with a :class:`~parasolver_adapters.vector_field.surrogate.Surrogate`. It rests only where all defects
+vanish: at the sequential solution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_adapters.vector_field.jacobian import FieldJacobian
-from parasolver_adapters.vector_field.problem import Problem, integrate
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_adapters.vector_field.surrogate import IdentitySurrogate, SecantSurrogate, Surrogate
 from parasolver_core.arrays import Array, to_host
 
@@ -26,7 +26,7 @@ _RATIO = 25  # the most steps of one level for one of the level before
 _COARSE_TOLERANCE = 1e-7  # a coarse level is no nearer to the finest than this anyway
 _MOST_ROUNDS = 40  # of one level; what needs more does not pay
 _DIVERGED = 1e3  # times the smallest correction
-_WASTE = 0.1  # of the sequential cost may go into windows that fail
+_WASTE = 0.08  # of the sequential cost may go into windows that fail
 
 
 @dataclass
@@ -92,7 +92,7 @@ class ParallelIntegrator:
                 break
         if lo < n:
             effort.sequential_steps += n - lo
-            states.append(integrate(problem, lo, n, states[-1][-1:, ...], problem.past(lo, states)))
+            states.append(integrate_sequentially(problem, lo, n, states[-1][-1:, ...], problem.past(lo, states)))
         return problem.xp.concat(states, axis=0)
 
     def surrogate(self, problem: Problem, lo: int, hi: int) -> Surrogate:
@@ -108,7 +108,7 @@ class ParallelIntegrator:
         xp, y = problem.xp, states[-1][-1:, ...]
         nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
         level = problem.coarse(nodes)
-        found = xp.concat([y, integrate(level, 0, len(level.grid), y)], axis=0)
+        found = xp.concat([y, integrate_sequentially(level, 0, len(level.grid), y)], axis=0)
         if not bool(xp.all(xp.isfinite(found))):
             return y[:0, ...], False
         for after in finer[:-1]:
@@ -158,7 +158,7 @@ class ParallelIntegrator:
 
 
 def running_scale(xp: Any, states: Array) -> Array:
-    """(n, samples, size): the largest value that each component has had so far, and a thousandth of its sample's at least.
+    """(n, samples, size): the largest value of each component so far, at least a thousandth of its sample's.
 
     Later states do not count: where they have run away, earlier ones would seem accurate beside them.
     """

@@ -15,8 +15,7 @@ from parasolver_adapters.vector_field.field import Batching, Field, Signature
 from parasolver_adapters.vector_field.grid import Grid, check_times
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
 from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Effort, Linearization, ParallelIntegrator
-from parasolver_adapters.vector_field.problem import Problem
-from parasolver_adapters.vector_field.problem import integrate as integrate_sequentially
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
@@ -89,7 +88,7 @@ class IVPResult:
 
 
 def odeint(f: Callable[..., Any], y0: Array, t: ArrayLike, **options: Any) -> Array:
-    """The solution of ``y' = f(t, y)`` at all times, ``(N + 1, *state)``: :func:`integrate` without the record of the run.
+    """The solution of ``y' = f(t, y)`` at all times, ``(N + 1, *state)``: the states of :func:`integrate`.
 
     Args:
         f, y0, t, options: as in :func:`integrate`.
@@ -97,7 +96,8 @@ def odeint(f: Callable[..., Any], y0: Array, t: ArrayLike, **options: Any) -> Ar
     Example::
 
         t = torch.linspace(0, 10, 1001, dtype=torch.float64)
-        y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), torch.tensor([1.0, 0.0], dtype=torch.float64), t)
+        y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, t)
     """
     return integrate(f, y0, t, **options).states
 
@@ -129,19 +129,19 @@ def integrate(
         t: (N + 1,), strictly increasing or decreasing times, equally spaced or not; the grid of the method's steps.
 
     Other arguments:
-        method: "euler", "midpoint", "heun", "heun3", "rk4" (the 3/8 rule, as in torchdiffeq), "rk4_classic", "ab2", "ab3",
-            "ab4"; "etd1" and "etdrk2" for semilinear fields, with ``linear``; or a
+        method: "euler", "midpoint", "heun", "heun3", "rk4" (the 3/8 rule, as in torchdiffeq), "rk4_classic", "ab2",
+            "ab3", "ab4"; "etd1" and "etdrk2" for semilinear fields, with ``linear``; or a
             :class:`~parasolver_adapters.vector_field.methods.StepMethod`.
         signature: "ty" for ``f(t, y)``, "yt" for ``f(y, t)``.
         substeps: steps of equal length between two times of t.
         linear: L of ``y' = L y + f(t, y)`` acting on the last axis: a number, (d,) for a diagonal, or (d, d).
         linearization: what stands for the Jacobian of a step while errors are carried along the trajectory: "full"
-            (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full" for up
-            to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop for fewer
-            than 64 steps and where a batch over time costs as much as a loop.
-        tolerance: wanted distance to the sequential solution, relative to the largest value of each component; by default
-            about that of rounding, 1e-14 in float64 and 1e-5 in float32.
-        window: the most steps solved at once; by default all.
+            (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full" for
+            up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop where a
+            batch over time costs as much as a loop. Fewer than 64 steps are always made one after another.
+        tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far; by
+            default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
+        window: the most steps solved at once, at least 64; by default all.
         coarse_steps: steps of the coarse sequential solution that starts a window.
         batching: see :class:`~parasolver_adapters.vector_field.field.Field`.
         batch_dims: leading axes of the state that count independent samples; found out by default.
@@ -160,28 +160,18 @@ def integrate(
     Warns:
         SequentialFallbackWarning: steps were made one after another although parallel integration was tried.
 
-    Reference: Lim et al., "Parallelizing non-linear sequential models over the sequence length", ICLR 2024 (Newton's method
-    with a parallel scan).
+    Reference: Lim et al., "Parallelizing non-linear sequential models over the sequence length", ICLR 2024 (Newton's
+    method with a parallel scan).
     """
     _check_state(y0)
     choices = _Choices(linearization, tolerance, window, coarse_steps, batch_dims)
     choices.check(y0)
     check_count("substeps", substeps)
-    problem = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian)
-    xp, effort = problem.xp, Effort()
-    attached = _records_gradients(y0)
-    with no_grad(xp), np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
-        problem, integrator = choices.prepare(problem, y0)
-        if integrator is not None:
-            states = integrator.integrate(problem, detach(y0)[None, ...], effort)
-    if integrator is None:
-        effort.sequential_steps = len(problem.grid)
-        with np.errstate(all="ignore"):
-            states = xp.concat([y0[None, ...], integrate_sequentially(problem, 0, len(problem.grid), y0[None, ...])], axis=0)
-    elif attached:
-        from parasolver_adapters.vector_field.adjoint import attach
-
-        states = attach(problem, integrator, y0, states)
+    problem, effort = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian), Effort()
+    with np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
+        with no_grad(problem.xp):
+            problem, integrator = choices.prepare(problem, y0)
+        states = _states(problem, integrator, y0, effort)
     if effort.note:
         warnings.warn(_announcement(effort, problem), SequentialFallbackWarning, stacklevel=2)
     solution = _solution(problem, states, effort, integrator)
@@ -262,8 +252,8 @@ class _Choices:
         reason = problem.field.probe(problem.grid, y0)
         if not problem.field.parallel:
             warnings.warn(
-                f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. Write "
-                "it with array operations, without branches on t or y; linearization='sequential' silences this",
+                f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. "
+                "Write it with array operations, without branches on t or y; linearization='sequential' silences this",
                 SequentialFallbackWarning,
                 stacklevel=4,
             )
@@ -278,6 +268,21 @@ class _Choices:
         eps = float(problem.xp.finfo(y0.dtype).eps)
         tolerance = 64 * eps if self.tolerance is None else self.tolerance
         return problem, ParallelIntegrator(asked, tolerance, self.window, self.coarse_steps)
+
+
+def _states(problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort) -> Array:
+    """The trajectory, with its gradients."""
+    xp, n = problem.xp, len(problem.grid)
+    if integrator is None:
+        effort.sequential_steps = n
+        return xp.concat([y0[None, ...], integrate_sequentially(problem, 0, n, y0[None, ...])], axis=0)
+    with no_grad(xp):
+        states = integrator.integrate(problem, detach(y0)[None, ...], effort)
+    if not _records_gradients(y0):
+        return states
+    from parasolver_adapters.vector_field.adjoint import attach
+
+    return attach(problem, integrator, y0, states)
 
 
 def _check_state(y0: Any) -> None:
@@ -336,14 +341,12 @@ def _records_gradients(y0: Array) -> bool:
 
 def _announcement(effort: Effort, problem: Problem) -> str:
     return (
-        f"{effort.sequential_steps} of {len(problem.grid)} steps were made one after another: {effort.note}. The result is "
-        "that of the method; linearization='sequential' saves the attempt"
+        f"{effort.sequential_steps} of {len(problem.grid)} steps were made one after another: {effort.note}. The result "
+        "is that of the method; linearization='sequential' saves the attempt"
     )
 
 
-def _solution(
-    problem: Problem, states: Array, effort: Effort, integrator: ParallelIntegrator | None
-) -> ODESolution:
+def _solution(problem: Problem, states: Array, effort: Effort, integrator: ParallelIntegrator | None) -> ODESolution:
     field = problem.field
     status, message = _outcome(problem, states)
     if status is Status.CONVERGED:
@@ -384,12 +387,12 @@ def _outcome(problem: Problem, states: Array) -> tuple[Status, str]:
     if blamed:
         t, f = blamed[0]
         return Status.NONFINITE_MODEL, (
-            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there is finite. "
-            f"States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
+            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there is "
+            f"finite. States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
         )
     return Status.NONFINITE_SOLVER, (
-        f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {_element(states[n, ...])} became NaN or infinite: the "
-        "solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit method."
+        f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {_element(states[n, ...])} became NaN or "
+        "infinite: the solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit method."
     )
 
 

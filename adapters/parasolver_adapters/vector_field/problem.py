@@ -74,7 +74,7 @@ class Problem:
         return replace(self, grid=grid, method=self.method.starter.bind(grid))
 
 
-def integrate(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Array:
+def integrate_sequentially(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Array:
     """States ``lo + 1 .. hi``, one step after another, from the state y at ``lo``, ``(1, *state)``.
 
     The loop goes on where a state is not finite; that is found out for all steps at once.

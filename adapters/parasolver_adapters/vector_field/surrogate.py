@@ -1,8 +1,9 @@
 """The linear recurrence that carries a defect along the trajectory: what Newton's method solves in each round.
 
-Near the solution an error moves from node to node by ``d_{n+1} = A_n d_n + r_n``. The matrices ``A_n = dPhi_n/dy`` change
-slowly along a smooth trajectory, so one Jacobian J of the field, at the middle of a *block* of some steps, serves the whole
-block: ``A_n = R(h_n J)``. Blocks are then linear maps, and the map of all of them is found by combining neighbours.
+Near the solution an error moves from node to node by ``d_{n+1} = A_n d_n + r_n``. The matrices ``A_n = dPhi_n/dy``
+change slowly along a smooth trajectory, so one Jacobian J of the field, at the middle of a *block* of some steps, serves
+the whole block: ``A_n = R(h_n J)``. Blocks are then linear maps, and the map of all of them is found by combining
+neighbours.
 """
 
 from __future__ import annotations
@@ -184,12 +185,12 @@ def scan(xp: Any, P: Array, r: Array, dense: bool) -> Array:
     return whole if n == 2 * pairs else xp.concat([whole, odd[pairs:, ...]], axis=0)
 
 
-def step_increment(xp: Any, hJ: Array, order: int, halvings: int, dense: bool) -> Array:
-    """``exp(hJ) - 1`` by Taylor's series to the given order, after halving and followed by doubling.
+def step_increment(xp: Any, x: Array, order: int, halvings: int, dense: bool) -> Array:
+    """``exp(x) - 1``, with ``x = h J``, by Taylor's series to the given order, after halving and followed by doubling.
 
     Without halvings this is the increment of a Runge-Kutta method of that order for a field linear in y.
     """
-    x = hJ * 0.5**halvings
+    x = x * 0.5**halvings
     total = x
     for k in range(order, 1, -1):
         total = x + product(xp, x, total, dense) * (1 / k)
