@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/quickstart.md", "docs/devices.md")
+    for page in ("README.md", "docs/quickstart.md", "docs/devices.md", "docs/odeint.md")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
 ]
 

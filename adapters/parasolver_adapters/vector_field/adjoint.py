@@ -83,7 +83,7 @@ class _Adjoint:
                 return adjoint
             if theta > 0.5 and defect <= 1e3 * eps:
                 return adjoint
-            surrogate.update(size, theta)
+            surrogate.update(size, theta if before < np.inf else 0.0)
             before = size
         return self._sequential(g)
 

@@ -31,7 +31,6 @@ class FieldJacobian(Surrogate):
         self.problem, self.lo, self.hi, self.dense = problem, lo, hi, dense
         self.length = 2 ** int(np.clip(np.log2((hi - lo) / _BLOCKS), 0, 6))
         self._current: Propagator | None = None
-        self._moved = np.inf
 
     def propagate(self, r: Array, y: Array) -> Array:
         return self._at(y).propagate(r)
@@ -42,9 +41,8 @@ class FieldJacobian(Surrogate):
     def update(self, size: float, theta: float) -> None:
         if theta > _SLOW:
             self.length = max(self.length // 2, 1)
-        if theta > _FAST or self._moved > _STALE:
+        if theta > _FAST or size > _STALE:
             self._current = None
-        self._moved = size
 
     def _at(self, y: Array) -> Propagator:
         if self._current is None:

@@ -149,7 +149,7 @@ class ParallelIntegrator:
                 return y, n
             if theta > 0.5 and defect <= 1e3 * eps:  # what moves is rounding
                 return y, n
-            surrogate.update(size, theta)
+            surrogate.update(size, theta if before < np.inf else 0.0)
             before, best = size, min(size, best)
             if size > _DIVERGED * best or problem.field.spent > limit:
                 break

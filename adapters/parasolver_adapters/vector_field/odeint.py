@@ -136,11 +136,11 @@ def integrate(
         substeps: steps of equal length between two times of t.
         linear: L of ``y' = L y + f(t, y)`` acting on the last axis: a number, (d,) for a diagonal, or (d, d).
         linearization: what stands for the Jacobian of a step while errors are carried along the trajectory: "full"
-            (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full" for
-            up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop where a
-            batch over time costs as much as a loop. Fewer than 64 steps are always made one after another.
-        tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far; by
-            default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
+            (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full"
+            for up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop
+            where a batch over time costs as much as a loop. Fewer than 64 steps are always made one after another.
+        tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far;
+            by default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
         window: the most steps solved at once, at least 64; by default all.
         coarse_steps: steps of the coarse sequential solution that starts a window.
         batching: see :class:`~parasolver_adapters.vector_field.field.Field`.
@@ -341,8 +341,8 @@ def _records_gradients(y0: Array) -> bool:
 
 def _announcement(effort: Effort, problem: Problem) -> str:
     return (
-        f"{effort.sequential_steps} of {len(problem.grid)} steps were made one after another: {effort.note}. The result "
-        "is that of the method; linearization='sequential' saves the attempt"
+        f"{effort.sequential_steps} of {len(problem.grid)} steps were made one after another: {effort.note}. The "
+        "result is that of the method; linearization='sequential' saves the attempt"
     )
 
 
@@ -387,12 +387,13 @@ def _outcome(problem: Problem, states: Array) -> tuple[Status, str]:
     if blamed:
         t, f = blamed[0]
         return Status.NONFINITE_MODEL, (
-            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there is "
-            f"finite. States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
+            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there "
+            f"is finite. States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
         )
     return Status.NONFINITE_SOLVER, (
         f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {_element(states[n, ...])} became NaN or "
-        "infinite: the solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit method."
+        "infinite: the solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit "
+        "method."
     )
 
 

@@ -1,8 +1,8 @@
 """The linear recurrence that carries a defect along the trajectory: what Newton's method solves in each round.
 
 Near the solution an error moves from node to node by ``d_{n+1} = A_n d_n + r_n``. The matrices ``A_n = dPhi_n/dy``
-change slowly along a smooth trajectory, so one Jacobian J of the field, at the middle of a *block* of some steps, serves
-the whole block: ``A_n = R(h_n J)``. Blocks are then linear maps, and the map of all of them is found by combining
+change slowly along a smooth trajectory, so one Jacobian J of the field, in the middle of a *block* of steps, serves the
+whole block: ``A_n = R(h_n J)``. Blocks are then linear maps, and the map of all of them is found by combining
 neighbours.
 """
 
@@ -36,7 +36,7 @@ class Surrogate(ABC):
         """``l_0 .. l_{N-1}`` of the transposed recurrence ``l_n = A_n^T l_{n+1} + g_n``, ``l_N = 0``."""
 
     def update(self, size: float, theta: float) -> None:  # noqa: B027
-        """Told how far the last correction moved the trajectory, and its ratio to the correction before."""
+        """Told how far the last correction moved the trajectory, and its ratio to the one before, 0 for the first."""
 
 
 class IdentitySurrogate(Surrogate):
