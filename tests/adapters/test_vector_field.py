@@ -181,6 +181,30 @@ def test_batching_and_linearization_are_found(field: Any, y0: Any, batching: str
     close(found.states, expected)
 
 
+@pytest.mark.parametrize("linearization", ["full", "diagonal", "secant", "identity"])
+def test_every_array_library(xp: Any, linearization: Any) -> None:
+    def field(t: Any, y: Any) -> Any:
+        return xp.stack([y[1, ...], -xp.sin(y[0, ...])])
+
+    y0 = xp.asarray(START, dtype=xp.float64)
+    found = integrate(field, y0, TIMES, linearization=linearization)
+    assert found.sequential_steps == 0
+    close(np.from_dlpack(found.states), odeint(pendulum_free, START, TIMES, linearization="sequential"))
+
+
+def pendulum_free(t: Any, y: Any) -> Any:
+    return np.stack([y[1], -np.sin(y[0])])
+
+
+def test_runaway_states_do_not_make_earlier_ones_seem_accurate() -> None:
+    """A coarse start that explodes once gave a scale of 1e51, next to which every defect was small."""
+    t = np.linspace(0, 1, 201)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        y = odeint(lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler")
+    assert np.max(np.abs(y)) < 2
+
+
 def test_wide_coupled_state() -> None:
     y0 = np.random.default_rng(0).standard_normal(64)
     found = integrate(wave, y0, TIMES / 3)

@@ -26,9 +26,19 @@ def test_neural_gradients_agree() -> None:
     assert line.difference < 1e-8
 
 
+def test_stages_as_nodes_reach_the_same_trajectory() -> None:
+    steps, stages = ode.compare_stages("pendulum", 100, repeats=1)
+    assert 1 < steps.rounds < 8
+    assert 1 < stages.rounds < 8
+    assert steps.calls == 4 * steps.rounds
+    assert stages.calls == 4 + stages.rounds
+
+
 def test_command_prints_a_table_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ode, "STEPS", (80,))
-    monkeypatch.setattr(ode, "PROBLEMS", {name: ode.PROBLEMS[name] for name in ("pendulum", "two bodies, e = 0.5")})
+    monkeypatch.setattr(
+        ode, "PROBLEMS", {name: ode.PROBLEMS[name] for name in ("pendulum", "Lotka-Volterra", "linear, 16 states")}
+    )
     monkeypatch.setattr(ode, "PICTURED", ("pendulum",))
     monkeypatch.setattr(ode, "SCALING", (70, 90))
     monkeypatch.setattr(ode, "SLOWEST_LOOP", 80)
@@ -41,5 +51,5 @@ def test_command_prints_a_table_and_writes_files(tmp_path: Path, monkeypatch: py
     )
     assert result.exit_code == 0, result.output
     assert "pendulum" in result.output
-    assert len(json.loads(Path(files[0]).read_text())) == len(ode.PROBLEMS)
+    assert len(json.loads(Path(files[0]).read_text())) == len(ode.PROBLEMS) + 6
     assert Path(files[1]).stat().st_size > 1000

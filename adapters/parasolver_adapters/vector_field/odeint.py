@@ -114,7 +114,7 @@ def integrate(
     linearization: Linearization = "auto",
     tolerance: float | None = None,
     window: int | None = None,
-    coarse_steps: int = 48,
+    coarse_steps: int = 40,
     batching: Batching = "auto",
     batch_dims: int | None = None,
     jacobian: Callable[[Array, Array], Array] | None = None,
