@@ -12,7 +12,8 @@ from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
 from parasolver_core.arrays import Array
 
-_BLOCKS = 200  # about as many Jacobians a window at first
+_BLOCKS = 200  # about as many Jacobians a window at first; fewer of large matrices, whose products cost more
+_BLOCK_ELEMENTS = 800
 _DIRECTIONS = 8  # that estimate a diagonal
 _STALE = 1e-3  # Jacobians at states that were this far off are taken again
 _FAST, _SLOW = 0.1, 0.5  # contractions: better than the first, Jacobians are kept; worse than the second, blocks halved
@@ -29,7 +30,8 @@ class FieldJacobian(Surrogate):
 
     def __init__(self, problem: Problem, lo: int, hi: int, dense: bool) -> None:
         self.problem, self.lo, self.hi, self.dense = problem, lo, hi, dense
-        self.length = 2 ** int(np.clip(np.log2((hi - lo) / _BLOCKS), 0, 6))
+        blocks = np.clip(_BLOCK_ELEMENTS / problem.size, _BLOCKS // 4, _BLOCKS) if dense else _BLOCKS
+        self.length = 2 ** int(np.clip(np.log2((hi - lo) / blocks), 0, 6))
         self._current: Propagator | None = None
 
     def propagate(self, r: Array, y: Array) -> Array:
