@@ -213,7 +213,7 @@ def compare_stages(name: str, steps: int, repeats: int) -> list[StagesLine]:
     problem = PROBLEMS[name]
     t = torch.linspace(0, problem.end, steps + 1, dtype=DTYPE)
     with torch.no_grad():
-        exact = integrate(problem.field, torch.tensor(problem.y0, dtype=DTYPE), t).states
+        exact = quietly(problem.field, torch.tensor(problem.y0, dtype=DTYPE), t).states
         start = exact * (1 + 1e-3 * torch.sin(t))[:, None]
         start[0] = exact[0]
         runs = interleaved(
