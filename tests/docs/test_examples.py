@@ -13,6 +13,7 @@ PAGES = (
     "docs/wrapping.md",
     "docs/guided_diffusion.md",
     "docs/dit.md",
+    "docs/odeint.md",
 )
 BLOCKS = [
     pytest.param(code, id=f"{page}-{number}")

@@ -1,0 +1,100 @@
+r"""Gradients of a trajectory, without differentiating through the rounds that found it.
+
+At the solution ``y_{n+1} = Phi_n(y_n)``, so the adjoint :math:`\lambda_n = dL/dy_n` obeys a linear recurrence,
+backwards,
+
+.. math:: \lambda_n = \Bigl(\frac{\partial \Phi_n}{\partial y}\Bigr)^T \lambda_{n+1} + \frac{\partial L}{\partial y_n} ,
+
+which is solved for all steps at once in the same way as the trajectory; products with the exact Jacobians are one
+backward pass through one batched step of all nodes, and so are the gradients with respect to what the field uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parasolver_adapters.vector_field.newton import ParallelIntegrator, running_scale
+from parasolver_adapters.vector_field.problem import Problem, steps
+
+_MOST_ROUNDS = 40  # as many backward passes through one batched step; then the plain loop is differentiated
+
+
+def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states: Tensor) -> Tensor:
+    """The trajectory ``(N + 1, *state)`` as a function of ``y0`` and of all that the field uses."""
+    grid, n = problem.grid, len(problem.grid)
+    nodes = [0, n // 2, n]
+    needed = y0.requires_grad or problem.field(grid.asarray(grid.t[nodes]), states[nodes]).requires_grad
+    if not needed or not bool(torch.isfinite(states).all()):
+        return states
+    start = states[:-1].requires_grad_()
+    ends, _past = problem.method.advance(problem.field, grid, 0, n, start, None)
+    return _Trajectory.apply(y0, ends, _Adjoint(problem, integrator, start, ends, states.detach()))
+
+
+class _Trajectory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y0: Tensor, ends: Tensor, adjoint: _Adjoint) -> Tensor:
+        ctx.adjoint = adjoint
+        return adjoint.states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        adjoint = ctx.adjoint.solve(g)
+        return adjoint[0], adjoint[1:], None
+
+
+class _Adjoint:
+    """The backward recurrence at a trajectory.
+
+    Args:
+        problem, integrator: what found the trajectory.
+        start: (N, *state), leaves of the graph of ``ends``.
+        ends: (N, *state), the ends of all steps.
+        states: (N + 1, *state).
+    """
+
+    def __init__(
+        self, problem: Problem, integrator: ParallelIntegrator, start: Tensor, ends: Tensor, states: Tensor
+    ) -> None:
+        self.problem, self.integrator = problem, integrator
+        self.start, self.ends, self.states = start, ends, states
+
+    def solve(self, g: Tensor) -> Tensor:
+        """``dL/dy_0 .. dL/dy_N``, (N + 1, *state), from the loss's own ``g_0 .. g_N``."""
+        problem, n = self.problem, len(self.problem.grid)
+        surrogate = self.integrator.surrogate(problem, 0, n)
+        adjoint = torch.cat([torch.zeros_like(g[:-1]), g[-1:]])
+        before, eps = np.inf, torch.finfo(g.dtype).eps
+        for _ in range(_MOST_ROUNDS):
+            rho = problem.flat(self._back(adjoint[1:]) + g[:-1] - adjoint[:-1])
+            d = surrogate.propagate_back(rho, self.states)
+            adjoint = torch.cat([adjoint[:-1] + problem.unflat(d), adjoint[-1:]])
+            scale = running_scale(problem.xp, problem.flat(adjoint).flip(0)).flip(0)[:-1]
+            size, defect = (float(torch.max(part.abs() / scale)) for part in (d, rho))
+            if not np.isfinite(size):
+                break
+            theta = size / before if 0 < before < np.inf else 0.5
+            if theta < 0.9 and size * theta / (1 - theta) <= self.integrator.tolerance:
+                return adjoint
+            if theta > 0.5 and defect <= 1e3 * eps:
+                return adjoint
+            surrogate.update(size, theta if before < np.inf else 0.0)
+            before = size
+        return self._sequential(g)
+
+    def _back(self, following: Tensor) -> Tensor:
+        """``A_n^T l_{n+1}`` for all n."""
+        (out,) = torch.autograd.grad(self.ends, self.start, following, retain_graph=True, materialize_grads=True)
+        return out
+
+    def _sequential(self, g: Tensor) -> Tensor:
+        """By differentiating the plain loop."""
+        with torch.enable_grad():
+            first = self.states[:1].detach().requires_grad_()
+            states = [first, *steps(self.problem, 0, len(self.problem.grid), first)]
+            return torch.cat(torch.autograd.grad(states, states, list(g.split(1))))

@@ -1,0 +1,181 @@
+"""Jacobians of the field in the middle of blocks of steps, and the propagator that they make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array
+
+from parasolver_adapters.vector_field.methods import ExponentialRungeKutta
+from parasolver_adapters.vector_field.problem import Problem
+from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
+from parasolver_core.arrays import Array
+
+_BLOCKS = 200  # about as many Jacobians a window at first; fewer of large matrices, whose products cost more
+_BLOCK_ELEMENTS = 800
+_DIRECTIONS = 8  # that estimate a diagonal
+_STALE = 1e-3  # Jacobians at states that were this far off are taken again
+_FAST, _SLOW = 0.1, 0.5  # contractions: better than the first, Jacobians are kept; worse than the second, blocks halved
+
+
+class FieldJacobian(Surrogate):
+    """Jacobians along a window of a problem; starts with long blocks of steps and halves them when progress is slow.
+
+    Args:
+        problem: the problem.
+        lo, hi: the window's steps.
+        dense: matrices, or elementwise.
+    """
+
+    def __init__(self, problem: Problem, lo: int, hi: int, dense: bool) -> None:
+        self.problem, self.lo, self.hi, self.dense = problem, lo, hi, dense
+        blocks = np.clip(_BLOCK_ELEMENTS / problem.size, _BLOCKS // 4, _BLOCKS) if dense else _BLOCKS
+        self.length = 2 ** int(np.clip(np.log2((hi - lo) / blocks), 0, 6))
+        self._current: Propagator | None = None
+
+    def propagate(self, r: Array, y: Array) -> Array:
+        return self._at(y).propagate(r)
+
+    def propagate_back(self, g: Array, y: Array) -> Array:
+        return self._at(y).propagate_back(g)
+
+    def update(self, size: float, theta: float) -> None:
+        if theta > _SLOW:
+            self.length = max(self.length // 2, 1)
+        if theta > _FAST or size > _STALE:
+            self._current = None
+
+    def _at(self, y: Array) -> Propagator:
+        if self._current is None:
+            self._current = self._propagator(y)
+        return self._current
+
+    def _propagator(self, y: Array) -> Propagator:
+        """With Jacobians at the states y, ``(hi - lo + 1, *state)``."""
+        problem, length, grid = self.problem, self.length, self.problem.grid
+        xp, n, lo, hi = problem.xp, self.hi - self.lo, self.lo, self.hi
+        blocks = -(-n // length)
+        edges = np.minimum(np.arange(blocks + 1) * length, n)
+        count = np.diff(edges)
+        mean = (grid.t[lo + edges[1:]] - grid.t[lo + edges[:-1]]) / count
+        t, states = self._middle(y, edges)
+        J = self._jacobian(t, states)
+        scaled = J * xp.reshape(grid.asarray(mean), (blocks, *(1,) * (J.ndim - 1)))
+        increment = step_increment(xp, scaled, max(problem.method.order, 2), self._halvings(mean), self.dense)
+        block = increment
+        for _ in range(int(np.log2(length))):
+            block = doubled(xp, block, self.dense)
+        eye = grid.asarray(np.eye(problem.size)) if self.dense else 1.0
+        h = np.concatenate([grid.h[lo:hi], np.full(blocks * length - n, mean[-1])]).reshape(blocks, length)
+        ratio = h / mean[:, None]
+        equal = np.max(np.abs(ratio - 1)) < 1e-6
+        column = None if equal else xp.reshape(grid.asarray(ratio), (blocks, length, 1, 1))
+        return Propagator(xp, increment, block + eye, n, column, length, self.dense)
+
+    def _middle(self, y: Array, edges: np.ndarray) -> tuple[Array, Array]:
+        """Times and states in the middle of the blocks."""
+        grid, xp, lo = self.problem.grid, self.problem.xp, self.lo
+        below, above = (edges[:-1] + edges[1:]) // 2, (edges[:-1] + edges[1:] + 1) // 2
+        t = (grid.t[lo + below] + grid.t[lo + above]) / 2
+        states = xp.take(y, xp.asarray(below), axis=0)
+        if np.any(below != above):
+            states = (states + xp.take(y, xp.asarray(above), axis=0)) / 2
+        return grid.asarray(t), states
+
+    def _jacobian(self, t: Array, y: Array) -> Array:
+        """Of the whole right-hand side: (blocks, samples, d, d) or (blocks, samples, d)."""
+        problem = self.problem
+        if problem.jacobian is not None:
+            J = _given(problem, problem.jacobian, t, y, self.dense)
+        elif self.dense:
+            J = _by_autograd(problem, t, y) if _prefer_autograd(y) else _by_differences(problem, t, y)
+        else:
+            J = _diagonal(problem, t, y)
+        method = problem.method
+        if isinstance(method, ExponentialRungeKutta):
+            J = J + problem.grid.asarray(_linear_part(method, problem.size, self.dense))
+        return J
+
+    def _halvings(self, mean: np.ndarray) -> int:
+        """An exponential method's steps are exact in the linear part however long; Taylor's series needs help there."""
+        method = self.problem.method
+        if not isinstance(method, ExponentialRungeKutta):
+            return 0
+        norm = np.max(np.abs(method.linear).sum(axis=-1) if method.dense else np.abs(method.linear))
+        return max(0, int(np.ceil(np.log2(max(norm * np.max(np.abs(mean)), 2**-3)))) + 3)
+
+
+def _prefer_autograd(y: Array) -> bool:
+    """Differences are as good in double precision and cheaper; in single precision they are not good enough."""
+    return is_torch_array(y) and y.dtype.itemsize < 8
+
+
+def _by_differences(problem: Problem, t: Array, y: Array) -> Array:
+    """Column by column."""
+    columns = [change for change, _w in _changes(problem, t, y, np.eye(problem.size))]
+    return problem.xp.stack(columns, axis=-1)
+
+
+def _changes(problem: Problem, t: Array, y: Array, directions: np.ndarray) -> list[tuple[Array, np.ndarray]]:
+    """``J v`` for each direction v (size,), by forward differences in one batch, and v."""
+    xp, n, d, k = problem.xp, y.shape[0], problem.size, len(directions)
+    flat = problem.flat(y)
+    eps = float(xp.finfo(y.dtype).eps) ** 0.5
+    size = xp.max(xp.abs(flat), axis=-1, keepdims=True)
+    step = (size + 1e-30) * eps * problem.grid.asarray(directions)[:, None, None, :]
+    step = (flat + step) - flat  # what is really added
+    rows = xp.concat([flat[None, ...], flat + step], axis=0)
+    f = problem.field(xp.tile(t, (k + 1,)), problem.unflat(xp.reshape(rows, ((k + 1) * n, problem.samples, d))))
+    f = xp.reshape(f, (k + 1, n, problem.samples, d))
+    length = xp.max(xp.abs(step), axis=-1, keepdims=True)
+    change = (f[1:, ...] - f[:1, ...]) / length
+    return [(change[i, ...], v) for i, v in enumerate(directions)]
+
+
+def _by_autograd(problem: Problem, t: Array, y: Array) -> Array:
+    """A backward pass for each component; rows and samples are independent, so one serves them all."""
+    import torch
+
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        f = problem.flat(problem.field(t, y))
+        if not f.requires_grad:
+            return torch.zeros((*f.shape, f.shape[-1]), dtype=y.dtype, device=y.device)
+        rows = []
+        for i in range(problem.size):
+            (row,) = torch.autograd.grad(f[..., i].sum(), y, retain_graph=True, materialize_grads=True)
+            rows.append(problem.flat(row))
+        return torch.stack(rows, dim=-2)
+
+
+def _diagonal(problem: Problem, t: Array, y: Array) -> Array:
+    """The diagonal, ``sum_k v_k * J v_k / sum_k v_k * v_k``, by differences in a few directions v_k.
+
+    Exact for small states and where the field acts elementwise; for others an estimate with random signs.
+
+    Reference: Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", Appl. Numer. Math. 57, 2007.
+    """
+    d = problem.size
+    v = np.eye(d) if d <= _DIRECTIONS else np.random.default_rng(0).choice([-1.0, 1.0], size=(_DIRECTIONS, d))
+    weighted = sum(change * problem.grid.asarray(w) for change, w in _changes(problem, t, y, v))
+    return weighted / problem.grid.asarray((v**2).sum(axis=0))
+
+
+def _given(problem: Problem, jacobian: Any, t: Array, y: Array, dense: bool) -> Array:
+    xp, n, d = problem.xp, y.shape[0], problem.size
+    J = jacobian(xp.reshape(t, (n, *(1,) * len(problem.field.shape))), y)
+    expected = (n, *problem.field.shape[: problem.batch_dims], *((d, d) if dense else (d,)))
+    if tuple(J.shape) != expected or J.dtype != y.dtype:
+        raise ValueError(
+            f"jacobian: expected shape {expected} and dtype {y.dtype} for t (rows, 1, ...) and y (rows, *state), "
+            f"got shape {tuple(J.shape)}, dtype {J.dtype}"
+        )
+    return xp.reshape(J, (n, problem.samples, *expected[1 + problem.batch_dims :]))
+
+
+def _linear_part(method: ExponentialRungeKutta, size: int, dense: bool) -> np.ndarray:
+    if method.dense:
+        return method.linear if dense else np.diag(method.linear)
+    diagonal = np.broadcast_to(method.linear, (size,))
+    return np.diag(diagonal) if dense else diagonal

@@ -1,0 +1,196 @@
+"""Newton's method for all steps of a window at once, from a coarse solution up.
+
+The unknown is the whole trajectory ``y_1 .. y_N``. A round advances every node by one step of the method, in one batch
+a stage, compares the ends with the nodes behind (``r_n = Phi_n(y_n) - y_{n+1}``) and carries the defects along the
+trajectory with a :class:`~parasolver_adapters.vector_field.surrogate.Surrogate`. It rests only where all defects
+vanish: at the sequential solution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parasolver_adapters.vector_field.jacobian import FieldJacobian
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_adapters.vector_field.surrogate import IdentitySurrogate, SecantSurrogate, Surrogate
+from parasolver_core.arrays import Array, to_host
+
+Linearization = Literal["auto", "identity", "secant", "diagonal", "full", "sequential"]
+
+FEWEST_STEPS = 64  # of a window; fewer are sooner made one after another
+_RATIO = 25  # the most steps of one level for one of the level before
+_COARSE_TOLERANCE = 1e-7  # a coarse level is no nearer to the finest than this anyway
+_MOST_ROUNDS = 40  # of one level; what needs more does not pay
+_DIVERGED = 1e3  # times the smallest correction
+_WASTE = 0.08  # of the sequential cost may go into windows that fail
+
+
+@dataclass
+class Effort:
+    """What a run did beside calling the field.
+
+    Args:
+        rounds: corrections of a whole window, on all levels.
+        windows: windows solved in parallel.
+        sequential_steps: steps of the grid made one after another.
+        note: why steps were made one after another where parallel integration was tried.
+    """
+
+    rounds: int = 0
+    windows: int = 0
+    sequential_steps: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ParallelIntegrator:
+    """All states of a problem, window by window.
+
+    Windows shrink where Newton's method does not converge and grow again where it does. What is left is made step by
+    step when windows become too short to pay, or when too much was spent on windows that failed.
+
+    Args:
+        linearization: one of "identity", "secant", "diagonal", "full".
+        tolerance: wanted distance to the sequential solution, relative to the largest value of each component.
+        window: the most steps at once; None: all.
+        coarse_steps: steps of the coarsest level of a window.
+    """
+
+    linearization: Linearization
+    tolerance: float
+    window: int | None
+    coarse_steps: int
+
+    def integrate(self, problem: Problem, y0: Array, effort: Effort) -> Array:
+        """``(N + 1, *state)`` from ``y0``, ``(1, *state)``; counts what it did in ``effort``."""
+        n, states, lo = len(problem.grid), [y0], 0
+        width = cap = min(self.window or n, n)
+        allowance = _WASTE * problem.sequential_cost(n)
+        while lo < n:
+            hi = min(lo + width, n)
+            if hi - lo < FEWEST_STEPS:
+                if width < n - lo and width < min(self.window or n, n):
+                    effort.note = f"Newton's method converged in windows of fewer than {FEWEST_STEPS} steps only"
+                break
+            before = problem.field.spent
+            found, converged = self._window(problem, lo, hi, states, effort)
+            if found.shape[0]:
+                states.append(found)
+                lo += found.shape[0]
+                effort.windows += 1
+            if converged:
+                width = min(2 * width, cap)
+                continue
+            allowance -= problem.field.spent - before
+            cap, width = max(width // 2, 1), width // 4
+            if allowance < 0:
+                effort.note = "Newton's method left its basin, and trying shorter windows would not pay"
+                break
+        if lo < n:
+            effort.sequential_steps += n - lo
+            states.append(integrate_sequentially(problem, lo, n, states[-1][-1:, ...], problem.past(lo, states)))
+        return problem.xp.concat(states, axis=0)
+
+    def surrogate(self, problem: Problem, lo: int, hi: int) -> Surrogate:
+        """A new one for the steps ``lo .. hi - 1``."""
+        if self.linearization == "identity":
+            return IdentitySurrogate(problem.xp)
+        if self.linearization == "secant":
+            return SecantSurrogate(problem.xp)
+        return FieldJacobian(problem, lo, hi, dense=self.linearization == "full")
+
+    def _window(self, problem: Problem, lo: int, hi: int, states: list[Array], effort: Effort) -> tuple[Array, bool]:
+        """The converged states behind ``lo``, and whether these are all of the window."""
+        xp, y = problem.xp, states[-1][-1:, ...]
+        nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
+        level = problem.coarse(nodes)
+        found = xp.concat([y, integrate_sequentially(level, 0, len(level.grid), y)], axis=0)
+        if not bool(xp.all(xp.isfinite(found))):
+            return y[:0, ...], False
+        for after in finer[:-1]:
+            found = hermite(level, nodes, found, after, problem.grid)
+            nodes, level = after, problem.coarse(after)
+            found, good = self._correct(level, 0, len(level.grid), found, None, effort, _COARSE_TOLERANCE)
+            if good < len(level.grid):
+                return y[:0, ...], False
+        found = hermite(level, nodes, found, finer[-1], problem.grid)
+        found, good = self._correct(problem, lo, hi, found, problem.past(lo, states), effort, 0.0)
+        return found[1 : good + 1, ...], good == hi - lo
+
+    def _correct(
+        self, problem: Problem, lo: int, hi: int, y: Array, past: Array | None, effort: Effort, tolerance: float
+    ) -> tuple[Array, int]:
+        """Corrected states ``(hi - lo + 1, *state)`` and how many steps, from ``lo`` on, have converged."""
+        xp, n, tolerance = problem.xp, hi - lo, max(tolerance, self.tolerance)
+        eps = float(xp.finfo(y.dtype).eps)
+        surrogate = self.surrogate(problem, lo, hi)
+        limit = problem.field.spent + problem.sequential_cost(n) / 2
+        before, best, moved = np.inf, np.inf, np.full(n, np.inf)
+        for _ in range(_MOST_ROUNDS):
+            ends, _past = problem.method.advance(problem.field, problem.grid, lo, hi, y[:-1, ...], past)
+            r = problem.flat(ends - y[1:, ...])
+            scale = running_scale(xp, problem.flat(y))[1:, ...]
+            defect = float(xp.max(xp.abs(r) / scale))
+            if defect <= 4 * eps:
+                return y, n
+            d = surrogate.propagate(r, y)
+            effort.rounds += 1
+            moved = to_host(xp.max(xp.abs(d) / scale, axis=(1, 2))).astype(np.float64)
+            size = float(np.max(moved))
+            if not np.isfinite(size):
+                return y, 0
+            y = xp.concat([y[:1, ...], y[1:, ...] + problem.unflat(d)], axis=0)
+            theta = size / before if 0 < before < np.inf else 0.5
+            if theta < 0.9 and size * theta / (1 - theta) <= tolerance:
+                return y, n
+            if theta > 0.5 and defect <= 1e3 * eps:  # what moves is rounding
+                return y, n
+            surrogate.update(size, theta if before < np.inf else 0.0)
+            before, best = size, min(size, best)
+            if size > _DIVERGED * best or problem.field.spent > limit:
+                break
+        good = moved <= 0.1 * tolerance
+        return y, n if good.all() else int(np.argmin(good))
+
+
+def running_scale(xp: Any, states: Array) -> Array:
+    """(n, samples, size): the largest value of each component so far, at least a thousandth of its sample's.
+
+    Later states do not count: where they have run away, earlier ones would seem accurate beside them.
+    """
+    largest, n, reach = xp.abs(states), states.shape[0], 1
+    while reach < n:
+        largest = xp.concat([largest[:reach, ...], xp.maximum(largest[reach:, ...], largest[:-reach, ...])], axis=0)
+        reach *= 2
+    whole = xp.max(largest, axis=-1, keepdims=True) * 1e-3
+    return xp.maximum(xp.maximum(largest, whole), xp.full_like(whole, float(xp.finfo(states.dtype).smallest_normal)))
+
+
+def level_nodes(lo: int, hi: int, coarse_steps: int) -> list[NDArray[np.int64]]:
+    """Nodes of each level from the coarsest, of about ``coarse_steps``, to all of ``lo .. hi``; at least two levels."""
+    n = hi - lo
+    first = max(min(coarse_steps, n // 8), 1)
+    levels = max(1, int(np.ceil(np.log(n / first) / np.log(_RATIO))))
+    counts = [round(first * (n / first) ** (k / levels)) for k in range(levels)]
+    return [lo + np.unique(np.round(np.linspace(0, n, count + 1)).astype(np.int64)) for count in (*counts, n)]
+
+
+def hermite(coarse: Problem, nodes: NDArray[np.int64], states: Array, finer: NDArray[np.int64], grid: Any) -> Array:
+    """States at the finer nodes of ``grid`` by cubic Hermite interpolation between those of a coarse solution."""
+    own, xp = coarse.grid, coarse.xp
+    f = coarse.method.derivative(coarse.field(own.asarray(own.t), states), states, own)
+    left = np.minimum(np.searchsorted(nodes, finer, side="right") - 1, len(own) - 1)
+    h = own.h[left]
+    s = (grid.t[finer] - own.t[left]) / h
+    here, ahead = xp.asarray(left), xp.asarray(left + 1)
+    table = (
+        ((1 + 2 * s) * (1 - s) ** 2, states, here),
+        (s**2 * (3 - 2 * s), states, ahead),
+        (h * s * (1 - s) ** 2, f, here),
+        (h * s**2 * (s - 1), f, ahead),
+    )
+    return sum(xp.take(values, index, axis=0) * own.column(weights) for weights, values, index in table)

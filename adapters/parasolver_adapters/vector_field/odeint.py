@@ -1,0 +1,404 @@
+"""The front doors: :func:`odeint`, and :func:`integrate` and :func:`solve_ivp`, which tell more about the run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
+
+import array_api_compat
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from parasolver_adapters.vector_field.field import Batching, Field, Signature
+from parasolver_adapters.vector_field.grid import Grid, check_times
+from parasolver_adapters.vector_field.methods import StepMethod, get_method
+from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Effort, Linearization, ParallelIntegrator
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
+from parasolver_core.errors import NonFiniteError
+from parasolver_core.solution import Status
+from parasolver_core.validation import check_count, check_tolerance
+
+_EXPECTED_ROUNDS = 5
+_LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
+
+
+class SequentialFallbackWarning(UserWarning):
+    """Steps were made one after another, since integrating them in parallel does not pay."""
+
+
+@dataclass(frozen=True)
+class ODESolution:
+    """A trajectory and what it cost.
+
+    Args:
+        t: (N + 1,), the times asked for, float64 on the host.
+        states: ``(N + 1, *state)``, the solution at these times, ``y0`` first; like ``y0`` in library, dtype, device.
+        status: CONVERGED; NONFINITE_MODEL if the field gave NaN or infinity, NONFINITE_SOLVER if the state overflowed.
+        message: one sentence that says what happened and, after a failure, what to do.
+        calls: calls of the field, one after another; what a user waits for.
+        evaluations: times and states at which the field was evaluated, summed over calls.
+        rounds: corrections of a whole window, on all levels; 0 for sequential integration.
+        windows: windows integrated in parallel.
+        sequential_steps: steps made one after another.
+        linearization: what stood for the steps' Jacobians; "sequential" if nothing was tried in parallel.
+        batching: how the field was given many times at once; "loop": not at all.
+    """
+
+    t: NDArray[np.float64]
+    states: Array
+    status: Status
+    message: str
+    calls: int
+    evaluations: int
+    rounds: int
+    windows: int
+    sequential_steps: int
+    linearization: Linearization
+    batching: Batching
+
+    @property
+    def success(self) -> bool:
+        """Whether the whole trajectory was found."""
+        return self.status is Status.CONVERGED
+
+
+@dataclass(frozen=True)
+class IVPResult:
+    """What :func:`scipy.integrate.solve_ivp` returns, as far as it applies.
+
+    Args:
+        t: (n,), times.
+        y: ``(*state, n)``, states.
+        nfev: evaluations of the field.
+        status: 0 if the end was reached, -1 if not.
+        message, success: in words, and as a truth value.
+        solution: the :class:`ODESolution`.
+    """
+
+    t: NDArray[np.float64]
+    y: Array
+    nfev: int
+    status: int
+    message: str
+    success: bool
+    solution: ODESolution
+
+
+def odeint(f: Callable[..., Any], y0: Array, t: ArrayLike, **options: Any) -> Array:
+    """The solution of ``y' = f(t, y)`` at all times, ``(N + 1, *state)``: the states of :func:`integrate`.
+
+    Args:
+        f, y0, t, options: as in :func:`integrate`.
+
+    Example::
+
+        t = torch.linspace(0, 10, 1001, dtype=torch.float64)
+        y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, t)
+    """
+    return integrate(f, y0, t, **options).states
+
+
+def integrate(
+    f: Callable[..., Any],
+    y0: Array,
+    t: ArrayLike,
+    *,
+    method: str | StepMethod = "rk4",
+    signature: Signature = "ty",
+    substeps: int = 1,
+    linear: ArrayLike | None = None,
+    linearization: Linearization = "auto",
+    tolerance: float | None = None,
+    window: int | None = None,
+    coarse_steps: int = 40,
+    batching: Batching = "auto",
+    batch_dims: int | None = None,
+    jacobian: Callable[[Array, Array], Array] | None = None,
+    throw: bool = True,
+) -> ODESolution:
+    """Integrate ``y' = f(t, y)`` over a grid in parallel: what the method gives one step after another, in fewer calls.
+
+    Args:
+        f: ``f(t, y) -> dy/dt``, of the shape and dtype of y. It is called with one time (t without axes, y like ``y0``)
+            and with many at once, in the first way of ``batching`` that gives the same as single calls.
+        y0: the state at ``t[0]``, any shape, float32 or float64, of any array library.
+        t: (N + 1,), strictly increasing or decreasing times, equally spaced or not; the grid of the method's steps.
+
+    Other arguments:
+        method: "euler", "midpoint", "heun", "heun3", "rk4" (the 3/8 rule, as in torchdiffeq), "rk4_classic", "ab2",
+            "ab3", "ab4"; "etd1" and "etdrk2" for semilinear fields, with ``linear``; or a
+            :class:`~parasolver_adapters.vector_field.methods.StepMethod`.
+        signature: "ty" for ``f(t, y)``, "yt" for ``f(y, t)``.
+        substeps: steps of equal length between two times of t.
+        linear: L of ``y' = L y + f(t, y)`` acting on the last axis: a number, (d,) for a diagonal, or (d, d).
+        linearization: what stands for the Jacobian of a step while errors are carried along the trajectory: "full"
+            (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full"
+            for up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop
+            where a batch over time costs as much as a loop. Fewer than 64 steps are always made one after another.
+        tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far;
+            by default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
+        window: the most steps solved at once, at least 64; by default all.
+        coarse_steps: steps of the coarse sequential solution that starts a window.
+        batching: see :class:`~parasolver_adapters.vector_field.field.Field`.
+        batch_dims: leading axes of the state that count independent samples; found out by default.
+        jacobian: ``jacobian(t, y)`` of f, for many times in the shapes of ``batching="column"``:
+            ``(rows, *batch, d, d)``, or ``(rows, *batch, d)`` with ``linearization="diagonal"``. By default differences
+            (float64) or autograd (torch, float32).
+        throw: raise where a state is not finite; else return what was found, with its status.
+
+    Gradients: a torch trajectory can be differentiated with respect to ``y0`` and everything that f uses; see
+    :mod:`parasolver_adapters.vector_field.adjoint`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described here.
+        NonFiniteError: the field gave NaN or infinity, or the state overflowed; ``error.solution`` has the states.
+
+    Warns:
+        SequentialFallbackWarning: steps were made one after another although parallel integration was tried.
+
+    Reference: Lim et al., "Parallelizing non-linear sequential models over the sequence length", ICLR 2024 (Newton's
+    method with a parallel scan).
+    """
+    _check_state(y0)
+    choices = _Choices(linearization, tolerance, window, coarse_steps, batch_dims)
+    choices.check(y0)
+    check_count("substeps", substeps)
+    problem, effort = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian), Effort()
+    with np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
+        with no_grad(problem.xp):
+            problem, integrator = choices.prepare(problem, y0)
+        states = _states(problem, integrator, y0, effort)
+    if effort.note:
+        warnings.warn(_announcement(effort, problem), SequentialFallbackWarning, stacklevel=2)
+    solution = _solution(problem, states, effort, integrator)
+    if substeps > 1:
+        solution = replace(solution, t=solution.t[::substeps], states=solution.states[::substeps, ...])
+    if throw and not solution.success:
+        raise NonFiniteError(solution.message, cast(Any, solution))
+    return solution
+
+
+def solve_ivp(
+    f: Callable[..., Any],
+    t_span: tuple[float, float],
+    y0: ArrayLike,
+    method: str | StepMethod = "rk4",
+    t_eval: ArrayLike | None = None,
+    *,
+    steps: int | None = None,
+    **options: Any,
+) -> IVPResult:
+    """:func:`integrate` in the shape of :func:`scipy.integrate.solve_ivp`, on a fixed grid.
+
+    Args:
+        f, method, options: as in :func:`integrate`.
+        t_span: first and last time.
+        y0: the first state; a sequence becomes a float64 NumPy array.
+        t_eval: the grid; must begin and end as ``t_span`` does.
+        steps: instead, so many equal steps.
+    """
+    if (steps is None) == (t_eval is None):
+        raise ValueError("steps: give either steps, for equal ones, or t_eval, the grid; step sizes are not adapted")
+    if steps is not None:
+        check_count("steps", steps)
+    grid = check_times(np.linspace(*t_span, cast(int, steps) + 1) if t_eval is None else t_eval)
+    if (grid[0], grid[-1]) != tuple(t_span):
+        raise ValueError(f"t_eval: expected to begin and end as t_span={t_span}, got {grid[0]} to {grid[-1]}")
+    start = y0 if is_array(y0) else np.asarray(y0, dtype=np.float64)
+    solution = integrate(f, start, grid, method=method, throw=False, **options)
+    xp: Any = array_api_compat.array_namespace(start)
+    return IVPResult(
+        t=solution.t,
+        y=xp.moveaxis(solution.states, 0, -1),
+        nfev=solution.evaluations,
+        status=0 if solution.success else -1,
+        message=solution.message,
+        success=solution.success,
+        solution=solution,
+    )
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """How to integrate, as far as the user said."""
+
+    linearization: Linearization
+    tolerance: float | None
+    window: int | None
+    coarse_steps: int
+    batch_dims: int | None
+
+    def check(self, y0: Array) -> None:
+        if self.linearization not in get_args(Linearization):
+            names = ", ".join(get_args(Linearization))
+            raise ValueError(f"linearization: expected one of {names}, got {self.linearization!r}")
+        if self.tolerance is not None:
+            check_tolerance(self.tolerance)
+        check_count("window", self.window, optional=True)
+        check_count("coarse_steps", self.coarse_steps)
+        check_count("batch_dims", self.batch_dims, minimum=0, optional=True)
+        if self.batch_dims is not None and self.batch_dims > y0.ndim:
+            raise ValueError(f"batch_dims: got {self.batch_dims} for a state with {y0.ndim} axes")
+
+    def prepare(self, problem: Problem, y0: Array) -> tuple[Problem, ParallelIntegrator | None]:
+        """What to do with this field; None: the plain loop."""
+        asked, steps = self.linearization, len(problem.grid)
+        if asked == "sequential" or steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
+            return problem, None
+        reason = problem.field.probe(problem.grid, y0)
+        if not problem.field.parallel:
+            warnings.warn(
+                f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. "
+                "Write it with array operations, without branches on t or y; linearization='sequential' silences this",
+                SequentialFallbackWarning,
+                stacklevel=4,
+            )
+            return problem, None
+        dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
+        problem = replace(problem, batch_dims=dims)
+        if asked == "auto":
+            rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
+            if rounds > problem.sequential_cost(steps):
+                return problem, None
+            asked = "diagonal" if problem.size == 1 else "full" if problem.size <= _LARGEST_DENSE else "secant"
+        eps = float(problem.xp.finfo(y0.dtype).eps)
+        tolerance = 64 * eps if self.tolerance is None else self.tolerance
+        return problem, ParallelIntegrator(asked, tolerance, self.window, self.coarse_steps)
+
+
+def _states(problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort) -> Array:
+    """The trajectory, with its gradients."""
+    xp, n = problem.xp, len(problem.grid)
+    if integrator is None:
+        effort.sequential_steps = n
+        return xp.concat([y0[None, ...], integrate_sequentially(problem, 0, n, y0[None, ...])], axis=0)
+    with no_grad(xp):
+        states = integrator.integrate(problem, detach(y0)[None, ...], effort)
+    if not _records_gradients(y0):
+        return states
+    from parasolver_adapters.vector_field.adjoint import attach
+
+    return attach(problem, integrator, y0, states)
+
+
+def _check_state(y0: Any) -> None:
+    if not is_array(y0):
+        raise TypeError(
+            f"y0: expected an array (NumPy, torch, ...), got {type(y0).__name__}; join several states into one array"
+        )
+    xp: Any = array_api_compat.array_namespace(y0)
+    if not xp.isdtype(y0.dtype, "real floating") or xp.finfo(y0.dtype).bits < 32:
+        raise TypeError(f"y0: expected float32 or float64, got dtype {y0.dtype}; convert it first")
+    if 0 in y0.shape:
+        raise ValueError(f"y0: expected no empty axis, got shape {tuple(y0.shape)}")
+    if not bool(xp.all(xp.isfinite(y0))):
+        raise ValueError("y0: holds NaN or infinity")
+
+
+def _problem(
+    f: Callable[..., Any],
+    y0: Array,
+    t: ArrayLike,
+    method: str | StepMethod,
+    signature: Signature,
+    substeps: int,
+    linear: ArrayLike | None,
+    batching: Batching,
+    jacobian: Callable[[Array, Array], Array] | None,
+) -> Problem:
+    if getattr(t, "requires_grad", False):
+        raise ValueError("t: gradients with respect to times are not computed; pass t.detach()")
+    times = check_times(t)
+    if substeps > 1:
+        parts = times[:-1, None] + np.diff(times)[:, None] * np.arange(substeps) / substeps
+        times = check_times(np.append(parts.ravel(), times[-1]))
+    grid = Grid(times, detach(y0), y0.ndim)
+    L = None if linear is None else _linear_part(linear, tuple(y0.shape))
+    return Problem(Field(f, y0, signature, batching), grid, get_method(method, L).bind(grid), 0, jacobian)
+
+
+def _linear_part(linear: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
+    d = shape[-1] if shape else 1
+    if L.shape not in ((), (d,), (d, d)):
+        raise ValueError(f"linear: expected a number, shape ({d},) or ({d}, {d}), got shape {L.shape}")
+    if not np.all(np.isfinite(L)):
+        raise ValueError("linear: holds NaN or infinity")
+    return L
+
+
+def _records_gradients(y0: Array) -> bool:
+    if not array_api_compat.is_torch_array(y0):
+        return False
+    import torch
+
+    return torch.is_grad_enabled()
+
+
+def _announcement(effort: Effort, problem: Problem) -> str:
+    return (
+        f"{effort.sequential_steps} of {len(problem.grid)} steps were made one after another: {effort.note}. The "
+        "result is that of the method; linearization='sequential' saves the attempt"
+    )
+
+
+def _solution(problem: Problem, states: Array, effort: Effort, integrator: ParallelIntegrator | None) -> ODESolution:
+    field = problem.field
+    status, message = _outcome(problem, states)
+    if status is Status.CONVERGED:
+        message = f"{len(problem.grid)} steps with {field.calls} calls and {field.evaluations} evaluations of the field"
+        message += f" ({_announcement(effort, problem)})." if effort.note else "."
+    return ODESolution(
+        t=problem.grid.t,
+        states=states,
+        status=status,
+        message=message,
+        calls=field.calls,
+        evaluations=field.evaluations,
+        rounds=effort.rounds,
+        windows=effort.windows,
+        sequential_steps=effort.sequential_steps,
+        linearization="sequential" if integrator is None else integrator.linearization,
+        batching=field.batching,
+    )
+
+
+def _outcome(problem: Problem, states: Array) -> tuple[Status, str]:
+    xp, grid = problem.xp, problem.grid
+    finite = finite_rows(xp, states)
+    if finite.all():
+        return Status.CONVERGED, ""
+    n = int(np.argmin(finite))
+    blamed: list[tuple[Array, Array]] = []
+
+    def watched(t: Array, y: Array) -> Array:
+        f = problem.field(t, y)
+        if not blamed and finite_rows(xp, y)[0] and not finite_rows(xp, f)[0]:
+            blamed.append((t, f))
+        return f
+
+    with no_grad(xp), np.errstate(all="ignore"):
+        past = problem.past(n - 1, [states])
+        problem.method.advance(watched, grid, n - 1, n, states[n - 1 : n, ...], past)
+    if blamed:
+        t, f = blamed[0]
+        return Status.NONFINITE_MODEL, (
+            f"f gave NaN or infinity at t = {float(t[0]):.6g} for {_element(f[0, ...])}, although the state there "
+            f"is finite. States up to t = {grid.t[n - 1]:.6g} are valid; check the field there."
+        )
+    return Status.NONFINITE_SOLVER, (
+        f"In the step from t = {grid.t[n - 1]:.6g} to {grid.t[n]:.6g} {_element(states[n, ...])} became NaN or "
+        "infinite: the solution or the method is unstable there. Take smaller steps, or for a stiff field an implicit "
+        "method."
+    )
+
+
+def _element(values: Array) -> str:
+    """The first one that is not finite, in words."""
+    index = np.argwhere(~np.isfinite(to_host(values)))[0]
+    where = f"element {tuple(index.tolist())} of the state" if index.size else "the state"
+    return f"sample {index[0]} ({where})" if index.size > 1 else where

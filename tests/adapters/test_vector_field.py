@@ -1,0 +1,368 @@
+"""Integration in parallel over time gives what the same method gives one step after another."""
+
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
+from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS, RungeKutta
+from parasolver_core.errors import NonFiniteError
+from parasolver_core.solution import Status
+
+torch = pytest.importorskip("torch")
+
+TIMES = np.linspace(0.0, 6.0, 301)
+
+
+def pendulum(t: Any, y: Any) -> Any:
+    return np.stack([y[1], -np.sin(y[0]) - 0.1 * y[1] + 0.2 * np.cos(t)])
+
+
+def torch_pendulum(t: Any, y: Any) -> Any:
+    return torch.stack([y[1], -torch.sin(y[0]) - 0.1 * y[1] + 0.2 * torch.cos(t)])
+
+
+def lotka_volterra(t: Any, y: Any) -> Any:
+    return torch.stack([1.5 * y[0] - y[0] * y[1], y[0] * y[1] - 3 * y[1]])
+
+
+def logistic(t: Any, y: Any) -> Any:
+    return y * (1 - y) * (2 + np.sin(t))
+
+
+def wave(t: Any, y: Any) -> Any:
+    """A wide, weakly coupled state without a batch: 64 oscillators in a ring."""
+    return np.roll(y, 1, axis=-1) * 0.3 - np.sin(y)
+
+
+def batched_oscillators(t: Any, y: Any) -> Any:
+    """States (batch, 2), time with axes that broadcast."""
+    return torch.stack([y[..., 1], -torch.sin(y[..., 0])], dim=-1) * (1 + 0.1 * torch.sin(t))
+
+
+START = np.array([1.0, 0.3])
+
+
+def close(a: Any, b: Any, limit: float = 1e-11) -> None:
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.all(np.isfinite(a))
+    np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("linearization", ["full", "secant", "identity"])
+def test_parallel_equals_sequential(method: str, linearization: Any) -> None:
+    options: dict[str, Any] = {"method": method}
+    expected = integrate(pendulum, START, TIMES, linearization="sequential", **options)
+    found = integrate(pendulum, START, TIMES, linearization=linearization, **options)
+    assert found.success
+    assert found.sequential_steps == 0
+    assert found.rounds > 0
+    close(found.states, expected.states)
+
+
+@pytest.mark.parametrize("method", EXPONENTIAL)
+@pytest.mark.parametrize("linear", [-3.0, [-1.0, -40.0], [[0.0, 1.0], [-9.0, -0.5]]])
+def test_exponential_methods(method: str, linear: Any) -> None:
+    options: dict[str, Any] = {"method": method, "linear": linear}
+    expected = integrate(pendulum, START, TIMES, linearization="sequential", **options)
+    found = integrate(pendulum, START, TIMES, **options)
+    assert found.sequential_steps == 0
+    close(found.states, expected.states)
+
+
+@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "heun3", "rk4"])
+def test_equals_torchdiffeq(name: str) -> None:
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    y0 = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    t = torch.linspace(0, 5, 401, dtype=torch.float64) ** 1.2
+    expected = torchdiffeq.odeint(lotka_volterra, y0, t, method={"heun": "heun2"}.get(name, name))
+    close(odeint(lotka_volterra, y0, t, method=name), expected, 1e-10)
+    backwards = torchdiffeq.odeint(torch_pendulum, y0, t.flip(0), method={"heun": "heun2"}.get(name, name))
+    close(odeint(torch_pendulum, y0, t.flip(0), method=name), backwards, 1e-10)
+
+
+ORDERS = [*[(name, None) for name in METHODS], *[(name, -1.0) for name in EXPONENTIAL]]
+
+
+@pytest.mark.parametrize(("method", "linear"), ORDERS)
+def test_order_is_the_declared_one(method: str, linear: float | None) -> None:
+    """y' = -y + cos(t) y^2 / 2 from 1: 1/y = u obeys u' = u - cos(t) / 2."""
+    declared = EXPONENTIAL[method] if linear is not None else METHODS[method].order
+
+    def field(t: Any, y: Any) -> Any:
+        return np.cos(t) * y**2 / 2 - (y if linear is None else 0.0)
+
+    end = 3.0
+    u = (np.cos(end) - np.sin(end)) / 4 + 0.75 * np.exp(end)
+    counts = np.array([128, 256, 512] if not method.startswith("rk4") else [64, 96, 128])
+    errors = []
+    for n in counts:
+        t = np.linspace(0, end, n + 1)
+        y = odeint(field, np.array([1.0]), t, method=method, linear=linear)
+        errors.append(abs(y[-1, 0] - 1 / u))
+    slopes = [np.log(a / b) / np.log(m / n) for (a, b), (n, m) in zip(pairwise(errors), pairwise(counts), strict=True)]
+    assert slopes[-1] == pytest.approx(declared, abs=0.15)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_grid_size_and_method(data: st.DataObject) -> None:
+    n = data.draw(st.integers(0, 260))
+    backwards, size = data.draw(st.booleans()), data.draw(st.integers(1, 3))
+    method = data.draw(st.sampled_from(sorted(METHODS)))
+    window = data.draw(st.sampled_from([None, 70, 128]))
+    steps = data.draw(st.lists(st.floats(0.5, 2.0), min_size=n, max_size=n))
+    t = 0.02 * np.cumsum([0.0, *steps])
+    if backwards:
+        t = -t
+    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+    y0, A = rng.standard_normal(size), 0.5 * rng.standard_normal((size, size))
+
+    def field(t: Any, y: Any) -> Any:
+        return np.tanh(y @ A) - 0.3 * y + np.sin(t)
+
+    expected = odeint(field, y0, t, method=method, linearization="sequential")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(odeint(field, y0, t, method=method, window=window), expected)
+
+
+def test_field_stays_inside_the_interval_and_y0_is_not_changed() -> None:
+    seen: list[Any] = []
+
+    def field(t: Any, y: Any) -> Any:
+        seen.append(np.ravel(t))
+        return logistic(t, y)
+
+    y0 = np.array([0.3, 0.2, 0.9])
+    for t in (np.linspace(1.0, 7.3, 413), np.linspace(7.3, 1.0, 413)):
+        for method in METHODS:
+            odeint(field, y0, t, method=method)
+    times = np.concatenate(seen)
+    assert times.min() >= 1.0
+    assert times.max() <= 7.3
+    np.testing.assert_array_equal(y0, [0.3, 0.2, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("field", "y0", "batching", "linearization"),
+    [
+        (torch_pendulum, torch.tensor([1.0, 0.0]), "trailing", "full"),
+        (batched_oscillators, torch.linspace(-1, 1, 8).reshape(4, 2), "column", "full"),
+        (
+            lambda t, y: torch.tanh(y @ torch.ones(3, 3) / 3) - y,
+            torch.linspace(-1, 1, 15).reshape(5, 3),
+            "column",
+            "full",
+        ),
+        (lambda t, y: y * torch.sin(t), torch.linspace(-1, 1, 50), "column", "diagonal"),
+        (lambda t, y: -torch.nn.functional.linear(y, torch.eye(2)).flatten(1), torch.ones(3, 2), "merged", "diagonal"),
+        (lambda t, y: -torch.sin(y).mean() - y, torch.linspace(-1, 2, 40), "vmap", "secant"),
+    ],
+)
+def test_batching_and_linearization_are_found(field: Any, y0: Any, batching: str, linearization: str) -> None:
+    y0 = y0.double()
+    with torch.no_grad():
+        typed = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = integrate(field, y0, TIMES)
+            expected = odeint(field, y0, TIMES, linearization="sequential")
+        finally:
+            torch.set_default_dtype(typed)
+    assert (found.batching, found.linearization) == (batching, linearization)
+    assert found.sequential_steps == 0
+    close(found.states, expected)
+
+
+@pytest.mark.parametrize("linearization", ["full", "diagonal", "secant", "identity"])
+def test_every_array_library(xp: Any, linearization: Any) -> None:
+    def field(t: Any, y: Any) -> Any:
+        return xp.stack([y[1, ...], -xp.sin(y[0, ...])])
+
+    y0 = xp.asarray(START, dtype=xp.float64)
+    found = integrate(field, y0, TIMES, linearization=linearization)
+    assert found.sequential_steps == 0
+    close(np.from_dlpack(found.states), odeint(pendulum_free, START, TIMES, linearization="sequential"))
+
+
+def pendulum_free(t: Any, y: Any) -> Any:
+    return np.stack([y[1], -np.sin(y[0])])
+
+
+def test_runaway_states_do_not_make_earlier_ones_seem_accurate() -> None:
+    """A coarse start that explodes once gave a scale of 1e51, next to which every defect was small."""
+    t = np.linspace(0, 1, 201)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        y = odeint(lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler")
+    assert np.max(np.abs(y)) < 2
+
+
+def test_wide_coupled_state() -> None:
+    y0 = np.random.default_rng(0).standard_normal(64)
+    found = integrate(wave, y0, TIMES / 3)
+    assert found.linearization == "secant"
+    assert found.sequential_steps == 0
+    close(found.states, odeint(wave, y0, TIMES / 3, linearization="sequential"))
+
+
+def test_field_with_arguments_the_other_way_round() -> None:
+    close(odeint(lambda y, t: pendulum(t, y), START, TIMES, signature="yt"), odeint(pendulum, START, TIMES), 1e-13)
+
+
+def test_field_that_branches_on_time_is_integrated_one_step_after_another() -> None:
+    def field(t: Any, y: Any) -> Any:
+        return -y if float(t) < 3 else y
+
+    with pytest.warns(SequentialFallbackWarning, match="at many times at once"):
+        found = integrate(field, START, TIMES)
+    assert found.batching == "loop"
+    assert found.linearization == "sequential"
+    close(found.states, odeint(field, START, TIMES, linearization="sequential"), 1e-15)
+
+
+def test_chaos_falls_back_exactly_and_says_so() -> None:
+    def lorenz(t: Any, y: Any) -> Any:
+        return np.stack([10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
+
+    y0, t = np.array([1.0, 1.0, 1.0]), np.linspace(0, 20, 1001)
+    with pytest.warns(SequentialFallbackWarning, match="one after another"):
+        found = integrate(lorenz, y0, t)
+    expected = integrate(lorenz, y0, t, linearization="sequential")
+    assert found.success
+    assert "one after another" in found.message
+    assert found.calls <= 1.2 * expected.calls
+    close(found.states, expected.states, 1e-6)  # an error of 1e-16 grows by about 1e8 in 20 units
+
+
+def test_explicit_method_on_a_stiff_field_gives_what_the_method_gives() -> None:
+    t = np.linspace(0, 1, 201)
+    with pytest.warns(SequentialFallbackWarning, match="one after another"):
+        found = odeint(lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler")
+    expected = odeint(
+        lambda t, y: -300.0 * (y - np.cos(t)), np.array([0.0]), t, method="euler", linearization="sequential"
+    )
+    close(found, expected)
+
+
+def test_nan_names_time_and_sample() -> None:
+    def field(t: Any, y: Any) -> Any:
+        return np.where((t > 4) & (np.arange(6).reshape(3, 2) == 3), np.nan, -y)
+
+    with (
+        pytest.warns(SequentialFallbackWarning),
+        pytest.raises(NonFiniteError, match=r"t = 4\.\d+ for sample 1") as info,
+    ):
+        odeint(field, np.ones((3, 2)), TIMES)
+    assert np.all(np.isfinite(info.value.solution.states[:201]))  # type: ignore[union-attr]
+    with pytest.warns(SequentialFallbackWarning):
+        found = integrate(field, np.ones((3, 2)), TIMES, throw=False)
+    assert found.status is Status.NONFINITE_MODEL
+    assert not found.success
+
+
+def test_overflow_of_the_solution_is_told_apart_from_nan_of_the_field() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = integrate(lambda t, y: y**2, np.array([10.0]), TIMES, throw=False)
+    assert found.status in (Status.NONFINITE_SOLVER, Status.NONFINITE_MODEL)
+    assert "t = " in found.message
+
+
+def test_substeps_refine_the_grid() -> None:
+    coarse, fine = TIMES[::10], TIMES
+    close(odeint(pendulum, START, coarse, substeps=10), odeint(pendulum, START, fine)[::10], 1e-12)
+
+
+def test_single_time_and_scalar_state() -> None:
+    np.testing.assert_array_equal(odeint(pendulum, START, [2.0]), START[None])
+    y = odeint(lambda t, y: -y, torch.tensor(1.0, dtype=torch.float64), TIMES)
+    assert y.shape == (301,)
+    assert float(y[-1]) == pytest.approx(np.exp(-6), rel=1e-7)
+
+
+def test_float32() -> None:
+    y0 = torch.tensor([1.0, 0.3])
+    found = integrate(torch_pendulum, y0, TIMES)
+    assert found.states.dtype == torch.float32
+    assert found.sequential_steps == 0
+    close(found.states, odeint(torch_pendulum, y0, TIMES, linearization="sequential"), 2e-5)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_users_jacobian(dense: bool) -> None:
+    shapes = []
+
+    def jacobian(t: Any, y: Any) -> Any:
+        shapes.append((t.shape, y.shape))
+        slope = (1 - 2 * y) * (2 + np.sin(t))
+        return slope[..., None] * np.eye(3) if dense else slope
+
+    y0 = np.array([0.3, 0.2, 0.9])
+    linearization: Any = "full" if dense else "diagonal"
+    options: dict[str, Any] = {} if dense else {"batch_dims": 0}
+    found = integrate(logistic, y0, TIMES, jacobian=jacobian, linearization=linearization, batch_dims=0)
+    assert shapes[0][0][1:] == (1,)
+    assert found.rounds < 12, options
+    close(found.states, odeint(logistic, y0, TIMES, linearization="sequential"))
+    with pytest.raises(ValueError, match="jacobian: expected shape"):
+        integrate(logistic, y0, TIMES, jacobian=lambda t, y: y[:1], linearization="full")
+
+
+def test_own_method() -> None:
+    ralston = RungeKutta(2, ((), (2 / 3,)), (1 / 4, 3 / 4))
+    close(
+        odeint(pendulum, START, TIMES, method=ralston),
+        odeint(pendulum, START, TIMES, method=ralston, linearization="sequential"),
+    )
+
+
+def test_solve_ivp_has_the_shape_of_scipys() -> None:
+    scipy = pytest.importorskip("scipy.integrate")
+    expected = scipy.solve_ivp(pendulum, (0, 6), [1.0, 0.3], t_eval=TIMES, rtol=1e-10, atol=1e-12)
+    found = solve_ivp(pendulum, (0, 6), [1.0, 0.3], steps=300)
+    assert found.y.shape == expected.y.shape
+    np.testing.assert_allclose(found.t, expected.t)
+    np.testing.assert_allclose(found.y, expected.y, atol=1e-7)
+    assert (found.success, found.status) == (True, 0)
+    assert found.nfev > 300
+    with pytest.raises(ValueError, match="steps: give either"):
+        solve_ivp(pendulum, (0, 6), [1.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "dopri5"}, "method: expected one of"),
+        ({"t": [0.0, 1.0, 1.0]}, "t: expected strictly increasing"),
+        ({"t": [0.0, np.nan]}, "t: expected finite"),
+        ({"t": []}, "t: expected a 1-D sequence"),
+        ({"y0": np.array([1, 2])}, "y0: expected float32 or float64"),
+        ({"y0": (START, START)}, "y0: expected an array"),
+        ({"y0": np.array([np.inf, 0])}, "y0: holds NaN"),
+        ({"f": 3}, "f: expected a function"),
+        ({"f": lambda t, y: y[:1]}, "f: expected the derivative as shape"),
+        ({"f": lambda t, y: None}, "f: expected"),
+        ({"linearization": "newton"}, "linearization: expected one of"),
+        ({"signature": "tx"}, "signature: expected"),
+        ({"batching": "rows_first"}, "batching: expected one of"),
+        ({"batching": "column"}, "f: called with 5 times at once"),
+        ({"linear": 1.0}, "linear: the linear part"),
+        ({"method": "etd1", "linear": [1.0, 2.0, 3.0]}, "linear: expected a number"),
+        ({"tolerance": -1.0}, "tolerance: expected"),
+        ({"window": 0}, "window: expected"),
+        ({"substeps": 0}, "substeps: expected"),
+        ({"batch_dims": 4}, "batch_dims: got 4"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    arguments = {"f": pendulum, "y0": START, "t": TIMES} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        integrate(**arguments)

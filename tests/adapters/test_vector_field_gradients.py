@@ -1,0 +1,135 @@
+"""Gradients of a trajectory found in parallel are those of the sequential method."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint
+
+torch = pytest.importorskip("torch")
+
+DTYPE = torch.float64
+
+
+def times(n: int = 200, end: float = 4.0) -> Any:
+    return torch.linspace(0, end**0.5, n + 1, dtype=DTYPE) ** 2
+
+
+def network(size: int, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(size, 16), torch.nn.Tanh(), torch.nn.Linear(16, size)).to(DTYPE)
+    for parameter in net.parameters():
+        parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator, dtype=DTYPE)
+    return net
+
+
+def gradients(f: Any, y0: Any, t: Any, inputs: list[Any], **options: Any) -> list[Any]:
+    y = odeint(f, y0, t, **options)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=DTYPE).reshape(y.shape)
+    return list(torch.autograd.grad((weights * y.cos()).sum(), inputs))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun3", "rk4", "ab4", "etdrk2"])
+@pytest.mark.parametrize("linearization", ["full", "secant", "identity", "diagonal"])
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+def test_equal_to_sequential(method: str, linearization: Any, shape: tuple[int, ...]) -> None:
+    net, y0 = network(3), torch.linspace(-1, 1, int(np.prod(shape)), dtype=DTYPE).reshape(shape).requires_grad_()
+    options: dict[str, Any] = {"method": method, "linear": -0.7 if method.startswith("etd") else None}
+
+    def field(t: Any, y: Any) -> Any:
+        return net(y) + torch.sin(t)
+
+    inputs = [y0, *net.parameters()]
+    expected = gradients(field, y0, times(), inputs, linearization="sequential", **options)
+    with warnings.catch_warnings():
+        if method == "ab4":  # one call a step: the loop is soon cheaper than more rounds
+            warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = gradients(field, y0, times(), inputs, linearization=linearization, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
+
+
+def test_gradcheck() -> None:
+    t = times(80, 2.0)
+
+    def final(y0: Any, a: Any) -> Any:
+        return odeint(lambda t, y: torch.stack([y[1], -a * torch.sin(y[0])]), y0, t)[::40]
+
+    y0, a = (torch.tensor(v, dtype=DTYPE, requires_grad=True) for v in ([1.0, 0.2], 1.3))
+    assert torch.autograd.gradcheck(final, (y0, a))
+
+
+@pytest.mark.parametrize("wanted", ["state", "parameters"])
+def test_only_one_side_needs_gradients(wanted: str) -> None:
+    net, y0 = network(2), torch.ones(2, dtype=DTYPE, requires_grad=wanted == "state")
+    net.requires_grad_(wanted == "parameters")
+    inputs = [y0] if wanted == "state" else list(net.parameters())
+    found, expected = (
+        gradients(lambda t, y: net(y), y0, times(), inputs, linearization=name) for name in ("full", "sequential")
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_no_graph_where_none_is_needed() -> None:
+    y0 = torch.ones(2, dtype=DTYPE)
+    assert not odeint(lambda t, y: -y, y0, times()).requires_grad
+    with torch.no_grad():
+        assert not odeint(lambda t, y: network(2)(y), y0, times()).requires_grad
+
+
+def test_chaotic_field_has_the_sequential_gradient() -> None:
+    rho = torch.tensor(28.0, dtype=DTYPE, requires_grad=True)
+
+    def lorenz(t: Any, y: Any) -> Any:
+        return torch.stack([10 * (y[1] - y[0]), y[0] * (rho - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
+
+    y0, t = torch.tensor([1.0, 1.0, 1.0], dtype=DTYPE, requires_grad=True), torch.linspace(0, 3, 601, dtype=DTYPE)
+    expected = gradients(lorenz, y0, t, [y0, rho], linearization="sequential")
+    found = gradients(lorenz, y0, t, [y0, rho], linearization="full")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=0)
+
+
+def test_fall_back_is_differentiable() -> None:
+    a = torch.tensor(0.7, dtype=DTYPE, requires_grad=True)
+
+    def field(t: Any, y: Any) -> Any:
+        return -a * y if float(t) < 1 else a * y
+
+    with pytest.warns(SequentialFallbackWarning):
+        y = odeint(field, torch.ones(1, dtype=DTYPE), times(100, 2.0))
+    (slope,) = torch.autograd.grad(y[-1, 0], a)
+    assert float(slope) == pytest.approx(float((y[-1, 0] * 0).detach()), abs=2e-2)  # the two halves cancel
+
+
+def test_backward_falls_back_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_adapters.vector_field import adjoint
+
+    y0 = torch.tensor([1.0, 0.2], dtype=DTYPE, requires_grad=True)
+    arguments = (lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, times(), [y0])
+    (expected,) = gradients(*arguments)
+    monkeypatch.setattr(adjoint, "_MOST_ROUNDS", 0)
+    (found,) = gradients(*arguments, method="rk4")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_training_step_twice() -> None:
+    """The graph is made anew in each call; a second backward through one graph is refused as usual."""
+    net = network(2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = odeint(lambda t, y: net(y), torch.ones(2, dtype=DTYPE), times(100, 1.0))[-1].square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_gradient_with_respect_to_times_is_refused() -> None:
+    with pytest.raises(ValueError, match="t: gradients with respect to times"):
+        integrate(lambda t, y: -y, torch.ones(1, dtype=DTYPE), times().requires_grad_())
