@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, finite_rows, no_grad, to_host
 from parasolver_core.correction import fetch
-from parasolver_core.costs import CostTable
-from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.costs import CostTable, describe
+from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
 from parasolver_core.errors import (
     ConvergenceError,
     NondeterministicDenoiserError,
@@ -25,12 +25,12 @@ from parasolver_core.errors import (
 )
 from parasolver_core.methods import Method, get_method
 from parasolver_core.noise import NoiseFn, Seed
-from parasolver_core.planning import Costs, choose, explain, measured_costs
+from parasolver_core.planning import Choice, Costs, choose, explain, measured_costs, remembered
 from parasolver_core.progress import meter
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
 from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
-from parasolver_core.validation import check_count, check_counts, check_tolerance
+from parasolver_core.validation import check_count, check_counts, check_start, check_timesteps, check_tolerance
 
 _OWN_ROUNDS = 8  # to time the solver's own part
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
@@ -483,33 +483,47 @@ def _chosen(
         return 1, ""
     method, given = get_method(method), None if costs is None else CostTable.of(costs)
     check_tolerance(tolerance)
+    grid = check_timesteps(timesteps)
+    check_start(x_T)
+    batch, max_rows = int(x_T.shape[0]), limits["max_rows"]
     solver = SequentialSolver(step_rule, **limits)
-    probe = solver.init(denoiser, x_T, timesteps, **noise)
-    chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
-    try:
-        probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
-        with no_grad(probe.xp):
-            measured = Costs(given) if given else _measured(solver, probe, denoiser, method, tolerance)
-    except BaseException as error:
-        probe.halt(Status.FAILED)
-        error.solution = solver._partial(probe)  # type: ignore[attr-defined]
-        raise
-    best, other = choose(probe.recurrence, method, tolerance, measured, batch=probe.batch, max_rows=limits["max_rows"])
+
+    def choose_now() -> Choice:
+        probe = solver.init(denoiser, x_T, timesteps, **noise)
+        chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
+        try:
+            probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
+            with no_grad(probe.xp):
+                costs = Costs(given) if given else _measured(solver, probe, key, method, tolerance)
+        except BaseException as error:
+            probe.halt(Status.FAILED)
+            error.solution = solver._partial(probe)  # type: ignore[attr-defined]
+            raise
+        return choose(probe.recurrence, method, tolerance, costs, batch=batch, max_rows=max_rows)
+
+    key = _cost_key(denoiser, x_T, solver, method)
+    if isinstance(denoiser, SharedDenoiser):  # its processes need not remember the same
+        best, other = choose_now()
+    else:
+        best, other = remembered((key, len(grid), step_rule, tolerance, method, given), choose_now)
     limits["max_rows"] = best.max_rows
     return best.window, explain(best, other)
 
 
 def measure_run(denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule) -> Costs:
     """The costs by which ``window="auto"`` chooses, of the default method; arguments as in :func:`solve`."""
-    solver = SequentialSolver(step_rule)
+    solver, method = SequentialSolver(step_rule), get_method("secant")
     probe = solver.init(denoiser, x_T, timesteps)
     with no_grad(probe.xp):
-        return _measured(solver, probe, denoiser, get_method("secant"), 1e-2)
+        return _measured(solver, probe, _cost_key(denoiser, x_T, solver, method), method, 1e-2)
 
 
-def _measured(
-    solver: SequentialSolver, probe: SequentialState, denoiser: DenoiserFn, method: Method, tolerance: float
-) -> Costs:
+def _cost_key(denoiser: DenoiserFn, x_T: Array, solver: Solver, method: Method) -> str:
+    """What the costs of a run depend on, but for the number of steps and devices."""
+    return describe(denoiser, x_T, repr(method), solver._evaluation)
+
+
+def _measured(solver: SequentialSolver, probe: SequentialState, key: str, method: Method, tolerance: float) -> Costs:
     """Costs of a network, and of the solver around it; kept for later runs."""
 
     def own(width: int) -> float:
@@ -521,7 +535,7 @@ def _measured(
             )
         return stub.own_seconds(probe.x_T, probe.recurrence.timesteps)
 
-    return measured_costs(probe, denoiser, own, repr(method), solver._evaluation)
+    return measured_costs(probe, key, own)
 
 
 def _call_back(callback: Callback, state: SolverState) -> bool:

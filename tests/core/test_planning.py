@@ -163,13 +163,13 @@ def test_measuring_doubles_the_rows_until_it_does_not_pay(monkeypatch: pytest.Mo
         calls.append(rows)
         clock[0] += cost(rows)
 
-    flat = measure(lambda rows: call(rows, lambda n: 1.0), 3, 50, budget=1e9)
+    flat = measure(lambda rows: call(rows, lambda n: 1.0), 3, 50, calls=1e9)
     assert flat.rows == (3, 6, 12, 24, 48, 50)
     assert flat.seconds == (1.0,) * 6
-    assert calls.count(6) == 4  # a warm one, and three that count
-    linear = measure(lambda rows: call(rows, float), 1, 64, budget=1e9)
+    assert calls.count(6) == 6  # a warm one, and five that count
+    linear = measure(lambda rows: call(rows, float), 1, 64, calls=1e9)
     assert linear.rows == (1, 2, 4)
-    hurried = measure(lambda rows: call(rows, lambda n: 1.0), 1, 64, budget=0.0)
+    hurried = measure(lambda rows: call(rows, lambda n: 1.0), 1, 64, calls=0.0)
     assert hurried.rows == (1,)
 
 
