@@ -22,7 +22,7 @@ from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
 from parasolver_core import solve
 from parasolver_core.methods import get_method
-from parasolver_core.planning import predicted_rounds, predicted_rows
+from parasolver_core.planning import _SLIDING, _SLIDING_NOISY, predicted_rounds, predicted_rows
 
 SAMPLERS = ("DDIM", "2M", "DDPM")
 STEPS = (10, 20, 50, 100, 200, 1000)
@@ -107,10 +107,11 @@ def fit(counts: list[Count], kind: str) -> list[float]:
         )
     )
     digits = np.log10(1 / tolerance)
-    settling = (1 - 1 / window) * (n / window) ** 0.25
+    lengths, settling, power = n / window, 1 - 1 / window, _SLIDING_NOISY[2] if kind.endswith("noise") else _SLIDING[2]
+    sliding = [settling, settling * digits * lengths**power], rounds - lengths  # the power is not fitted
     terms, target = {
-        "sliding": ([settling, digits * settling], rounds - n / window),
-        "sliding, noise": ([settling, digits * settling], rounds - n / window),
+        "sliding": sliding,
+        "sliding, noise": sliding,
         "spread": ([np.ones(len(own)), digits, 1 / (window * np.sqrt(tolerance))], rounds),
         "spread, noise": ([np.ones(len(own)), 1 / (window * tolerance)], rounds),
     }[kind]

@@ -2,9 +2,9 @@
 
 The rounds of the default method were measured on three networks (``benchmarks.planning``) and follow
 
-    rounds = N / window + (p + q log10(1 / tolerance)) (1 - 1 / window) (N / window)^(1/4)      (a sliding window)
-    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))                          (spread nodes)
-    rounds = p + r / (window tolerance)                                                         (spread nodes, noise)
+    rounds = N / window + (1 - 1 / window) (p + q log10(1 / tolerance) (N / window)^r)      (a sliding window)
+    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))                      (spread nodes)
+    rounds = p + r / (window tolerance)                                                     (spread nodes, noise)
 
 within some 20 %, spread nodes half to twice. The first term is what a window costs that moves on by itself each round,
 the second how many rounds nodes take to settle, of which a window of 1 needs none. The seconds are those of the
@@ -26,7 +26,7 @@ from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
-_SLIDING, _SLIDING_NOISY = (1.5, 1.5), (2.65, 1.85)  # p and q above, checked by benchmarks.planning
+_SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q and r above, checked by benchmarks.planning
 _SPREAD, _SPREAD_NOISY = (0.7, 4.0, 4.3), (8.0, 8.0)
 _FINEST = 1e-6  # a smaller tolerance is the arithmetic's
 _NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
@@ -35,7 +35,7 @@ _MOST_MADE = 256  # choices that a process remembers
 _WIDEST = 64  # rows of each sample that are measured at most; larger rounds are split
 _BUDGET, _LEAST_SECONDS = 0.5, 0.2  # for measuring: a share of a sequential run, and seconds
 _GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
-_ALIKE = 1.05  # calls are not split for less: timings are no better
+_ALIKE = 1.05  # timings are no better: calls are not split for less, nor more nodes evaluated
 _FITTED = 16  # the largest window whose own time is measured
 
 
@@ -103,8 +103,9 @@ def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolera
             return min(p + r / (window * tolerance), float(n))
         p, q, r = _SPREAD
         return min(p + q * digits + r / (window * math.sqrt(tolerance)), float(n))
-    p, q = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
-    return min(n / window + (p + q * digits) * (1 - 1 / window) * (n / window) ** 0.25, float(n))
+    p, q, r = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
+    lengths = n / window
+    return min(lengths + (1 - 1 / window) * (p + q * digits * lengths**r), float(n))
 
 
 def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:
@@ -116,7 +117,7 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
         needed = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
     first = min(window, recurrence.blind) if method.fill == "held" else 1
-    final = (first + (n - first) * i / rounds for i in range(rounds - 1))  # nodes that are, before each later round
+    final = (1 + (n - 1) * i / (rounds - 1) for i in range(rounds - 1))  # nodes that are, before each later round
     return [first, *(max(min(window, n - round(at)), 1) for at in final)]
 
 
@@ -178,9 +179,11 @@ def choose(
         return predict(recurrence, method, window, tolerance, costs, batch=batch, devices=devices, max_rows=max_rows)
 
     sequential = cost(1)
-    parallel = min((cost(window) for window in candidates(len(recurrence))), key=lambda one: one.seconds, default=None)
-    if parallel is None or not parallel.seconds < _GAIN * sequential.seconds:
-        return sequential, parallel or sequential
+    windows = [cost(window) for window in candidates(len(recurrence))]
+    least = min((one.seconds for one in windows), default=math.inf)
+    parallel = next((one for one in windows if one.seconds <= _ALIKE * least), sequential)  # the smallest of those
+    if not parallel.seconds < _GAIN * sequential.seconds:
+        return sequential, parallel
     return parallel, sequential
 
 

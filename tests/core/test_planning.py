@@ -111,7 +111,8 @@ def test_auto_with_costs_given() -> None:
     assert np.array_equal(busy.sample, solve_sequential(Rational(), x_T, timesteps, DDIM(SCHEDULE)).sample)
     network.rows.clear()
     free = solve(network, x_T, timesteps, DDIM(SCHEDULE), window="auto", costs=FREE)
-    assert len(network.rows) == free.stats.rounds < 20
+    assert len(network.rows) == free.stats.calls
+    assert free.stats.rounds < 10
     assert "with a window of" in free.message
 
 
