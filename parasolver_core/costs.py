@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +137,22 @@ def measure(
 
 
 def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
-    """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters."""
+    """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters.
+
+    Labels, prompts and scales that it holds do not make another network of it, but a number of 0 or 1, such as a guidance
+    scale, may switch a part of it off.
+    """
     parts = [_device(x_T), f"{tuple(x_T.shape)} {x_T.dtype}", *map(str, others)]
-    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _parameters(part) is not None):
-        parameters = _parameters(one)
+    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _has_parameters(part)):
         if isinstance(one, (bool, int, float, str)):
-            parts.append(repr(one))
+            parts.append(f"{type(one).__name__} {one if one in (0, 1) else 'of any value'}")
         elif is_array(one):
             parts.append(f"array {tuple(one.shape)} {one.dtype}")
         else:
             code = getattr(one, "__code__", None)
             parts.append(f"{type(one).__module__}.{type(one).__qualname__} {getattr(one, '__qualname__', '')}")
             parts += [code.co_code.hex()] if code is not None else []
-            parts += [f"{tuple(p.shape)} {p.dtype}" for p in parameters] if parameters is not None else []
+            parts += _parameters(one) if _has_parameters(one) else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -187,24 +191,30 @@ def cache_folder() -> Path:
     return Path(folder) / "parasolver" / "costs"
 
 
-def _parameters(thing: Any) -> list[Any] | None:
-    """The arrays of a network, if it is one in the manner of PyTorch."""
-    parameters: Any = getattr(thing, "parameters", None)
-    if not callable(parameters) or isinstance(thing, type):
-        return None
+def _has_parameters(thing: Any) -> bool:
+    """Whether a thing is a network in the manner of PyTorch."""
+    return not isinstance(thing, type) and callable(getattr(thing, "parameters", None))
+
+
+def _parameters(network: Any) -> list[str]:
+    """Shapes and dtypes of a network's arrays."""
     try:
-        found: list[Any] = list(parameters())  # type: ignore[arg-type]
+        return [f"{tuple(one.shape)} {one.dtype}" for one in network.parameters()]
     except Exception:  # something else of that name
-        return None
-    return found if all(is_array(one) for one in found) else None
+        return []
 
 
 def _device(x_T: Array) -> str:
     """The device and, as far as the library tells, its model and threads."""
     device, library = array_api_compat.device(x_T), sys.modules[type(x_T).__module__.partition(".")[0]]
-    told = [platform.node(), platform.machine(), str(os.cpu_count()), str(getattr(library, "__version__", ""))]
+    told = [_machine(), str(getattr(library, "__version__", ""))]
     if array_api_compat.is_torch_array(x_T):
         xp: Any = array_api_compat.array_namespace(x_T)
         told += [str(xp.get_num_threads())]
         told += [xp.cuda.get_device_name(device)] if str(device).startswith("cuda") else []
     return f"{type(x_T).__module__} {device} {' '.join(told)}"
+
+
+@cache
+def _machine() -> str:
+    return f"{platform.node()} {platform.machine()} {os.cpu_count()}"

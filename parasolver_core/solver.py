@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, finite_rows, no_grad, to_host
+from parasolver_core.arrays import Array, finite_rows, is_array, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
@@ -483,10 +483,9 @@ def _chosen(
         return 1, ""
     method, given = get_method(method), None if costs is None else CostTable.of(costs)
     check_tolerance(tolerance)
-    grid = check_timesteps(timesteps)
-    check_start(x_T)
-    batch, max_rows = int(x_T.shape[0]), limits["max_rows"]
-    solver = SequentialSolver(step_rule, **limits)
+    steps, solver = len(check_timesteps(timesteps)), SequentialSolver(step_rule, **limits)
+    if not is_array(x_T):
+        check_start(x_T)
 
     def choose_now() -> Choice:
         probe = solver.init(denoiser, x_T, timesteps, **noise)
@@ -499,13 +498,13 @@ def _chosen(
             probe.halt(Status.FAILED)
             error.solution = solver._partial(probe)  # type: ignore[attr-defined]
             raise
-        return choose(probe.recurrence, method, tolerance, costs, batch=batch, max_rows=max_rows)
+        return choose(probe.recurrence, method, tolerance, costs, batch=probe.batch, max_rows=solver.max_rows)
 
     key = _cost_key(denoiser, x_T, solver, method)
     if isinstance(denoiser, SharedDenoiser):  # its processes need not remember the same
         best, other = choose_now()
     else:
-        best, other = remembered((key, len(grid), step_rule, tolerance, method, given), choose_now)
+        best, other = remembered((key, steps, step_rule, tolerance, method, given), choose_now)
     limits["max_rows"] = best.max_rows
     return best.window, explain(best, other)
 

@@ -201,6 +201,7 @@ def test_what_costs_depend_on() -> None:
         return lambda x, t: factor * x
 
     assert describe(made(1.0), x) == describe(made(1.0), x)
+    assert describe(made(3.0), x) == describe(made(7.5), x)  # another label, prompt or scale is not another network
     different = [
         describe(made(1.0), x),
         describe(made(2.0), x),
