@@ -139,8 +139,8 @@ def measure(
 def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
     """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters.
 
-    Labels, prompts and scales that it holds do not make another network of it, but a number of 0 or 1, such as a guidance
-    scale, may switch a part of it off.
+    Labels, prompts and scales that it holds do not make another network of it, but a number of 0 or 1, such as a
+    guidance scale, may switch a part of it off.
     """
     parts = [_device(x_T), f"{tuple(x_T.shape)} {x_T.dtype}", *map(str, others)]
     for one in reachable(denoiser, leaf=lambda part: is_array(part) or _has_parameters(part)):
