@@ -30,12 +30,13 @@ _SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q and r a
 _SPREAD, _SPREAD_NOISY = (0.7, 4.0, 4.3), (8.0, 8.0)
 _FINEST = 1e-6  # a smaller tolerance is the arithmetic's
 _NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
 _MOST_MADE = 256  # choices that a process remembers
 _WIDEST = 64  # rows of each sample that are measured at most; larger rounds are split
 _BUDGET, _LEAST_SECONDS = 0.5, 0.2  # for measuring: a share of a sequential run, and seconds
 _GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
-_ALIKE = 1.05  # timings are no better: calls are not split for less, nor more nodes evaluated
+_SPLIT, _WIDER = 1.05, 1.03  # timings are no better: calls are not split for less, nor more nodes evaluated
 _FITTED = 16  # the largest window whose own time is measured
 
 
@@ -117,8 +118,9 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
         needed = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
     first = min(window, recurrence.blind) if method.fill == "held" else 1
-    final = (1 + (n - 1) * i / (rounds - 1) for i in range(rounds - 1))  # nodes that are, before each later round
-    return [first, *(max(min(window, n - round(at)), 1) for at in final)]
+    power = _TAPER_NOISY if recurrence.stochastic else 1.0
+    left = ((n - 1) * (1 - i / (rounds - 1)) ** power for i in range(rounds - 1))  # nodes, before each later round
+    return [first, *(max(min(window, round(one)), 1) for one in left)]
 
 
 def predict(
@@ -146,7 +148,7 @@ def predict(
     limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
     sizes = [size for size in costs.network.rows if size <= limit] or [limit]
     seconds = {size: sum(costs.of_round(one, devices, size) for one in rows) for size in sizes}
-    best = max(size for size in sizes if seconds[size] <= _ALIKE * min(seconds.values()))
+    best = max(size for size in sizes if seconds[size] <= _SPLIT * min(seconds.values()))
     own = costs.of_solver(nodes, window)
     return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], own)
 
@@ -181,7 +183,7 @@ def choose(
     sequential = cost(1)
     windows = [cost(window) for window in candidates(len(recurrence))]
     least = min((one.seconds for one in windows), default=math.inf)
-    parallel = next((one for one in windows if one.seconds <= _ALIKE * least), sequential)  # the smallest of those
+    parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
     if not parallel.seconds < _GAIN * sequential.seconds:
         return sequential, parallel
     return parallel, sequential
@@ -221,12 +223,12 @@ def measured_costs(state: SequentialState, key: str, own: Callable[[int], float]
 
     Args:
         state: of the run.
-        key: all that the costs depend on, but for the number of steps and devices.
+        key: all that the costs depend on, but for the sampler and the devices.
         own: the solver's own seconds of a round, by window; 1 is the sequential loop.
     """
     steps, agree = len(state.recurrence), state.evaluator.agree
     most, devices = min(steps, _WIDEST), state.evaluator.devices
-    key = f"{key}-{most}-{devices}"
+    key = f"{key}-{most}-{state.recurrence.memory}-{state.recurrence.stochastic}-{devices}"
     kept = recall(key)
     number = -1.0 if kept is None else float(int(hashlib.sha256(repr(kept).encode()).hexdigest()[:12], 16))
     same = agree([number, -number]) == [number, -number]  # in all processes that share the rows
