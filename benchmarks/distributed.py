@@ -1,7 +1,8 @@
 """Several devices, and the window that chooses itself: ``python -m benchmarks.distributed``.
 
 1. ``pair``: two gloo processes of one thread each against one process of one thread, the embedded model: seconds a
-   round, measured in turn.
+   round, measured in turn. To compare, what this machine allows: the network called with all rows in one process, and
+   with half of them in each of two at the same time, without a solver and without communication.
 2. ``simulated``: 1, 2, 4 and 8 processes whose network takes a given time for 4 rows: seconds of a run over rounds
    times that time. They share the cores of this machine, so the CPU time of a process in a round is shown as well.
 3. ``own``: the solver's part of a round, all that is not the network itself, for states of Stable Diffusion's size.
@@ -14,6 +15,7 @@ Run it on a machine that does nothing else.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -35,6 +37,7 @@ from parasolver_core import DDIM, NoiseSchedule, solve, solve_sequential
 
 SCHEDULE = NoiseSchedule.linear()
 CALL = 0.05  # seconds of the network call that the solver's part is compared with
+PAIR_WINDOW, CALLS = 32, 5
 LATENCIES = (0.05, 0.2)  # of a simulated call
 RANKS = (1, 2, 4, 8)
 OWN_WINDOWS = (4, 8, 16, 32)
@@ -51,7 +54,7 @@ PARTS = ("pair", "simulated", "own", "auto")
 def two_processes(tries: int) -> dict[str, Any]:
     """Median seconds of a round, alone and shared, and the ratio of each try."""
     rounds = _launch(_rounds_alone_and_shared, 2, tries)
-    return rounds | {"ratio": statistics.median(rounds["ratios"])}
+    return rounds | {name: statistics.median(rounds[f"{name}s"]) for name in ("ratio", "limit")}
 
 
 def _rounds_alone_and_shared(rank: int, tries: int) -> dict[str, Any]:
@@ -60,20 +63,35 @@ def _rounds_alone_and_shared(rank: int, tries: int) -> dict[str, Any]:
     network = EmbeddedDenoiser()
     shared = DistributedDenoiser(network)
     x_T = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    arguments = (x_T, SCHEDULE.timesteps(50), DDIM(SCHEDULE), 32)
-    alone, together = [], []
+    arguments = (x_T, SCHEDULE.timesteps(50), DDIM(SCHEDULE), PAIR_WINDOW)
+    alone, together, ratios, limits = [], [], [], []
+
+    def call(rows: int) -> float:
+        x, t = x_T.expand(rows, -1, -1, -1).contiguous(), torch.full((rows,), 500)
+        times = []
+        for _ in range(CALLS):
+            started = time.perf_counter()
+            network(x, t)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
     for _ in range(tries):
+        torch.distributed.barrier()
+        whole = call(PAIR_WINDOW) if rank == 0 else math.nan
+        torch.distributed.barrier()
+        limits.append(whole / call(PAIR_WINDOW // 2))
         torch.distributed.barrier()
         if rank == 0:
             alone.append(_seconds_a_round(solve(network, *arguments)))
         torch.distributed.barrier()  # the other waits meanwhile, and takes no time
         together.append(_seconds_a_round(solve(shared, *arguments)))
-    ratios = [one / two for one, two in zip(alone, together, strict=rank == 0)]
-    return {"alone": alone, "together": together, "ratios": ratios}
+        if rank == 0:
+            ratios.append(alone[-1] / together[-1])
+    return {"alone": alone, "together": together, "ratios": ratios, "limits": limits}
 
 
 def _seconds_a_round(solution: Any) -> float:
-    return float(np.median([one.seconds for one in solution.stats.history if one.evaluations >= 16]))
+    return float(np.median([one.seconds for one in solution.stats.history if one.evaluations == PAIR_WINDOW]))
 
 
 def simulated(ranks: int, latency: float) -> dict[str, Any]:
@@ -191,9 +209,10 @@ def _table(title: str, *columns: str) -> Table:
 
 def _pair(tries: int) -> tuple[dict[str, Any], Table]:
     pair = two_processes(tries)
-    table = _table("Two processes of one thread, embedded model, window 32", "alone, ms a round", "two, ms", "ratio")
+    columns = ("alone, ms a round", "two, ms", "ratio", "ratio of the network's calls")
+    table = _table(f"Two processes of one thread, embedded model, window {PAIR_WINDOW}", *columns)
     alone, together = (1e3 * statistics.median(pair[name]) for name in ("alone", "together"))
-    table.add_row(f"{alone:.1f}", f"{together:.1f}", f"{pair['ratio']:.2f}")
+    table.add_row(f"{alone:.1f}", f"{together:.1f}", f"{pair['ratio']:.2f}", f"{pair['limit']:.2f}")
     return pair, table
 
 

@@ -36,7 +36,7 @@ _MOST_MADE = 256  # choices that a process remembers
 _WIDEST = 64  # rows of each sample that are measured at most; larger rounds are split
 _BUDGET, _LEAST_SECONDS = 0.5, 0.2  # for measuring: a share of a sequential run, and seconds
 _GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
-_SPLIT, _WIDER = 1.05, 1.03  # timings are no better: calls are not split for less, nor more nodes evaluated
+_SPLIT, _WIDER = 1.05, 1.01  # timings are no better: calls are not split for less, nor more nodes evaluated
 _FITTED = 16  # the largest window whose own time is measured
 
 
