@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
-from diffusers import UniPCMultistepScheduler
+from diffusers import HeunDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,18 +29,19 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.baselines import parareal
-from benchmarks.problems import PROBLEMS, Denoiser, Problem
+from benchmarks.problems import PROBLEMS, Denoiser, Problem, flow_denoiser
 from parasolver_adapters.diffusers import step_rule_from_scheduler
 from parasolver_cli.figures import MUTED, STYLE
-from parasolver_core import DDIM, DDPM, DPMSolver, StepRule, solve, solve_sequential
+from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
 
+SCHEDULERS = {"UniPC": UniPCMultistepScheduler, "Heun": HeunDiscreteScheduler}
 OURS, IDENTITY, PUBLISHED = "secant", "identity", ("paradigms", "parasolver", "parataa", "parareal")
 MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A sampler, its number of steps and the window."""
+    """A sampler, its number of steps and the window; a step of Heun's method has two nodes."""
 
     name: str
     sampler: str
@@ -60,6 +61,8 @@ SETTINGS = {
         Setting("2M-25, window 8", "2M", 25, 8),
         Setting("3M-25, window 8", "3M", 25, 8),
         Setting("UniPC-25, window 8", "UniPC", 25, 8),
+        Setting("Heun-25, window 16", "Heun", 25, 16),
+        Setting("flow Euler-50, window 16", "flow", 50, 16),
         Setting("DDIM-1000, window 32", "DDIM", 1000, 32),
         Setting("DDPM-100, window 16", "DDPM", 100, 16),
         Setting("DDPM-1000, window 100", "DDPM", 1000, 100),
@@ -111,13 +114,16 @@ ERRORS = (5e-2, 2e-2, 1e-2, 4e-3)
 def step_rule(problem: Problem, setting: Setting, steps: int | None = None) -> tuple[StepRule, np.ndarray]:
     """The sampler on the problem's schedule, and its timesteps."""
     schedule, kind, steps = problem.schedule, problem.prediction_type, steps or setting.steps
-    if setting.sampler == "UniPC":
+    if setting.sampler in SCHEDULERS:
         betas = 1 - schedule.alphas_cumprod / np.append(1.0, schedule.alphas_cumprod[:-1])
-        scheduler = UniPCMultistepScheduler(
+        scheduler = SCHEDULERS[setting.sampler](
             trained_betas=betas.tolist(), prediction_type=kind, timestep_spacing="trailing"
         )
         rule = step_rule_from_scheduler(scheduler, steps)
         return rule, rule.timesteps
+    if setting.sampler == "flow":
+        path = NoiseSchedule.flow_matching()
+        return Euler(path), path.timesteps(steps)
     options: dict[str, Any] = {"prediction_type": kind}
     rules: dict[str, Callable[[], StepRule]] = {
         "DDIM": lambda: DDIM(schedule, **options),
@@ -169,9 +175,10 @@ class Bench:
     """The samples of one problem and setting, and their sequential truth."""
 
     def __init__(self, problem: Problem, setting: Setting, denoiser: Denoiser, seeds: int) -> None:
-        self.problem, self.setting, self.denoiser = problem, setting, denoiser
+        self.problem, self.setting = problem, setting
+        self.denoiser = flow_denoiser(denoiser, problem) if setting.sampler == "flow" else denoiser
         self.rule, self.timesteps = step_rule(problem, setting)
-        self.x_T = problem.starts(seeds)
+        self.x_T = problem.starts(seeds) * getattr(self.rule, "init_noise_sigma", 1.0)
         self.seeds = list(range(seeds))
 
     @cached_property
@@ -310,6 +317,8 @@ def methods_for(setting: Setting) -> tuple[str, ...]:
         return (OURS, IDENTITY, *PUBLISHED, "few steps")
     if setting.sampler == "DDPM":
         return (OURS, IDENTITY, "paradigms", "parasolver", "parataa")
+    if setting.sampler in ("Heun", "flow"):  # which start or end elsewhere than the alternatives
+        return (OURS, IDENTITY, "paradigms", "parasolver")
     return (OURS, IDENTITY, "paradigms", "parasolver", "few steps")
 
 
