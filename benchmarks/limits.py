@@ -8,6 +8,7 @@ products are made one node after another, so that it is a bound and no method to
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -79,7 +80,7 @@ class Trajectory:
 
 def calls_until(errors: list[float], error: float) -> str:
     """Network calls until an error, interpolated in its logarithm; ``errors[k]`` is that after ``k + 1`` calls."""
-    for k, (before, after) in enumerate(zip(errors, errors[1:], strict=False), start=1):
+    for k, (before, after) in enumerate(pairwise(errors), start=1):
         if after <= error < before:
             return f"{k + np.log(before / error) / np.log(before / after):.1f}"
     return f"> {len(errors)}"
