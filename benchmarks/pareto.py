@@ -329,13 +329,14 @@ def methods_for(setting: Setting) -> tuple[str, ...]:
     return (OURS, IDENTITY, "paradigms", "parasolver", "few steps")
 
 
-def run(plan: dict[str, tuple[str, ...]], seeds: int, results: Results) -> None:
-    """Everything of the plan that the results do not hold yet."""
+def run(plan: dict[str, tuple[str, ...]], seeds: int, results: Results, methods: list[str] | None = None) -> None:
+    """Everything of the plan that the results do not hold yet; None: all methods."""
     for name, settings in plan.items():
         denoiser = PROBLEMS[name].make()
         for setting in (SETTINGS[one] for one in settings):
             bench = Bench(PROBLEMS[name], setting, denoiser, seeds)
-            for method in track(methods_for(setting), f"{name}, {setting.name}"):
+            wanted = [one for one in methods_for(setting) if methods is None or one in methods]
+            for method in track(wanted, f"{name}, {setting.name}"):
                 for point in bench.points(method, {one.key for one in results.points}):
                     results.add(point)
 
@@ -497,12 +498,18 @@ def main(
     ] = False,
     problem: Annotated[list[str] | None, typer.Option(help="Only these problems.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Only these settings.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     seeds: Annotated[int, typer.Option(help="Samples of each problem.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the table, JSON and pictures.")] = Path("pareto-output"),
 ) -> None:
     """Compare all methods; write table.md, results.json and a picture for each setting."""
     plan = FULL if full or problem or setting else QUICK
-    for value, known, name in ((problem, PROBLEMS, "problem"), (setting, SETTINGS, "setting")):
+    known_methods = (OURS, IDENTITY, *PUBLISHED, "few steps")
+    for value, known, name in (
+        (problem, PROBLEMS, "problem"),
+        (setting, SETTINGS, "setting"),
+        (method, known_methods, "method"),
+    ):
         if unknown := set(value or ()) - set(known):
             raise typer.BadParameter(f"{unknown.pop()!r} is not one of {', '.join(known)}", param_hint=name)
     plan = {
@@ -512,7 +519,7 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "results.json")
-    run(plan, seeds, results)
+    run(plan, seeds, results, method)
     console, tables = (
         Console(),
         {
