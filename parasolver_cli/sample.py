@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from parasolver_adapters import dit, guided_diffusion
 from parasolver_adapters.epsilon_models import EpsilonModel, LearnedVariance, starting_noise
 from parasolver_cli.meter import bar, bars
+from parasolver_cli.processes import Processes, processes
 from parasolver_core import (
     DDIM,
     DDPM,
@@ -50,6 +51,8 @@ class Settings:
     Args:
         labels: in turn for the pictures; empty: drawn from the seed; None: "no class".
         window: None: the one with the least predicted time.
+        device: "auto": a GPU if there is one.
+        max_rows: in one call of the network, by one process.
         compare: whether to sample sequentially as well.
     """
 
@@ -87,6 +90,11 @@ class Loaded:
 
 def run(settings: Settings, console: Console) -> bool:
     """Load, sample, save and report; whether every picture converged."""
+    with processes(settings.device) as team:
+        return _run(replace(settings, device=team.device), team, console)
+
+
+def _run(settings: Settings, team: Processes, console: Console) -> bool:
     started = time.perf_counter()
     with console.status("Loading the model"):
         loaded = load(settings)
@@ -94,8 +102,9 @@ def run(settings: Settings, console: Console) -> bool:
         denoiser, rule = _sampler(loaded.model, settings.sampler)
     seconds = {"loading": time.perf_counter() - started}
     x_T = starting_noise(settings.count, loaded.event, settings.seed, settings.device)
-    options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows, "throw": False}
-    arguments, steps = (denoiser, x_T, timesteps, rule), len(timesteps) * settings.count
+    options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows * team.count, "throw": False}
+    shared, steps = team.share(denoiser, settings.max_rows), len(timesteps) * settings.count
+    arguments = shared, x_T, timesteps, rule
     error, truth = None, None
     with bars(console) as progress:
         show = bar(progress, f"{settings.preset}, {settings.sampler.upper()}", steps)
@@ -110,20 +119,18 @@ def run(settings: Settings, console: Console) -> bool:
                 lambda: solve_sequential(*arguments, callback=show, **options)
             )
             error = _relative(solution.sample, truth.sample) if truth.success else None
+    if team.rank > 0:
+        return solution.success
     started = time.perf_counter()
     with console.status("Drawing"):
         pictures = _pictures(loaded.decode(solution.sample))
         files = _save(pictures, solution.sample, settings.out)
     seconds["drawing"] = time.perf_counter() - started
-    record = _record(settings, loaded, timesteps, solution, seconds, error) | {"files": files}
+    record = _record(settings, loaded, timesteps, solution, seconds, error)
+    record |= {"processes": team.count, "files": files}
     (settings.out / "result.json").write_text(json.dumps(record, indent=2) + "\n")
     _report(settings, loaded, solution, seconds, error, console)
     return solution.success
-
-
-def default_device() -> str:
-    """A GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(settings: Settings) -> Loaded:
