@@ -95,30 +95,17 @@ def run(settings: Settings, console: Console) -> bool:
 
 
 def _run(settings: Settings, team: Processes, console: Console) -> bool:
+    """The work of one process."""
     started = time.perf_counter()
     with console.status("Loading the model"):
         loaded = load(settings)
         timesteps = loaded.model.timesteps(settings.steps)
         denoiser, rule = _sampler(loaded.model, settings.sampler)
+        denoiser = team.share(denoiser, settings.max_rows)
     seconds = {"loading": time.perf_counter() - started}
     x_T = starting_noise(settings.count, loaded.event, settings.seed, settings.device)
     options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows * team.count, "throw": False}
-    shared, steps = team.share(denoiser, settings.max_rows), len(timesteps) * settings.count
-    arguments = shared, x_T, timesteps, rule
-    error, truth = None, None
-    with bars(console) as progress:
-        show = bar(progress, f"{settings.preset}, {settings.sampler.upper()}", steps)
-        solution, seconds["sampling"] = _sampled(
-            lambda: solve(
-                *arguments, window=settings.window or "auto", tolerance=settings.tolerance, callback=show, **options
-            )
-        )
-        if settings.compare and solution.success:
-            show = bar(progress, "sequentially", steps)
-            truth, seconds["sequential_sampling"] = _sampled(
-                lambda: solve_sequential(*arguments, callback=show, **options)
-            )
-            error = _relative(solution.sample, truth.sample) if truth.success else None
+    solution, error = _solve(settings, (denoiser, x_T, timesteps, rule), options, seconds, console)
     if team.rank > 0:
         return solution.success
     started = time.perf_counter()
@@ -133,9 +120,29 @@ def _run(settings: Settings, team: Processes, console: Console) -> bool:
     return solution.success
 
 
+def _solve(
+    settings: Settings, arguments: Any, options: dict[str, Any], seconds: dict[str, float], console: Console
+) -> tuple[Solution, list[float] | None]:
+    """The solution, and its error if the user wants to know; adds the seconds of both runs."""
+    steps = len(arguments[2]) * settings.count
+    with bars(console) as progress:
+        show = bar(progress, f"{settings.preset}, {settings.sampler.upper()}", steps)
+        choices = {"window": settings.window or "auto", "tolerance": settings.tolerance, "callback": show}
+        solution, seconds["sampling"] = _sampled(lambda: solve(*arguments, **choices, **options))
+        if not (settings.compare and solution.success):
+            return solution, None
+        show = bar(progress, "sequentially", steps)
+        truth, seconds["sequential_sampling"] = _sampled(lambda: solve_sequential(*arguments, callback=show, **options))
+    return solution, _relative(solution.sample, truth.sample) if truth.success else None
+
+
 def load(settings: Settings) -> Loaded:
     """The model that the settings name, guided as they say."""
     if settings.preset == EMBEDDED:
+        if settings.checkpoint is not None:
+            raise ValueError(
+                "preset: a checkpoint needs the name of its network; give --preset, such as dit-xl-2-256 or adm-256"
+            )
         return _embedded(settings)
     if settings.checkpoint is None:
         raise ValueError(f"checkpoint: the preset {settings.preset} needs a file with its weights; give --checkpoint")
@@ -147,7 +154,7 @@ def load(settings: Settings) -> Loaded:
 def _embedded(settings: Settings) -> Loaded:
     from parasolver_adapters import embedded
 
-    _refuse(settings, "the embedded model", "checkpoint", "classifier", "vae")
+    _refuse(settings, "the embedded model", "classifier", "vae")
     network = embedded.load_embedded_model(_dtype(settings), settings.device)
     kind = network.dtype
 
