@@ -100,7 +100,7 @@ MIXTURE_SCHEDULE = NoiseSchedule.scaled_linear()
 
 def mixture_denoiser(std: float = 0.2) -> Denoiser:
     """The exact noise prediction for data that are scikit-learn's 1797 digits, 8 x 8, each blurred by ``std``."""
-    digits = torch.from_numpy(load_digits().data / 8.0 - 1.0)
+    digits = torch.from_numpy(load_digits(return_X_y=True)[0] / 8.0 - 1.0)
     table = torch.from_numpy(MIXTURE_SCHEDULE.alphas_cumprod)
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
