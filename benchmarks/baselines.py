@@ -65,6 +65,8 @@ def parareal(
         ended = [known[b] + int(edges[b + 1] - edges[b]) for b in range(blocks)]
         for k in range(int(np.max(np.diff(edges)))):
             active = [b for b in range(done, blocks) if edges[b] + k < edges[b + 1]]
+            if not active:  # the blocks that are left are shorter
+                break
             nodes = [int(edges[b]) + k for b in active]
             if k == 0:
                 found = [outputs[b] for b in active]
