@@ -117,8 +117,8 @@ class Line:
 
     @property
     def speedup(self) -> float:
-        """How many times faster."""
-        return self.loop / self.parallel
+        """How many times faster than the quicker of the two loops."""
+        return min(self.loop, self.plain) / self.parallel
 
 
 def compare(name: str, steps: int, repeats: int, clock: Clock = time.perf_counter) -> Line:
