@@ -19,13 +19,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.pareto import MAX_ROWS, SETTINGS, markdown, show, step_rule
+from benchmarks.pareto import MAX_ROWS, SETTINGS, Bench, markdown, show, spent
 from benchmarks.problems import PROBLEMS
 from parasolver_cli.figures import FRONT, INK, MUTED, STYLE
-from parasolver_core import solve, solve_sequential
+from parasolver_core import solve
 
 CASES: dict[str, tuple[str, ...]] = {
     "clothes": ("DDIM-50, window 16", "DDIM-50, window 50", "2M-25, window 8", "DDPM-100, window 16"),
+    "clothes, guided": ("DDIM-50, window 16",),
+    "emoji": ("DDIM-50, window 16",),
     "policy": tuple(SETTINGS),
     "mixture": tuple(SETTINGS),
 }
@@ -66,24 +68,25 @@ class Line:
 def measure(name: str, setting_name: str, tolerances: tuple[float, ...], count: int) -> list[Line]:
     """One line a tolerance."""
     problem, setting = PROBLEMS[name], SETTINGS[setting_name]
-    denoiser, (rule, timesteps) = problem.make(), step_rule(problem, setting)
+    denoiser = problem.make()
     found: dict[float, tuple[list[float], list[int], list[int]]] = {tolerance: ([], [], []) for tolerance in tolerances}
     for first in track(range(0, count, BATCH), f"{name}, {setting_name}"):
-        x_T = problem.starts(min(BATCH, count - first), seed=1000 + first)
-        seeds = list(range(1000 + first, 1000 + first + len(x_T)))
-        truth = solve_sequential(denoiser, x_T, timesteps, rule, seed=seeds).sample.flatten(1).double()
-        for tolerance, (errors, rounds, evaluations) in found.items():
+        bench = Bench(problem, setting, denoiser, min(BATCH, count - first), first=1000 + first)
+        for tolerance, lists in found.items():
             solution = solve(
-                denoiser, x_T, timesteps, rule, setting.window, tolerance=tolerance, seed=seeds, max_rows=MAX_ROWS
+                bench.denoiser,
+                bench.x_T,
+                bench.timesteps,
+                bench.rule,
+                setting.window,
+                tolerance=tolerance,
+                seed=bench.seeds,
+                max_rows=MAX_ROWS,
             )
-            distance = (solution.sample.flatten(1).double() - truth).norm(dim=1) / truth.norm(dim=1)
-            errors += distance.tolist()
-            records = [one for part in solution.stats.history for one in part.samples]
-            rounds += np.bincount([one.sample for one in records], minlength=len(x_T)).tolist()
-            nodes = np.bincount(
-                [one.sample for one in records], [len(one.nodes) for one in records], minlength=len(x_T)
-            )
-            evaluations += nodes.astype(int).tolist()
+            for numbers, new in zip(
+                lists, (bench.errors(solution.sample), *spent(solution, len(bench.seeds))), strict=True
+            ):
+                numbers += new
     return [Line(name, setting_name, tolerance, *lists) for tolerance, lists in found.items()]
 
 

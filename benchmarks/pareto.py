@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
-from diffusers import UniPCMultistepScheduler
+from diffusers import HeunDiscreteScheduler, UniPCMultistepScheduler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,18 +29,19 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.baselines import parareal
-from benchmarks.problems import PROBLEMS, Denoiser, Problem
+from benchmarks.problems import PROBLEMS, Denoiser, Problem, flow_denoiser
 from parasolver_adapters.diffusers import step_rule_from_scheduler
 from parasolver_cli.figures import MUTED, STYLE
-from parasolver_core import DDIM, DDPM, DPMSolver, StepRule, solve, solve_sequential
+from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, Solution, StepRule, solve, solve_sequential
 
+SCHEDULERS = {"UniPC": UniPCMultistepScheduler, "Heun": HeunDiscreteScheduler}
 OURS, IDENTITY, PUBLISHED = "secant", "identity", ("paradigms", "parasolver", "parataa", "parareal")
 MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A sampler, its number of steps and the window."""
+    """A sampler, its number of steps and the window; a step of Heun's method has two nodes."""
 
     name: str
     sampler: str
@@ -60,6 +61,8 @@ SETTINGS = {
         Setting("2M-25, window 8", "2M", 25, 8),
         Setting("3M-25, window 8", "3M", 25, 8),
         Setting("UniPC-25, window 8", "UniPC", 25, 8),
+        Setting("Heun-25, window 16", "Heun", 25, 16),
+        Setting("flow Euler-50, window 16", "flow", 50, 16),
         Setting("DDIM-1000, window 32", "DDIM", 1000, 32),
         Setting("DDPM-100, window 16", "DDPM", 100, 16),
         Setting("DDPM-1000, window 100", "DDPM", 1000, 100),
@@ -111,13 +114,16 @@ ERRORS = (5e-2, 2e-2, 1e-2, 4e-3)
 def step_rule(problem: Problem, setting: Setting, steps: int | None = None) -> tuple[StepRule, np.ndarray]:
     """The sampler on the problem's schedule, and its timesteps."""
     schedule, kind, steps = problem.schedule, problem.prediction_type, steps or setting.steps
-    if setting.sampler == "UniPC":
+    if setting.sampler in SCHEDULERS:
         betas = 1 - schedule.alphas_cumprod / np.append(1.0, schedule.alphas_cumprod[:-1])
-        scheduler = UniPCMultistepScheduler(
+        scheduler = SCHEDULERS[setting.sampler](
             trained_betas=betas.tolist(), prediction_type=kind, timestep_spacing="trailing"
         )
         rule = step_rule_from_scheduler(scheduler, steps)
         return rule, rule.timesteps
+    if setting.sampler == "flow":
+        path = NoiseSchedule.flow_matching()
+        return Euler(path), path.timesteps(steps)
     options: dict[str, Any] = {"prediction_type": kind}
     rules: dict[str, Callable[[], StepRule]] = {
         "DDIM": lambda: DDIM(schedule, **options),
@@ -166,13 +172,14 @@ class Point:
 
 
 class Bench:
-    """The samples of one problem and setting, and their sequential truth."""
+    """Samples of one problem and setting, by their seeds from ``first`` on, and their sequential truth."""
 
-    def __init__(self, problem: Problem, setting: Setting, denoiser: Denoiser, seeds: int) -> None:
-        self.problem, self.setting, self.denoiser = problem, setting, denoiser
+    def __init__(self, problem: Problem, setting: Setting, denoiser: Denoiser, seeds: int, first: int = 0) -> None:
+        self.problem, self.setting = problem, setting
+        self.denoiser = flow_denoiser(denoiser, problem) if setting.sampler == "flow" else denoiser
         self.rule, self.timesteps = step_rule(problem, setting)
-        self.x_T = problem.starts(seeds)
-        self.seeds = list(range(seeds))
+        self.x_T = problem.starts(seeds, first) * getattr(self.rule, "init_noise_sigma", 1.0)
+        self.seeds = list(range(first, first + seeds))
 
     @cached_property
     def truth(self) -> torch.Tensor:
@@ -210,10 +217,7 @@ class Bench:
                 check=False,
                 max_rows=MAX_ROWS,
             )
-            records = [one for part in solution.stats.history for one in part.samples]
-            rounds = [sum(one.sample == sample for one in records) for sample in self.seeds]
-            evaluations = [sum(len(one.nodes) for one in records if one.sample == sample) for sample in self.seeds]
-            yield self._point(method, tolerance, solution.sample, rounds, evaluations, started)
+            yield self._point(method, tolerance, solution.sample, *spent(solution, len(self.seeds)), started)
 
     def _point(
         self,
@@ -259,6 +263,16 @@ class Bench:
                 sample = solve_sequential(self.denoiser, self.x_T, timesteps, rule).sample
                 many = len(self.seeds)
                 yield self._point(sampler, float(steps), sample, [steps] * many, [steps] * many, started)
+
+
+def spent(solution: Solution, batch: int) -> tuple[list[int], list[int]]:
+    """Rounds and evaluations of each sample."""
+    records = [one for part in solution.stats.history for one in part.samples]
+    rounds, evaluations = [0] * batch, [0] * batch
+    for one in records:
+        rounds[one.sample] += 1
+        evaluations[one.sample] += len(one.nodes)
+    return rounds, evaluations
 
 
 def at_error(points: list[Point], error: float) -> tuple[float, float] | None:
@@ -310,16 +324,19 @@ def methods_for(setting: Setting) -> tuple[str, ...]:
         return (OURS, IDENTITY, *PUBLISHED, "few steps")
     if setting.sampler == "DDPM":
         return (OURS, IDENTITY, "paradigms", "parasolver", "parataa")
+    if setting.sampler in ("Heun", "flow"):  # which start or end elsewhere than the alternatives
+        return (OURS, IDENTITY, "paradigms", "parasolver")
     return (OURS, IDENTITY, "paradigms", "parasolver", "few steps")
 
 
-def run(plan: dict[str, tuple[str, ...]], seeds: int, results: Results) -> None:
-    """Everything of the plan that the results do not hold yet."""
+def run(plan: dict[str, tuple[str, ...]], seeds: int, results: Results, methods: list[str] | None = None) -> None:
+    """Everything of the plan that the results do not hold yet; None: all methods."""
     for name, settings in plan.items():
         denoiser = PROBLEMS[name].make()
         for setting in (SETTINGS[one] for one in settings):
             bench = Bench(PROBLEMS[name], setting, denoiser, seeds)
-            for method in track(methods_for(setting), f"{name}, {setting.name}"):
+            wanted = [one for one in methods_for(setting) if methods is None or one in methods]
+            for method in track(wanted, f"{name}, {setting.name}"):
                 for point in bench.points(method, {one.key for one in results.points}):
                     results.add(point)
 
@@ -337,6 +354,17 @@ def method_table(results: Results) -> list[dict[str, str]]:
             row = {"problem": problem, "setting": setting, "method": method}
             rows.append(row | {f"{e:.1%}": figure(results.at(problem, setting, method, e)) for e in ERRORS})
     return rows
+
+
+def overview(results: Results, error: float) -> list[dict[str, str]]:
+    """One row a problem and setting, one column a method: rounds / evaluations at an error."""
+    cases = dict.fromkeys((one.problem, one.setting) for one in results.points)
+    methods = [one for one in COLORS if any(point.method == one for point in results.points)]
+    return [
+        {"problem": problem, "setting": setting}
+        | {method: figure(results.at(problem, setting, method, error)) for method in methods}
+        for problem, setting in cases
+    ]
 
 
 def target_table(results: Results) -> list[dict[str, str]]:
@@ -481,12 +509,18 @@ def main(
     ] = False,
     problem: Annotated[list[str] | None, typer.Option(help="Only these problems.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Only these settings.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     seeds: Annotated[int, typer.Option(help="Samples of each problem.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the table, JSON and pictures.")] = Path("pareto-output"),
 ) -> None:
     """Compare all methods; write table.md, results.json and a picture for each setting."""
     plan = FULL if full or problem or setting else QUICK
-    for value, known, name in ((problem, PROBLEMS, "problem"), (setting, SETTINGS, "setting")):
+    known_methods = (OURS, IDENTITY, *PUBLISHED, "few steps")
+    for value, known, name in (
+        (problem, PROBLEMS, "problem"),
+        (setting, SETTINGS, "setting"),
+        (method, known_methods, "method"),
+    ):
         if unknown := set(value or ()) - set(known):
             raise typer.BadParameter(f"{unknown.pop()!r} is not one of {', '.join(known)}", param_hint=name)
     plan = {
@@ -496,10 +530,11 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "results.json")
-    run(plan, seeds, results)
+    run(plan, seeds, results, method)
     console, tables = (
         Console(),
         {
+            "Rounds / evaluations at a true error of 1 %": overview(results, 1e-2),
             f"Rounds / evaluations at a true error, mean of {seeds} samples": method_table(results),
             "Targets": target_table(results),
             "Rounds beyond the best other method": worst_excess(results)[:12],

@@ -14,6 +14,7 @@ from benchmarks.policy import WAYPOINTS, demonstrations, load_policy
 from benchmarks.train_emoji import MODEL_CONFIG as EMOJI_CONFIG
 from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser, NoiseUNet2DModel
 from parasolver_core import NoiseSchedule
+from parasolver_core.recurrence import predicted_sample_coefficients
 from parasolver_core.schedules import DiscreteSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -66,16 +67,45 @@ def policy_denoiser(dtype: torch.dtype = torch.float32) -> Denoiser:
     return lambda x, t: policy(x, t, obstacle.expand(len(x), -1))
 
 
+def flow_denoiser(denoiser: Denoiser, problem: Problem) -> Denoiser:
+    """The problem's network as one of flow matching: the velocity ``eps - x_0`` on the linear path, t from 1 to 0.
+
+    A state of the linear path, divided by ``sqrt((1 - t)^2 + t^2)``, is one of the network's own path; the network is
+    told the timestep whose share of noise is the nearest.
+    """
+    alpha = torch.from_numpy(problem.schedule.alphas_cumprod).sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    shares = sigma / (alpha + sigma)  # of noise: t of the linear path
+    p, q = (
+        torch.from_numpy(one)
+        for one in predicted_sample_coefficients(problem.prediction_type, alpha.numpy(), sigma.numpy())
+    )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        steps = (t.to(shares)[:, None] - shares).abs().argmin(dim=1)
+        weights = (
+            one.reshape(-1, *[1] * (x.ndim - 1)).to(x)
+            for one in (((1 - t) ** 2 + t**2).sqrt(), p[steps], q[steps], alpha[steps], sigma[steps])
+        )
+        n, from_state, from_output, a, s = weights
+        own = x / n
+        x_0 = from_state * own + from_output * denoiser(own, steps)
+        return (own - a * x_0) / s - x_0
+
+    return velocity
+
+
 MIXTURE_SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 def mixture_denoiser(std: float = 0.2) -> Denoiser:
     """The exact noise prediction for data that are scikit-learn's 1797 digits, 8 x 8, each blurred by ``std``."""
-    digits = torch.from_numpy(load_digits().data / 8.0 - 1.0)
+    digits = torch.from_numpy(load_digits(return_X_y=True)[0] / 8.0 - 1.0)
     table = torch.from_numpy(MIXTURE_SCHEDULE.alphas_cumprod)
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        a, variance = table[t].sqrt()[:, None], (1 - table[t])[:, None]
+        kept = table[t.long()][:, None]
+        a, variance = kept.sqrt(), 1 - kept
         total = a**2 * std**2 + variance
         distance = (x**2).sum(1, keepdim=True) - 2 * a * x @ digits.T + a**2 * (digits**2).sum(1)
         mean = torch.softmax(-distance / (2 * total), dim=1) @ digits

@@ -94,9 +94,7 @@ class DistributedDenoiser(SharedDenoiser):
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
-        self._group = _process_group(group)
+        self._group = check_group(group, timeout)
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
         self._denoiser, self._timeout = denoiser, timedelta(seconds=timeout)
         self._local = BatchedCall(denoiser, max_rows)
@@ -278,7 +276,10 @@ def _shares(rows: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+def check_group(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> dist.ProcessGroup | None:
+    """The process group among the arguments of :class:`DistributedDenoiser`; raises for what cannot be."""
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "group: torch.distributed has not been started; start the script with torchrun and call "
@@ -308,11 +309,12 @@ def fingerprint(denoiser: Any) -> str:
                 continue
             found = True
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(_sampled(value))
+            digest.update(sampled_bytes(value))
     return digest.hexdigest()[:16] if found else f"no torch module in {type(denoiser).__qualname__}"
 
 
-def _sampled(value: Tensor) -> bytes:
+def sampled_bytes(value: Tensor) -> bytes:
+    """Some of a tensor's elements, spread evenly."""
     local = value.to_local() if isinstance(value, DTensor) else value
     if local.is_meta or local.numel() == 0:
         return b""
