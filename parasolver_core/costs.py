@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import array_api_compat
 from parasolver_core.arrays import Array, is_array
 from parasolver_core.introspection import reachable
 
-_REPEATS = 5  # timed calls of each size at most
+_REPEATS = 15  # timed calls of each size at most
 _LINEAR = 1.9  # twice the rows cost so many times as much: larger calls gain nothing more
 _DAYS = 30  # how long tables are kept
 _DAY = 86400.0
@@ -96,7 +95,7 @@ def measure(
     least: float = 0.0,
     agree: Callable[[Sequence[float]], list[float]] = list,
 ) -> CostTable:
-    """Time calls of ``smallest``, twice, four times ... as many rows, each warm: the median of a few.
+    """Time calls of ``smallest``, twice, four times ... as many rows, each warm: the fastest of a few.
 
     Larger sizes are tried until one would cost too much or gains nothing any more; what is left to spend goes into
     timing all of them again, in turns, so that a machine that is slow for a moment spoils no size alone.
@@ -131,9 +130,9 @@ def measure(
         for size, own in times.items():
             own.append(timed(size))
             spent += own[-1]
-    medians = [statistics.median(own) for own in times.values()]
+    fastest = [min(own) for own in times.values()]  # what disturbs a call only ever makes it slower
     # fewer rows do not take longer: they could be filled up
-    return CostTable(tuple(times), tuple(min(medians[i:]) for i in range(len(medians))))
+    return CostTable(tuple(times), tuple(min(fastest[i:]) for i in range(len(fastest))))
 
 
 def describe(denoiser: Any, x_T: Array, *others: Any) -> str:

@@ -64,7 +64,7 @@ def test_a_process_that_dies_is_noticed_at_once(ranks: int, tmp_path: Path) -> N
     assert seen.pop(1) == {}
     assert {one["type"] for one in seen} == {"WorkerLostError"}
     assert all("died" in one["text"] and one["rounds"] >= 1 and one["finite"] for one in seen)
-    assert all(one["seconds"] < workers.TIMEOUT and one["after"] == "WorkerLostError" for one in seen)
+    assert all(one["seconds"] < workers.PATIENCE and one["after"] == "WorkerLostError" for one in seen)
 
 
 @both
