@@ -25,6 +25,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 from rich.console import Console
@@ -364,7 +365,12 @@ def _draw_measured(figure: SubFigure, timings: list[Timing]) -> None:
         ax.set_xticks(sorted({one.window for one in own}))
         ax.set_ylim(bottom=0)
     axes[0].set_ylabel("speed-up")
-    axes[0].legend(frameon=False, fontsize=9, title="dotted: against a bare loop", title_fontsize=9)
+    handles = [
+        *axes[0].get_legend_handles_labels()[0],
+        Line2D([], [], color=MUTED, label="against solve_sequential"),
+        Line2D([], [], color=MUTED, ls=":", lw=1.2, label="against a bare loop"),
+    ]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
 
 
 def _draw_simulated(figure: SubFigure, replays: list[Replay], overhead: float) -> None:
@@ -390,7 +396,7 @@ def _draw_simulated(figure: SubFigure, replays: list[Replay], overhead: float) -
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("speed-up, best window")
-    axes[0].legend(frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
 
 
 def _style(ax: Axes, xlabel: str, title: str) -> None:

@@ -356,6 +356,17 @@ def method_table(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def overview(results: Results, error: float) -> list[dict[str, str]]:
+    """One row a problem and setting, one column a method: rounds / evaluations at an error."""
+    cases = dict.fromkeys((one.problem, one.setting) for one in results.points)
+    methods = [one for one in COLORS if any(point.method == one for point in results.points)]
+    return [
+        {"problem": problem, "setting": setting}
+        | {method: figure(results.at(problem, setting, method, error)) for method in methods}
+        for problem, setting in cases
+    ]
+
+
 def target_table(results: Results) -> list[dict[str, str]]:
     """One row a target and problem: our share of the baseline's rounds and evaluations."""
     rows = []
@@ -523,6 +534,7 @@ def main(
     console, tables = (
         Console(),
         {
+            "Rounds / evaluations at a true error of 1 %": overview(results, 1e-2),
             f"Rounds / evaluations at a true error, mean of {seeds} samples": method_table(results),
             "Targets": target_table(results),
             "Rounds beyond the best other method": worst_excess(results)[:12],

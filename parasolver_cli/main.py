@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
-from parasolver_core import __version__
+from parasolver_core import SolverError, __version__
 
 try:
     import typer
@@ -40,14 +42,19 @@ def _check_tolerance(value: float) -> float:
 
 def _check_folder(folder: Path) -> Path:
     """Make the folder and write to it now rather than fail after minutes of sampling."""
-    probe = folder / ".parasolver-probe"
+    if _rank() > 0:  # only the first process writes
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise typer.BadParameter(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _rank() -> int:
+    """Of this process, where torchrun started several."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @app.callback()
@@ -135,17 +142,25 @@ def sample(
     vae: Annotated[
         Path | None, typer.Option(help="DiT: a diffusers folder of the autoencoder.", file_okay=False)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one, for each process its own.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    max_rows: Annotated[int, typer.Option(min=1, help="The most rows in one call of the network.")] = 64,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="The most rows in one call of the network, by one process.")
+    ] = 64,
     compare: Annotated[
         bool, typer.Option("--compare", help="Sample sequentially too, and tell the difference.")
     ] = False,
 ) -> None:
-    """Sample pictures from the embedded model, or from a checkpoint of guided-diffusion or DiT."""
-    console = Console()
+    """Sample pictures from the embedded model, or from a checkpoint of guided-diffusion or DiT.
+
+    Several processes share the rows of each round: torchrun --nproc-per-node 2 -m parasolver_cli sample ...
+    The first of them writes the files.
+    """
+    console = Console(quiet=_rank() > 0)
     try:
-        from parasolver_cli.sample import DTYPES, PRESETS, SAMPLERS, Settings, default_device, run
+        from parasolver_cli.sample import DTYPES, PRESETS, SAMPLERS, Settings, run
     except ImportError as error:
         console.print(f"Sampling needs {error.name}; pip install 'parasolver[demo]'", markup=False, highlight=False)
         raise typer.Exit(1) from error
@@ -172,15 +187,16 @@ def sample(
         classifier=classifier,
         classifier_scale=classifier_scale,
         vae=vae,
-        device=device or default_device(),
+        device=device,
         dtype=dtype,
         max_rows=max_rows,
         compare=compare,
     )
     try:
         converged = run(settings, console)
-    except (ImportError, OSError, TypeError, ValueError) as error:  # what the user gave does not fit
-        console.print(str(error), markup=False, highlight=False)
+    except (ImportError, OSError, TypeError, ValueError, SolverError) as error:  # what the user gave does not fit
+        which = f"Process {_rank()}: " if _rank() > 0 else ""  # it may be the only one that failed
+        Console().print(f"{which}{error}", markup=False, highlight=False)
         raise typer.Exit(1) from error
     if not converged:
         raise typer.Exit(1)

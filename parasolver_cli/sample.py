@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from parasolver_adapters import dit, guided_diffusion
 from parasolver_adapters.epsilon_models import EpsilonModel, LearnedVariance, starting_noise
 from parasolver_cli.meter import bar, bars
+from parasolver_cli.processes import Processes, processes
 from parasolver_core import (
     DDIM,
     DDPM,
@@ -50,6 +51,8 @@ class Settings:
     Args:
         labels: in turn for the pictures; empty: drawn from the seed; None: "no class".
         window: None: the one with the least predicted time.
+        device: "auto": a GPU if there is one.
+        max_rows: in one call of the network, by one process.
         compare: whether to sample sequentially as well.
     """
 
@@ -87,48 +90,59 @@ class Loaded:
 
 def run(settings: Settings, console: Console) -> bool:
     """Load, sample, save and report; whether every picture converged."""
+    with processes(settings.device) as team:
+        return _run(replace(settings, device=team.device), team, console)
+
+
+def _run(settings: Settings, team: Processes, console: Console) -> bool:
+    """The work of one process."""
     started = time.perf_counter()
     with console.status("Loading the model"):
         loaded = load(settings)
         timesteps = loaded.model.timesteps(settings.steps)
         denoiser, rule = _sampler(loaded.model, settings.sampler)
+        denoiser = team.share(denoiser, settings.max_rows)
     seconds = {"loading": time.perf_counter() - started}
     x_T = starting_noise(settings.count, loaded.event, settings.seed, settings.device)
-    options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows, "throw": False}
-    arguments, steps = (denoiser, x_T, timesteps, rule), len(timesteps) * settings.count
-    error, truth = None, None
-    with bars(console) as progress:
-        show = bar(progress, f"{settings.preset}, {settings.sampler.upper()}", steps)
-        solution, seconds["sampling"] = _sampled(
-            lambda: solve(
-                *arguments, window=settings.window or "auto", tolerance=settings.tolerance, callback=show, **options
-            )
-        )
-        if settings.compare and solution.success:
-            show = bar(progress, "sequentially", steps)
-            truth, seconds["sequential_sampling"] = _sampled(
-                lambda: solve_sequential(*arguments, callback=show, **options)
-            )
-            error = _relative(solution.sample, truth.sample) if truth.success else None
+    options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows * team.count, "throw": False}
+    solution, error = _solve(settings, (denoiser, x_T, timesteps, rule), options, seconds, console)
+    if team.rank > 0:
+        return solution.success
     started = time.perf_counter()
     with console.status("Drawing"):
         pictures = _pictures(loaded.decode(solution.sample))
         files = _save(pictures, solution.sample, settings.out)
     seconds["drawing"] = time.perf_counter() - started
-    record = _record(settings, loaded, timesteps, solution, seconds, error) | {"files": files}
+    record = _record(settings, loaded, timesteps, solution, seconds, error)
+    record |= {"processes": team.count, "files": files}
     (settings.out / "result.json").write_text(json.dumps(record, indent=2) + "\n")
     _report(settings, loaded, solution, seconds, error, console)
     return solution.success
 
 
-def default_device() -> str:
-    """A GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _solve(
+    settings: Settings, arguments: Any, options: dict[str, Any], seconds: dict[str, float], console: Console
+) -> tuple[Solution, list[float] | None]:
+    """The solution, and its error if the user wants to know; adds the seconds of both runs."""
+    steps = len(arguments[2]) * settings.count
+    with bars(console) as progress:
+        show = bar(progress, f"{settings.preset}, {settings.sampler.upper()}", steps)
+        choices = {"window": settings.window or "auto", "tolerance": settings.tolerance, "callback": show}
+        solution, seconds["sampling"] = _sampled(lambda: solve(*arguments, **choices, **options))
+        if not (settings.compare and solution.success):
+            return solution, None
+        show = bar(progress, "sequentially", steps)
+        truth, seconds["sequential_sampling"] = _sampled(lambda: solve_sequential(*arguments, callback=show, **options))
+    return solution, _relative(solution.sample, truth.sample) if truth.success else None
 
 
 def load(settings: Settings) -> Loaded:
     """The model that the settings name, guided as they say."""
     if settings.preset == EMBEDDED:
+        if settings.checkpoint is not None:
+            raise ValueError(
+                "preset: a checkpoint needs the name of its network; give --preset, such as dit-xl-2-256 or adm-256"
+            )
         return _embedded(settings)
     if settings.checkpoint is None:
         raise ValueError(f"checkpoint: the preset {settings.preset} needs a file with its weights; give --checkpoint")
@@ -140,7 +154,7 @@ def load(settings: Settings) -> Loaded:
 def _embedded(settings: Settings) -> Loaded:
     from parasolver_adapters import embedded
 
-    _refuse(settings, "the embedded model", "checkpoint", "classifier", "vae")
+    _refuse(settings, "the embedded model", "classifier", "vae")
     network = embedded.load_embedded_model(_dtype(settings), settings.device)
     kind = network.dtype
 

@@ -8,11 +8,12 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import array_api_compat
 from parasolver_core.arrays import Array, is_array
 from parasolver_core.introspection import reachable
 
-_REPEATS = 3  # timed calls of each size
+_REPEATS = 5  # timed calls of each size at most
 _LINEAR = 1.9  # twice the rows cost so many times as much: larger calls gain nothing more
 _DAYS = 30  # how long tables are kept
 _DAY = 86400.0
@@ -76,6 +77,11 @@ class CostTable:
                 return (1 - share) * self.seconds[i - 1] + share * self.seconds[i]
         return self.seconds[-1] * rows / self.rows[-1]
 
+    def up_to(self, rows: int) -> CostTable:
+        """Without larger calls, but for the smallest."""
+        kept = max(sum(one <= rows for one in self.rows), 1)
+        return CostTable(self.rows[:kept], self.seconds[:kept])
+
     def in_calls(self, rows: int, most: int) -> float:
         """Seconds of so many rows in calls of at most ``most``."""
         full, rest = divmod(rows, most)
@@ -86,17 +92,19 @@ def measure(
     call: Callable[[int], Any],
     smallest: int,
     largest: int,
-    budget: float,
+    calls: float,
+    least: float = 0.0,
     agree: Callable[[Sequence[float]], list[float]] = list,
 ) -> CostTable:
     """Time calls of ``smallest``, twice, four times ... as many rows, each warm: the median of a few.
 
-    Ends early where a larger call would not fit into what is left of the budget, or gains nothing any more.
+    Larger sizes are tried until one would cost too much or gains nothing any more; what is left to spend goes into
+    timing all of them again, in turns, so that a machine that is slow for a moment spoils no size alone.
 
     Args:
         call: evaluates so many rows, and waits until they are done.
         smallest, largest: row counts.
-        budget: seconds to spend, once the smallest size has been measured.
+        calls, least: what to spend: as long as so many calls of the smallest size take, and at least so many seconds.
         agree: makes the seconds the same in all processes that share the rows.
     """
 
@@ -105,36 +113,46 @@ def measure(
         call(rows)
         return agree([time.perf_counter() - started])[0]
 
-    rows, seconds, spent = [], [], 0.0
-    size = smallest
+    times: dict[int, list[float]] = {}
+    size, spent = smallest, 0.0
     while True:
-        spent += timed(size)  # a first call compiles, chooses kernels and finds memory
-        times = [timed(size)]
-        while len(times) < _REPEATS and (spent + sum(times) < budget or not rows):
-            times.append(timed(size))
-        spent += sum(times)
-        rows.append(size)
-        seconds.append(statistics.median(times))
-        linear = len(seconds) >= 3 and seconds[-1] >= _LINEAR * seconds[-2] >= _LINEAR**2 * seconds[-3]
+        timed(
+            size
+        )  # compiles, chooses kernels and finds memory; once in the life of a network, so not charged for that
+        times[size] = [timed(size)]
+        spent += 2 * times[size][0]
+        budget = max(calls * times[smallest][0], least)
+        last = [one[0] for one in times.values()][-3:]
+        linear = len(last) == 3 and last[2] >= _LINEAR * last[1] >= _LINEAR**2 * last[0]
         size = min(2 * size, largest)
-        if linear or size <= rows[-1] or spent + 4 * seconds[-1] > budget:
-            return CostTable(tuple(rows), tuple(seconds))
+        if linear or size in times or spent + 4 * last[-1] > budget:
+            break
+    while len(times[smallest]) < _REPEATS and spent + sum(one[0] for one in times.values()) <= budget:
+        for size, own in times.items():
+            own.append(timed(size))
+            spent += own[-1]
+    medians = [statistics.median(own) for own in times.values()]
+    # fewer rows do not take longer: they could be filled up
+    return CostTable(tuple(times), tuple(min(medians[i:]) for i in range(len(medians))))
 
 
 def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
-    """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters."""
+    """A key for the costs of a denoiser: what it is made of, the device, the shape and dtype, and what else matters.
+
+    Labels, prompts and scales that it holds do not make another network of it, but a number of 0 or 1, such as a
+    guidance scale, may switch a part of it off.
+    """
     parts = [_device(x_T), f"{tuple(x_T.shape)} {x_T.dtype}", *map(str, others)]
-    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _parameters(part) is not None):
-        parameters = _parameters(one)
+    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _has_parameters(part)):
         if isinstance(one, (bool, int, float, str)):
-            parts.append(repr(one))
+            parts.append(f"{type(one).__name__} {one if one in (0, 1) else 'of any value'}")
         elif is_array(one):
             parts.append(f"array {tuple(one.shape)} {one.dtype}")
         else:
             code = getattr(one, "__code__", None)
             parts.append(f"{type(one).__module__}.{type(one).__qualname__} {getattr(one, '__qualname__', '')}")
             parts += [code.co_code.hex()] if code is not None else []
-            parts += [f"{tuple(p.shape)} {p.dtype}" for p in parameters] if parameters is not None else []
+            parts += _parameters(one) if _has_parameters(one) else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -173,23 +191,30 @@ def cache_folder() -> Path:
     return Path(folder) / "parasolver" / "costs"
 
 
-def _parameters(thing: Any) -> list[Any] | None:
-    """The arrays of a network, if it is one in the manner of PyTorch."""
-    parameters: Any = getattr(thing, "parameters", None)
-    if not callable(parameters) or isinstance(thing, type):
-        return None
+def _has_parameters(thing: Any) -> bool:
+    """Whether a thing is a network in the manner of PyTorch."""
+    return not isinstance(thing, type) and callable(getattr(thing, "parameters", None))
+
+
+def _parameters(network: Any) -> list[str]:
+    """Shapes and dtypes of a network's arrays."""
     try:
-        found: list[Any] = list(parameters())  # type: ignore[arg-type]
+        return [f"{tuple(one.shape)} {one.dtype}" for one in network.parameters()]
     except Exception:  # something else of that name
-        return None
-    return found if all(is_array(one) for one in found) else None
+        return []
 
 
 def _device(x_T: Array) -> str:
     """The device and, as far as the library tells, its model and threads."""
-    device, told = array_api_compat.device(x_T), [platform.node(), platform.machine(), str(os.cpu_count())]
+    device, library = array_api_compat.device(x_T), sys.modules[type(x_T).__module__.partition(".")[0]]
+    told = [_machine(), str(getattr(library, "__version__", ""))]
     if array_api_compat.is_torch_array(x_T):
         xp: Any = array_api_compat.array_namespace(x_T)
-        told += [version("torch"), str(xp.get_num_threads())]
+        told += [str(xp.get_num_threads())]
         told += [xp.cuda.get_device_name(device)] if str(device).startswith("cuda") else []
     return f"{type(x_T).__module__} {device} {' '.join(told)}"
+
+
+@cache
+def _machine() -> str:
+    return f"{platform.node()} {platform.machine()} {os.cpu_count()}"

@@ -2,40 +2,42 @@
 
 The rounds of the default method were measured on three networks (``benchmarks.planning``) and follow
 
-    rounds = N / window + (p + q log10(1 / tolerance)) N^(1/4)                      (a sliding window)
-    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))              (spread nodes)
+    rounds = N / window + (1 - 1 / window) (p + q log10(1 / tolerance) (N / window)^r)      (a sliding window)
+    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))                      (spread nodes)
+    rounds = p + r / (window tolerance)                                                     (spread nodes, noise)
 
-within some 20 %. The first term is what a window costs that moves on by itself each round, the second how many rounds a
-node takes to settle. The seconds are those of the network's calls, a little fewer rows in the first round and in the
-last, and the solver's own time.
+within some 20 %, spread nodes half to twice. The first term is what a window costs that moves on by itself each round,
+the second how many rounds nodes take to settle, of which a window of 1 needs none. The seconds are those of the
+network's calls, with fewer rows in the first round and in the last, and the solver's own time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from parasolver_core.arrays import to_host
-from parasolver_core.costs import CostTable, describe, keep, measure, recall
-from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.costs import CostTable, keep, measure, recall
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
-_SLIDING, _SLIDING_NOISY = (0.78, 0.79), (1.0, 0.9)  # p and q above, printed by benchmarks.planning
-_SPREAD = (0.7, 4.0, 4.3)
+_SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q and r above, checked by benchmarks.planning
+_SPREAD, _SPREAD_NOISY = (0.7, 4.0, 4.3), (8.0, 8.0)
 _FINEST = 1e-6  # a smaller tolerance is the arithmetic's
 _NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
+_MOST_MADE = 256  # choices that a process remembers
 _WIDEST = 64  # rows of each sample that are measured at most; larger rounds are split
-_BUDGET, _LEAST_SECONDS = 0.25, 0.2  # for measuring: a share of a sequential run, and seconds
+_BUDGET, _LEAST_SECONDS = 0.5, 0.2  # for measuring: a share of a sequential run, and seconds
 _GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
+_SPLIT, _WIDER = 1.05, 1.01  # timings are no better: calls are not split for less, nor more nodes evaluated
+_FITTED = 16  # the largest window whose own time is measured
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,17 @@ class Prediction:
         return self.network + self.own
 
 
+Choice = tuple[Prediction, Prediction]  # the best, and the best of the others to compare
+_MADE: dict[Hashable, Choice] = {}
+
+
 @dataclass(frozen=True)
 class Costs:
     """Measured seconds.
 
     Args:
         network: of one call, by rows.
-        own: of the solver in one round, by window; a window of 1 is the sequential loop. None: nothing.
+        own: of the solver in one round, by its nodes; 1 is the sequential loop. None: nothing.
     """
 
     network: CostTable
@@ -79,6 +85,10 @@ class Costs:
     def of_round(self, rows: int, devices: int, max_rows: int) -> float:
         """Seconds in the network, of a round of so many rows shared by devices."""
         return self.network.in_calls(-(-rows // devices), max_rows)
+
+    def of_solver(self, rows: Sequence[int], window: int) -> float:
+        """Seconds in the solver, of rounds with so many nodes of each sample."""
+        return 0.0 if self.own is None else sum(self.own(max(one, min(window, 2))) for one in rows)
 
 
 def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
@@ -89,10 +99,14 @@ def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolera
     tolerance = max(tolerance, _FINEST)
     digits = math.log10(1 / min(tolerance, 1.0))
     if method.spreads(recurrence, window, tolerance):
+        if recurrence.stochastic:
+            p, r = _SPREAD_NOISY
+            return min(p + r / (window * tolerance), float(n))
         p, q, r = _SPREAD
         return min(p + q * digits + r / (window * math.sqrt(tolerance)), float(n))
-    p, q = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
-    return min(n / window + (p + q * digits) * n**0.25, float(n))
+    p, q, r = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
+    lengths = n / window
+    return min(lengths + (1 - 1 / window) * (p + q * digits * lengths**r), float(n))
 
 
 def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:
@@ -103,10 +117,10 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
     if method.spreads(recurrence, window, tolerance):
         needed = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
-    final = np.linspace(1, n, rounds, endpoint=False)[
-        : rounds - 1
-    ]  # how many nodes are, before each round but the first
-    return [1, *(max(min(window, n - round(at)), 1) for at in final)]
+    first = min(window, recurrence.blind) if method.fill == "held" else 1
+    power = _TAPER_NOISY if recurrence.stochastic else 1.0
+    left = ((n - 1) * (1 - i / (rounds - 1)) ** power for i in range(rounds - 1))  # nodes, before each later round
+    return [first, *(max(min(window, round(one)), 1) for one in left)]
 
 
 def predict(
@@ -129,12 +143,13 @@ def predict(
         devices: how many share the rows of a round.
         max_rows: the most rows in one call; None: the most that was measured.
     """
-    rows = [batch * one for one in predicted_rows(recurrence, method, window, tolerance)]
+    nodes = predicted_rows(recurrence, method, window, tolerance)
+    rows = [batch * one for one in nodes]
     limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
     sizes = [size for size in costs.network.rows if size <= limit] or [limit]
     seconds = {size: sum(costs.of_round(one, devices, size) for one in rows) for size in sizes}
-    best = min(reversed(sizes), key=lambda size: seconds[size])  # the largest of those that are equal
-    own = 0.0 if costs.own is None else len(rows) * costs.own(window)
+    best = max(size for size in sizes if seconds[size] <= _SPLIT * min(seconds.values()))
+    own = costs.of_solver(nodes, window)
     return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], own)
 
 
@@ -159,16 +174,18 @@ def choose(
     batch: int = 1,
     devices: int = 1,
     max_rows: int | None = None,
-) -> tuple[Prediction, Prediction]:
+) -> Choice:
     """The best choice and, to compare, the best of the others: sequential sampling or a window. Arguments as above."""
 
     def cost(window: int) -> Prediction:
         return predict(recurrence, method, window, tolerance, costs, batch=batch, devices=devices, max_rows=max_rows)
 
     sequential = cost(1)
-    parallel = min((cost(window) for window in candidates(len(recurrence))), key=lambda one: one.seconds, default=None)
-    if parallel is None or not parallel.seconds < _GAIN * sequential.seconds:
-        return sequential, parallel or sequential
+    windows = [cost(window) for window in candidates(len(recurrence))]
+    least = min((one.seconds for one in windows), default=math.inf)
+    parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
+    if not parallel.seconds < _GAIN * sequential.seconds:
+        return sequential, parallel
     return parallel, sequential
 
 
@@ -187,18 +204,31 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def measured_costs(state: SequentialState, denoiser: DenoiserFn, own: Callable[[int], float], *also: Any) -> Costs:
+def remembered(key: Hashable, choose_now: Callable[[], Choice]) -> Choice:
+    """A choice as this process made it before, or made now; a small network's run takes as long as a few choices."""
+    try:
+        made = _MADE.get(key)
+    except TypeError:  # a step rule or method that cannot be hashed
+        return choose_now()
+    if made is None:
+        made = choose_now()
+        if len(_MADE) >= _MOST_MADE:
+            _MADE.clear()
+        _MADE[key] = made
+    return made
+
+
+def measured_costs(state: SequentialState, key: str, own: Callable[[int], float]) -> Costs:
     """The costs of a run that has not begun: as kept from an earlier run, or measured now and kept.
 
     Args:
         state: of the run.
-        denoiser: its network.
+        key: all that the costs depend on, but for the sampler and the devices.
         own: the solver's own seconds of a round, by window; 1 is the sequential loop.
-        also: what else the costs depend on.
     """
     steps, agree = len(state.recurrence), state.evaluator.agree
-    most = min(steps, _WIDEST)
-    key = describe(denoiser, state.x_T, most, state.evaluator.devices, *also)
+    most, devices = min(steps, _WIDEST), state.evaluator.devices
+    key = f"{key}-{most}-{state.recurrence.memory}-{state.recurrence.stochastic}-{devices}"
     kept = recall(key)
     number = -1.0 if kept is None else float(int(hashlib.sha256(repr(kept).encode()).hexdigest()[:12], 16))
     same = agree([number, -number]) == [number, -number]  # in all processes that share the rows
@@ -217,9 +247,14 @@ def _measure(state: SequentialState, own: Callable[[int], float], most: int) -> 
         out = state.evaluator(copies, np.linspace(0, steps - 1, rows).astype(np.int64), np.arange(rows) % batch)
         to_host(xp.isfinite(out[-1:, ...]))  # waits for the device
 
-    first = time.perf_counter()
-    call(batch)
-    first = agree([time.perf_counter() - first])[0]
-    network = measure(call, batch, batch * most, max(_BUDGET * steps * first, _LEAST_SECONDS), agree)
-    windows = sorted({1, min(2, steps), min(16, steps)})
-    return {"network": network, "own": CostTable(tuple(windows), tuple(agree([own(window) for window in windows])))}
+    network = measure(call, batch, batch * most, _BUDGET * steps, _LEAST_SECONDS, agree)
+    room = state.evaluator.max_rows
+    (smallest_room,) = agree([-math.inf if room is None else -float(room * state.evaluator.devices)])
+    if math.isfinite(smallest_room):  # memory ran out in larger calls
+        network = network.up_to(-int(smallest_room))
+    windows = sorted({1, min(2, steps), min(_FITTED, steps)})
+    seconds = agree([own(window) for window in windows])
+    if most > _FITTED:  # as many calls of the array library for each further node
+        slope = max(seconds[-1] - seconds[-2], 0.0) / (windows[-1] - windows[-2])
+        windows, seconds = [*windows, most], [*seconds, seconds[-1] + slope * (most - windows[-1])]
+    return {"network": network, "own": CostTable(tuple(windows), tuple(seconds))}

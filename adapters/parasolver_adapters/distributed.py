@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenois
 from parasolver_core.errors import SolverError
 from parasolver_core.introspection import reachable
 
-_HEADER, _NUMBERS = 1024, 24  # bytes before a process's predictions: three int64 numbers, then the text of an error
+_HEADER = 1024  # bytes before a process's predictions: three numbers, then the text of an error
+_NUMBERS = struct.Struct("=qqq")
 _MESSAGE = 2**14  # bytes of what processes tell each other outside rounds
 _SAMPLED = 64  # elements of each parameter that the fingerprint reads
 
@@ -92,9 +94,7 @@ class DistributedDenoiser(SharedDenoiser):
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a callable denoiser(x, t), got {type(denoiser).__name__}")
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
-        self._group = _process_group(group)
+        self._group = check_group(group, timeout)
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
         self._denoiser, self._timeout = denoiser, timedelta(seconds=timeout)
         self._local = BatchedCall(denoiser, max_rows)
@@ -148,19 +148,15 @@ class DistributedDenoiser(SharedDenoiser):
                 part = self._local(x[mine], t[mine], None if rows is None else rows[mine])
             except Exception as raised:
                 error = raised
-        packet = _Packet.pack(part, error, self._calls, x, max(share.stop - share.start for share in shares))
-        packets = self._gather(packet)
+        most = max(share.stop - share.start for share in shares)
+        packets = self._gather(_Packet.pack(part, error, self._calls, x, most))
         headers = packets[:, :_HEADER].cpu()  # waits for the device
-        self._raise_for(headers, x.shape[0], error)
-        own = x.element_size() * x[0].numel()
-        predictions = [
-            packet[_HEADER : _HEADER + own * (share.stop - share.start)].view(x.dtype)
-            for packet, share in zip(packets.to(x.device), shares, strict=True)
-        ]
-        return torch.cat(predictions).view(x.shape)
+        self._raise_for([_Packet.read(_bytes(header)) for header in headers], x.shape[0], error)
+        values = packets[:, _HEADER : _HEADER + most * _row_bytes(x)].to(x.device).view(x.dtype)
+        rows_of = zip(values.unflatten(1, (most, -1)).unbind(), shares, strict=True)
+        return torch.cat([own[: share.stop - share.start] for own, share in rows_of]).view(x.shape)
 
-    def _raise_for(self, headers: Tensor, rows: int, error: Exception | None) -> None:
-        told = [_Packet.read(header) for header in headers]
+    def _raise_for(self, told: list[_Packet], rows: int, error: Exception | None) -> None:
         failed = [(rank, one.text) for rank, one in enumerate(told) if one.text]
         if failed:
             others = "".join(f"; rank {rank}: {text}" for rank, text in failed[1:])
@@ -182,10 +178,9 @@ class DistributedDenoiser(SharedDenoiser):
             raise ValueError(
                 f"a message of {len(text)} bytes is longer than {_MESSAGE - 8}; use fewer or shorter arguments"
             )
-        packet = torch.zeros(_MESSAGE, dtype=torch.uint8)
-        packet[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        packet = torch.frombuffer(bytearray(text.ljust(_MESSAGE, b"\0")), dtype=torch.uint8)
         gathered = self._gather(packet.to(self._device())).cpu()
-        return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
+        return [json.loads(_bytes(one).rstrip(b"\0")) for one in gathered]
 
     def _compare(self, messages: list[dict[str, Any]]) -> None:
         names = dict.fromkeys(name for message in messages for name in message)
@@ -246,27 +241,33 @@ class _Packet:
     def pack(cls, part: Tensor | None, error: Exception | None, calls: int, x: Tensor, most: int) -> Tensor:
         """The packet of one process, uint8, as long for each: room for ``most`` rows like those of ``x``."""
         text = b"" if error is None else _told(error)
-        header = torch.zeros(_HEADER, dtype=torch.uint8)
-        header[:_NUMBERS].view(torch.int64).copy_(torch.tensor([calls, x.shape[0], len(text)]))
-        header[_NUMBERS : _NUMBERS + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        length = -(-most * x.element_size() * x[0].numel() // 16) * 16  # rows of other processes stay aligned
+        header = bytearray((_NUMBERS.pack(calls, x.shape[0], len(text)) + text).ljust(_HEADER, b"\0"))
+        length = -(-most * _row_bytes(x) // 16) * 16  # rows of other processes stay aligned
         packet = torch.empty(_HEADER + length, dtype=torch.uint8, device=x.device)
-        packet[:_HEADER] = header.to(x.device)
+        packet[:_HEADER] = torch.frombuffer(header, dtype=torch.uint8)
         if part is not None:
             values = part.contiguous().flatten().view(torch.uint8)
             packet[_HEADER : _HEADER + len(values)] = values
         return packet
 
     @classmethod
-    def read(cls, header: Tensor) -> _Packet:
-        calls, rows, length = header[:_NUMBERS].view(torch.int64).tolist()
-        return cls(calls, rows, bytes(header[_NUMBERS : _NUMBERS + length].tolist()).decode(errors="replace"))
+    def read(cls, header: bytes) -> _Packet:
+        calls, rows, length = _NUMBERS.unpack_from(header)
+        return cls(calls, rows, header[_NUMBERS.size : _NUMBERS.size + length].decode(errors="replace"))
 
 
 def _told(error: Exception) -> bytes:
     """An exception with its notes, cut to what the header holds."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{type(error).__name__}: {error}{notes}".encode()[: _HEADER - _NUMBERS]
+    return f"{type(error).__name__}: {error}{notes}".encode()[: _HEADER - _NUMBERS.size]
+
+
+def _bytes(packet: Tensor) -> bytes:
+    return packet.numpy().tobytes()
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.element_size() * x[0].numel()
 
 
 def _shares(rows: int, size: int) -> list[slice]:
@@ -275,7 +276,10 @@ def _shares(rows: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+def check_group(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) -> dist.ProcessGroup | None:
+    """The process group among the arguments of :class:`DistributedDenoiser`; raises for what cannot be."""
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "group: torch.distributed has not been started; start the script with torchrun and call "
@@ -305,11 +309,12 @@ def fingerprint(denoiser: Any) -> str:
                 continue
             found = True
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(_sampled(value))
+            digest.update(sampled_bytes(value))
     return digest.hexdigest()[:16] if found else f"no torch module in {type(denoiser).__qualname__}"
 
 
-def _sampled(value: Tensor) -> bytes:
+def sampled_bytes(value: Tensor) -> bytes:
+    """Some of a tensor's elements, spread evenly."""
     local = value.to_local() if isinstance(value, DTensor) else value
     if local.is_meta or local.numel() == 0:
         return b""
@@ -318,13 +323,14 @@ def _sampled(value: Tensor) -> bytes:
 
 
 @contextmanager
-def process_group(timeout: float = 120.0) -> Iterator[torch.device]:
+def process_group(timeout: float = 600.0) -> Iterator[torch.device]:
     """The process group that torchrun asks for, within the block; yields this process's device.
 
     NCCL and the GPU of the local rank where there are GPUs, else gloo and the CPU.
 
     Args:
-        timeout: seconds to wait for the other processes to start.
+        timeout: seconds to wait for the other processes to start, and for any collective. Longer than the denoiser's:
+            NCCL ends a process whose collective takes longer than this, with no error that could be caught.
 
     Raises:
         RuntimeError: the process was not started by torchrun.

@@ -183,7 +183,7 @@ class EpsilonModel:
 
     def timesteps(self, spacing: int | str) -> NDArray[np.int64]:
         """Timesteps of this schedule from noise to data; see :func:`space_timesteps`."""
-        return space_timesteps(len(self.schedule.alphas_cumprod), spacing)
+        return space_timesteps(self.schedule.train_steps, spacing)
 
     @property
     def _guided(self) -> bool:
@@ -229,7 +229,8 @@ class EpsilonModel:
         return {"the network": self.num_classes is not None, "classifier guidance": self.classifier is not None}
 
     def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
-        table = torch.as_tensor(np.sqrt(1 - self.schedule.alphas_cumprod), dtype=x.dtype, device=x.device)
+        _, sigma = self.schedule.levels(np.arange(self.schedule.train_steps))
+        table = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         return table[t].view(-1, *[1] * (x.ndim - 1))
 
 

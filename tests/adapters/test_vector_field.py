@@ -348,6 +348,15 @@ def test_users_jacobian(dense: bool) -> None:
         integrate(logistic, y0, TIMES, jacobian=lambda t, y: y[:1], linearization="full")
 
 
+def test_jacobian_by_torch_func() -> None:
+    y0, t = torch.tensor([1.0, 1.0], dtype=torch.float64), TIMES / 2
+    jacobian = torch.func.vmap(torch.func.jacrev(lotka_volterra, argnums=1))
+    found = integrate(lotka_volterra, y0, t, jacobian=jacobian)
+    assert found.linearization == "full"
+    assert found.sequential_steps == 0
+    close(found.states, odeint(lotka_volterra, y0, t, linearization="sequential"))
+
+
 def test_own_method() -> None:
     ralston = RungeKutta(2, ((), (2 / 3,)), (1 / 4, 3 / 4))
     close(

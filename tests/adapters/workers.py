@@ -26,8 +26,8 @@ SCHEDULE = NoiseSchedule.linear()
 TIMEOUT = 3.0
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-_PROCESSES = multiprocessing.get_context("forkserver")  # PyTorch is imported once
-_PROCESSES.set_forkserver_preload([__name__])
+_PROCESSES = multiprocessing.get_context("forkserver")  # PyTorch and diffusers are imported once
+_PROCESSES.set_forkserver_preload([__name__, "tests.adapters.pipeline_workers"])
 
 
 def launch(scenario: Callable[..., dict[str, Any]], ranks: int, folder: Path, *args: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 
 from parasolver_adapters.dit import PRESETS as DITS
 from tests.adapters.weights import fill, relative, saved
+from tests.adapters.workers import PATH
 from tests.cli.test_cli import run
 
 
@@ -141,6 +145,8 @@ def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> 
         (["--labels", "11"], "labels: expected classes in 0..10, got 11"),
         (["--vae", "folder"], "vae: the embedded model has no use for it"),
         (["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"], "labels: the preset lsun-cat has no classes"),
+        (["--checkpoint", "x.pt"], "preset: a checkpoint needs the name of its network"),
+        (["--device", "meow"], "device: 'meow' cannot be used"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, options: list[str], told: str) -> None:
@@ -181,3 +187,37 @@ def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monke
     assert "Interrupted after round 3" in told
     assert record(tmp_path)["status"] == "interrupted"
     assert (tmp_path / "000.png").exists()
+
+
+def torchrun(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "parasolver_cli", "sample"]
+    command = [sys.executable, "-m", *launcher, "--out", out, *options]
+    environment = os.environ | {"PYTHONPATH": PATH}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=80, env=environment)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(90)
+def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:
+    options = ["--count", 3, "--steps", 12, "--sampler", "ddpm", "--window", 5, "--guidance-scale", 2]
+    ended = torchrun(tmp_path / "two", *options)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("The pictures, grid.png") == 1
+    expected = sample(tmp_path / "one", *options, steps=12)
+    assert relative(load_file(tmp_path / "two" / "samples.safetensors")["samples"], expected) < 1e-5
+    assert {one.name for one in (tmp_path / "two").iterdir()} == {one.name for one in (tmp_path / "one").iterdir()}
+    for number in range(3):
+        got, want = (np.asarray(Image.open(tmp_path / which / f"00{number}.png")) for which in ("two", "one"))
+        assert np.abs(got.astype(int) - want).max() <= 1
+    told, alone = record(tmp_path / "two"), record(tmp_path / "one")
+    assert (told["processes"], alone["processes"]) == (2, 1)
+    assert told["rounds"] == alone["rounds"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(90)
+def test_what_does_not_fit_ends_two_processes(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path / "out", "--preset", "adm-64", "--checkpoint", "nowhere.pt")
+    assert ended.returncode != 0
+    assert "there is no file nowhere.pt" in ended.stdout
+    assert not list((tmp_path / "out").iterdir())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 
 from parasolver_core import Status
 from tests.adapters.saved_pipelines import save_church, save_stable_diffusion
+from tests.adapters.workers import PATH
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
@@ -21,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, MODULAR = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs/pipelines.md").read_text(), flags=re.DOTALL
 )
+(SHARED,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/devices.md").read_text(), flags=re.DOTALL)
 (README,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
@@ -68,6 +73,20 @@ def test_churches(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     names = run(CHURCH.replace("=1000", f"={steps}"), models, monkeypatch)
     check(names, steps, {60: 30, 1000: 80}[steps])
     run(FALLBACK, models, monkeypatch, parallel_sampling=names["parallel_sampling"], pipe=names["pipe"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_pipeline_in_several_processes(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SHARED)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    command, environment = [sys.executable, "-m", *launcher], os.environ | {"PYTHONPATH": PATH}
+    ended = subprocess.run(
+        command, cwd=models, capture_output=True, text=True, check=False, timeout=100, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"^\d+ rounds$", ended.stdout, flags=re.MULTILINE)
+    assert (models / "lighthouse.png").exists()
 
 
 def test_modular_blocks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

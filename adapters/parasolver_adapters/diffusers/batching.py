@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from parasolver_adapters.diffusers.capture import Call, PipelineNotParallelError, Program, Reference
+from parasolver_core import SolverError
 
 Forward = Callable[..., Any]
 
@@ -51,7 +52,7 @@ class Networks:
         try:
             *results, again = self._batch(call, [*nodes, reference.leaves])
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, SolverError)):  # the latter of another process
                 raise
             raise PipelineNotParallelError(
                 f"{type(call.module).__name__} fails for a batch of several steps: {type(error).__name__}: {error}"

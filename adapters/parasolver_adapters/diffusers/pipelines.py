@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
@@ -90,6 +92,8 @@ def parallel_sampling(
     warmup_steps: int = 0,
     preview: Preview | None = None,
     fallback: Literal["error", "sequential"] = "error",
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    timeout: float = 120.0,
 ) -> Iterator[ParallelRun]:
     """Calls of ``pipe`` inside the block sample in parallel; the pipeline itself is not changed.
 
@@ -108,6 +112,10 @@ def parallel_sampling(
             is computed for it; after each step, with its result, where the pipeline is left to itself.
         fallback: what to do with a call that cannot be sampled in parallel. "error": raise. "sequential": warn, and
             leave the pipeline to itself; ``run.reason`` says why.
+        group: processes that share the rows of a round, each of which makes the same call of the pipeline: a process
+            group, ``torch.distributed.group.WORLD`` for all of them, or one dimension of a device mesh. ``max_rows``
+            then counts the rows of one process. None: this process alone.
+        timeout: seconds that a process of the group waits for the others, in each round.
 
     Yields:
         A :class:`ParallelRun`.
@@ -115,6 +123,7 @@ def parallel_sampling(
     Raises:
         PipelineNotParallelError: from the pipeline's call, with the reason.
         ConvergenceError, NonFiniteError: as :func:`parasolver_core.solve`, from the pipeline's call.
+        WorkerError: in all processes of the group, if one of them failed, died or was called otherwise.
 
     Example::
 
@@ -139,6 +148,8 @@ def parallel_sampling(
         warmup_steps=warmup_steps,
         preview=preview,
         fallback=fallback,
+        group=group,
+        timeout=timeout,
     )
     run, own = ParallelRun(), type(pipe)
     runs = [run]
@@ -159,6 +170,13 @@ class Choices:
     preview: Preview | None
     fallback: str
     sequential: bool
+    group: dist.ProcessGroup | None
+    timeout: float
+
+    @property
+    def processes(self) -> int:
+        """How many share the rows."""
+        return 1 if self.group is None else self.group.size()
 
     @classmethod
     def checked(
@@ -169,6 +187,8 @@ class Choices:
         max_rows: int | None = None,
         preview: Preview | None = None,
         fallback: str = "error",
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        timeout: float = 120.0,
         **options: Any,
     ) -> Choices:
         """Raise a ValueError or TypeError for what cannot be; ``options`` are the solver's."""
@@ -185,7 +205,12 @@ class Choices:
             check=False,  # batches are compared with the pipeline's own call instead
             **options,
         )
-        return cls(solver, max_rows, preview, fallback, sequential or window == 1)
+        shared = None
+        if group is not None:
+            from parasolver_adapters.distributed import check_group  # imports much that few need
+
+            shared = check_group(group, timeout)
+        return cls(solver, max_rows, preview, fallback, sequential or window == 1, shared, timeout)
 
 
 def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> type:
@@ -474,15 +499,12 @@ class _Replay(_Listener):
         self._pipe, self._run, self._choices = session.pipe, session.run, session.choices
         self._capture, self._rule = capture, capture.rule
         self._batch = capture.start.shape[0]
-        self._networks = Networks(capture.forwards, capture.recorder.references)
-        self._denoiser = RecordedDenoiser(
-            capture.programs, capture.first, self._networks, functools.partial(_correct, self._rule)
-        )
+        self._denoiser = _denoiser(capture, self._choices)
         max_rows, n = self._choices.max_rows, len(capture.timesteps)
         self._solver = replace(
             self._choices.solver,
             step_rule=_ByNode(self._rule.table),
-            max_rows=None if max_rows is None else max(max_rows // self._batch, 1),
+            max_rows=None if max_rows is None else max(max_rows // self._batch, 1) * self._choices.processes,
         )
         self._noise = capture.noise()
         self._state = self._solver.init(
@@ -609,6 +631,18 @@ class _Replay(_Listener):
         for record in stats.history[len(self._history) :]:
             self._history.append(replace(record, evaluations=record.evaluations * batch))
         self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
+
+
+def _denoiser(capture: _Capture, choices: Choices) -> RecordedDenoiser:
+    """The recorded steps, with networks that are called here or by all processes of the group."""
+    recorded, correct = capture.recorder.references, functools.partial(_correct, capture.rule)
+    if choices.group is None:
+        return RecordedDenoiser(capture.programs, capture.first, Networks(capture.forwards, recorded), correct)
+    from parasolver_adapters.diffusers.sharing import SharedNetworks, SharedSteps, modules_of
+
+    modules = modules_of(capture.programs)
+    networks = SharedNetworks(capture.forwards, recorded, modules, choices.group, choices.timeout)
+    return SharedSteps(capture.programs, capture.first, networks, correct)
 
 
 def _correct(

@@ -1,0 +1,85 @@
+"""Pipelines whose rounds several processes share: the sample of one process, and errors in all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+from parasolver_adapters.diffusers import parallel_sampling
+from tests.adapters import pipeline_workers as scenarios
+from tests.adapters.tiny_pipelines import FAMILIES, stable_diffusion
+from tests.adapters.workers import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90), pytest.mark.usefixtures("quiet_diffusers")]
+TITLES = [
+    "StableDiffusionPipeline, DDIM, batch of 2",
+    "StableDiffusionPipeline, DPM-Solver++ SDE",
+    "StableDiffusionInpaintPipeline, 4 channels",  # the loop changes the state
+    "StableDiffusionControlNetPipeline",  # two networks, one of many outputs
+    "FluxPipeline",
+    "DDPMPipeline, clip_sample",  # corrects the network's output
+]
+OTHERS = [family.title for family in FAMILIES if family.title not in TITLES]
+
+
+@pytest.mark.parametrize("titles", [TITLES, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_the_sample_is_that_of_one_process(titles: list[str], tmp_path: Path) -> None:
+    seen = launch(scenarios.families, 2, tmp_path, titles)
+    assert set(seen[0]) == set(titles)
+    for title in titles:
+        one, other = (rank[title] for rank in seen)
+        assert one["bits"] == other["bits"], title
+        assert one["difference"] < 1, title
+        assert one["rounds"][0] == one["rounds"][1], title
+        assert one["evaluations"][0] == one["evaluations"][1], title
+
+
+def test_each_process_makes_its_share_of_the_calls(tmp_path: Path) -> None:
+    seen = launch(scenarios.shares, 2, tmp_path)
+    assert all(one["difference"] < 1e-12 for one in seen)
+    first = 2  # the pipeline's own call, in each process
+    rows = [sum(one["rows"]) - first - 2 * 10 for one in seen]  # without those of the sequential run
+    compared = 2  # the row that is compared, once
+    assert sum(rows) == 2 * (seen[0]["evaluations"] - 1) + compared  # guidance doubles; the first output is known
+    assert abs(rows[0] - rows[1]) <= 0.3 * sum(rows)
+    assert all(max(one["rows"]) <= 2 * (2 + 1) for one in seen)
+
+
+def test_processes_that_are_called_differently(tmp_path: Path) -> None:
+    told = {
+        "seed": "x_T: ",
+        "prompt": "steps and conditions: ",
+        "guidance": "steps and conditions: ",
+        "steps": "timesteps and step rule: ",
+        "window": "window: 5 on rank 0, 4 on rank 1",
+        "network": "network: ",
+    }
+    for seen in launch(scenarios.disagree, 2, tmp_path):
+        assert seen.pop("nothing") == {"type": None}  # the group is as good as new
+        assert {one["type"] for one in seen.values()} == {"WorkersDisagreeError"}
+        for name, one in seen.items():
+            assert told[name] in one["text"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "told"), [("raise", "WorkerError", "boom"), ("die", "WorkerLostError", "died")]
+)
+def test_a_fault_in_one_process_ends_all(fault: str, kind: str, told: str, tmp_path: Path) -> None:
+    seen = launch(scenarios.fails, 2, tmp_path, fault)
+    if fault == "die":
+        assert seen.pop(1) == {}
+    assert {one["type"] for one in seen} == {kind}
+    assert all(told in one["text"] for one in seen)
+
+
+def test_what_is_refused_is_refused_everywhere(tmp_path: Path) -> None:
+    seen = launch(scenarios.refused, 2, tmp_path)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 3
+
+
+def test_without_processes() -> None:
+    group: Any = "all"
+    with pytest.raises(RuntimeError, match=r"group: torch\.distributed has not been started"):
+        parallel_sampling(stable_diffusion(), group=group).__enter__()
