@@ -1,13 +1,16 @@
 """Ordinary differential equations in parallel over time: ``python -m benchmarks.ode``.
 
-``torchdiffeq``'s fixed-step rk4 beside ``odeint`` of this project, on the same grid, in the same process and in turn;
-medians of the seconds a user waits for. Every pair of answers is compared, and gradients too where they are timed.
+``torchdiffeq``'s fixed-step rk4 and this project's own plain loop beside ``odeint``, on the same grid, in the same
+process and in turn; medians of the seconds a user waits for, or with ``--cpu`` of those the processor works, which on a
+machine that others use as well is what a quiet one would take. Every pair of answers is compared, and gradients too
+where they are timed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -33,6 +36,8 @@ STEPS = (1_000, 10_000)
 SCALING = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 SLOWEST_LOOP = 10_000  # steps up to which the loop is timed for the picture; it is linear beyond
 BATCHES = (1, 4, 16, 128)
+_WIDTH = 140  # of the table in a file
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Line:
 
     Args:
         problem, steps: what was integrated.
-        loop, parallel: median seconds of torchdiffeq and of this project.
+        loop, plain, parallel: median seconds of torchdiffeq, of this project's plain loop, and of its own choice.
         difference: largest difference of the answers, over the largest value.
         rounds, calls, evaluations, sequential_steps, linearization: of the parallel run.
     """
@@ -101,6 +106,7 @@ class Line:
     problem: str
     steps: int
     loop: float
+    plain: float
     parallel: float
     difference: float
     rounds: int
@@ -111,24 +117,26 @@ class Line:
 
     @property
     def speedup(self) -> float:
-        """How many times faster."""
-        return self.loop / self.parallel
+        """How many times faster than the quicker of the two loops."""
+        return min(self.loop, self.plain) / self.parallel
 
 
-def compare(name: str, steps: int, repeats: int) -> Line:
+def compare(name: str, steps: int, repeats: int, clock: Clock = time.perf_counter) -> Line:
     """A small problem, without gradients."""
     problem = PROBLEMS[name]
     y0, t = torch.tensor(problem.y0, dtype=DTYPE), torch.linspace(0, problem.end, steps + 1, dtype=DTYPE)
     with torch.no_grad():
-        (loop, expected), (parallel, found) = interleaved(
+        (loop, expected), (plain, _), (parallel, found) = interleaved(
+            clock,
             repeats,
             lambda: torchdiffeq.odeint(problem.field, y0, t, method="rk4"),
+            lambda: quietly(problem.field, y0, t, linearization="sequential"),
             lambda: quietly(problem.field, y0, t),
         )
-    return _line(name, steps, loop, parallel, relative(found.states, expected), found)
+    return _line(name, steps, (loop, plain, parallel), relative(found.states, expected), found)
 
 
-def compare_neural(batch: int, steps: int, repeats: int, size: int = 64) -> Line:
+def compare_neural(batch: int, steps: int, repeats: int, clock: Clock = time.perf_counter, size: int = 64) -> Line:
     """A multilayer perceptron, trajectory and gradients of a loss at the end; gradients are compared."""
     generator = torch.Generator().manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.Tanh(), torch.nn.Linear(size, size)).to(DTYPE)
@@ -139,16 +147,18 @@ def compare_neural(batch: int, steps: int, repeats: int, size: int = 64) -> Line
     def gradients(states: Any) -> Any:
         return torch.cat([g.ravel() for g in torch.autograd.grad(states[-1].square().mean(), list(net.parameters()))])
 
-    def parallel_run() -> tuple[Any, ODESolution]:
-        solution = quietly(lambda t, y: net(y), y0, t, tolerance=1e-9)
+    def own_run(**options: Any) -> tuple[Any, ODESolution]:
+        solution = quietly(lambda t, y: net(y), y0, t, tolerance=1e-9, **options)
         return gradients(solution.states), solution
 
-    (loop, expected), (parallel, (found, solution)) = interleaved(
+    (loop, expected), (plain, _), (parallel, (found, solution)) = interleaved(
+        clock,
         repeats,
         lambda: gradients(torchdiffeq.odeint(lambda t, y: net(y), y0, t, method="rk4")),
-        parallel_run,
+        lambda: own_run(linearization="sequential"),
+        own_run,
     )
-    return _line(f"neural ODE, batch {batch}", steps, loop, parallel, relative(found, expected), solution)
+    return _line(f"neural ODE, batch {batch}", steps, (loop, plain, parallel), relative(found, expected), solution)
 
 
 def quietly(*arguments: Any, **options: Any) -> ODESolution:
@@ -158,16 +168,16 @@ def quietly(*arguments: Any, **options: Any) -> ODESolution:
         return integrate(*arguments, **options)
 
 
-def interleaved(repeats: int, *runs: Callable[[], Any]) -> list[tuple[float, Any]]:
+def interleaved(clock: Clock, repeats: int, *runs: Callable[[], Any]) -> list[tuple[float, Any]]:
     """Median seconds of each and its last answer; they take turns, so that a busy machine slows all."""
     seconds: list[list[float]] = [[] for _ in runs]
     answers: list[Any] = [run() for run in runs[1:]]  # warm up; the first is the loop, which has nothing to warm
     answers = [None, *answers]
     for _ in range(repeats):
         for k, run in enumerate(runs):
-            started = time.perf_counter()
+            started = clock()
             answers[k] = run()
-            seconds[k].append(time.perf_counter() - started)
+            seconds[k].append(clock() - started)
     return [(float(np.median(times)), answer) for times, answer in zip(seconds, answers, strict=True)]
 
 
@@ -176,11 +186,13 @@ def relative(a: Any, b: Any) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def _line(name: str, steps: int, loop: float, parallel: float, difference: float, run: ODESolution) -> Line:
+def _line(name: str, steps: int, seconds: tuple[float, float, float], difference: float, run: ODESolution) -> Line:
+    loop, plain, parallel = seconds
     return Line(
         problem=name,
         steps=steps,
         loop=loop,
+        plain=plain,
         parallel=parallel,
         difference=difference,
         rounds=run.rounds,
@@ -208,7 +220,7 @@ class StagesLine:
     seconds: float
 
 
-def compare_stages(name: str, steps: int, repeats: int) -> list[StagesLine]:
+def compare_stages(name: str, steps: int, repeats: int, clock: Clock = time.perf_counter) -> list[StagesLine]:
     """Both ways, with exact Jacobians at every node, on a start that is off by a thousandth."""
     problem = PROBLEMS[name]
     t = torch.linspace(0, problem.end, steps + 1, dtype=DTYPE)
@@ -217,7 +229,7 @@ def compare_stages(name: str, steps: int, repeats: int) -> list[StagesLine]:
         start = exact * (1 + 1e-3 * torch.sin(t))[:, None]
         start[0] = exact[0]
         runs = interleaved(
-            repeats, *(partial(_newton, problem.field, t, start, exact, nodes) for nodes in ("steps", "stages"))
+            clock, repeats, *(partial(_newton, problem.field, t, start, exact, nodes) for nodes in ("steps", "stages"))
         )
     return [
         StagesLine(name, steps, nodes, *answer, seconds)
@@ -271,14 +283,26 @@ def _weighted(weights: tuple[float, ...], slopes: list[Any]) -> Any:
 
 def table(lines: list[Line]) -> Table:
     """The lines as the reader sees them."""
-    shown = Table(title="rk4 in float64: torchdiffeq and odeint", title_justify="left", collapse_padding=True)
-    for name in ("problem", "steps", "loop, s", "parallel, s", "faster", "difference", "rounds", "calls", "in turn"):
+    shown = Table(title="rk4 in float64", title_justify="left", collapse_padding=True)
+    names = (
+        "problem",
+        "steps",
+        "torchdiffeq, s",
+        "own loop, s",
+        "odeint, s",
+        "faster",
+        "difference",
+        "rounds",
+        "calls",
+    )
+    for name in (*names, "in turn"):
         shown.add_column(name, justify="left" if name == "problem" else "right", no_wrap=True)
     for line in lines:
         shown.add_row(
             line.problem,
             str(line.steps),
             f"{line.loop:.3f}",
+            f"{line.plain:.3f}",
             f"{line.parallel:.4f}",
             f"{line.speedup:.1f}x",
             f"{line.difference:.0e}",
@@ -302,7 +326,7 @@ def draw(lines: list[Line], file: Path) -> None:
         seconds.plot([line.steps for line in timed], [line.loop for line in timed], "s--", **style)
         seconds.plot([line.steps for line in own], [line.parallel for line in own], "o-", label=name, **style)
         rounds.plot([line.steps for line in own], [line.rounds for line in own], "o-", **style)
-    seconds.set(xscale="log", yscale="log", ylabel="seconds")
+    seconds.set(xscale="log", yscale="log", ylabel="time, s")
     seconds.legend(title="odeint (solid), torchdiffeq (dashed)", fontsize="small", title_fontsize="small")
     rounds.set(xlabel="steps", ylabel="rounds", ylim=(0, None))
     for axes in (seconds, rounds):
@@ -310,19 +334,19 @@ def draw(lines: list[Line], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def scaling(name: str, repeats: int) -> list[Line]:
+def scaling(name: str, repeats: int, clock: Clock = time.perf_counter) -> list[Line]:
     """From few steps to many; beyond ``SLOWEST_LOOP`` of odeint alone."""
     lines = []
     for steps in (n for n in SCALING if n >= PROBLEMS[name].fewest):
         if steps <= SLOWEST_LOOP:
-            lines.append(compare(name, steps, repeats))
+            lines.append(compare(name, steps, repeats, clock))
             continue
         problem = PROBLEMS[name]
         t = torch.linspace(0, problem.end, steps + 1, dtype=DTYPE)
         y0 = torch.tensor(problem.y0, dtype=DTYPE)
         with torch.no_grad():
-            [(parallel, run)] = interleaved(repeats, partial(quietly, problem.field, y0, t))
-        lines.append(_line(name, steps, math.nan, parallel, math.nan, run))
+            [(parallel, run)] = interleaved(clock, repeats, partial(quietly, problem.field, y0, t))
+        lines.append(_line(name, steps, (math.nan, math.nan, parallel), math.nan, run))
     return lines
 
 
@@ -330,22 +354,24 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the lines to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Measure more numbers of steps and draw them here.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; medians are shown.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch, for both.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch, for all.")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Processor seconds; for a machine shared with others.")] = False,
 ) -> None:
-    """Wall-clock seconds of sequential and parallel integration."""
+    """Seconds of sequential and parallel integration."""
     torch.set_num_threads(threads)
-    console = Console()
+    clock: Clock = time.process_time if cpu else time.perf_counter
+    console = Console(width=_WIDTH if not sys.stdout.isatty() else None)
     lines, stages = [], []
     with console.status("Measuring") as status:
         for steps in STEPS:
             for name in PROBLEMS:
                 status.update(f"{name}, {steps} steps")
-                lines.append(compare(name, steps, repeats))
+                lines.append(compare(name, steps, repeats, clock))
         for batch in BATCHES:
             status.update(f"neural ODE, batch {batch}")
-            lines.append(compare_neural(batch, 200, repeats))
+            lines.append(compare_neural(batch, 200, repeats, clock))
         for name in ("pendulum", "Lotka-Volterra", "linear, 16 states"):
-            stages += compare_stages(name, STEPS[-1], repeats)
+            stages += compare_stages(name, STEPS[-1], repeats, clock)
     console.print(table(lines))
     for line in stages:
         console.print(
@@ -355,7 +381,7 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(line) for line in [*lines, *stages]], indent=2) + "\n")
     if picture is not None:
-        draw([line for name in PICTURED for line in scaling(name, repeats)], picture)
+        draw([line for name in PICTURED for line in scaling(name, repeats, clock)], picture)
 
 
 if __name__ == "__main__":
