@@ -98,7 +98,7 @@ def draw(lines: list[Line], file: Path) -> None:
         ax = picture.subplots()
         for place, case in enumerate(cases):
             own = [one for one in lines if (one.problem, one.setting) == case]
-            for shift, line in zip(np.linspace(0.24, -0.24, len(own)), own, strict=True):
+            for shift, line in zip(np.linspace(-0.24, 0.24, len(own)), own, strict=True):
                 low, quarter, median, three, high, worst = np.quantile(
                     np.maximum(line.ratios, 1e-4), [0.05, 0.25, 0.5, 0.75, 0.95, 1.0]
                 )

@@ -495,7 +495,8 @@ def _curves(ax: Axes, results: Results, problem: str, setting: Setting, what: st
         ha="right",
     )
     ax.set(xscale="log", yscale="log", xlabel=what + " per sample", ylim=(5e-5, 1.5))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left, right = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if right < 100 * left else (1.0, 3.0)))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(True, which="major", lw=0.4, color="#e3e6e8")

@@ -76,6 +76,26 @@ def test_exponential_methods(method: str, linear: Any) -> None:
     close(found.states, expected.states)
 
 
+def elementwise(t: Any, y: Any) -> Any:
+    return np.cos(t) - 0.2 * y**2
+
+
+def coupled_samples(t: Any, y: Any) -> Any:
+    return np.sin(y).mean(axis=(-2, -1), keepdims=True) - y**3 / 9
+
+
+@pytest.mark.parametrize("field", [elementwise, coupled_samples])
+@pytest.mark.parametrize("linear", [[-30.0, -1.0], [[-30.0, 0.5], [-0.5, -1.0]]])
+@pytest.mark.parametrize("linearization", ["full", "diagonal"])
+def test_linear_part_of_states_in_a_batch(field: Any, linear: Any, linearization: Any) -> None:
+    """The linear part once was added to Jacobians of another shape, and left out of what couples samples."""
+    y0 = np.array([[1.0, -0.5], [0.2, 0.8], [-1.0, 0.4]])
+    options: dict[str, Any] = {"method": "etdrk2", "linear": linear}
+    found = integrate(field, y0, TIMES / 2, linearization=linearization, **options)
+    assert found.sequential_steps == 0
+    close(found.states, integrate(field, y0, TIMES / 2, linearization="sequential", **options).states)
+
+
 @pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "heun3", "rk4"])
 def test_equals_torchdiffeq(name: str) -> None:
     torchdiffeq = pytest.importorskip("torchdiffeq")
@@ -242,6 +262,18 @@ def test_chaos_falls_back_exactly_and_says_so() -> None:
     close(found.states, expected.states, 1e-6)  # an error of 1e-16 grows by about 1e8 in 20 units
 
 
+@pytest.mark.parametrize("window", [None, 750])
+def test_windows_where_newton_leaves_its_basin(window: int | None) -> None:
+    def lorenz(t: Any, y: Any) -> Any:
+        return np.stack([10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
+
+    y0, t = np.array([1.0, 1.0, 1.0]), np.linspace(0, 20, 3001)
+    found = integrate(lorenz, y0, t, window=window)
+    assert found.windows > 2
+    assert found.sequential_steps == 0
+    close(found.states, odeint(lorenz, y0, t, linearization="sequential"), 1e-8)
+
+
 def test_explicit_method_on_a_stiff_field_gives_what_the_method_gives() -> None:
     t = np.linspace(0, 1, 201)
     with pytest.warns(SequentialFallbackWarning, match="one after another"):
@@ -316,6 +348,15 @@ def test_users_jacobian(dense: bool) -> None:
         integrate(logistic, y0, TIMES, jacobian=lambda t, y: y[:1], linearization="full")
 
 
+def test_jacobian_by_torch_func() -> None:
+    y0, t = torch.tensor([1.0, 1.0], dtype=torch.float64), TIMES / 2
+    jacobian = torch.func.vmap(torch.func.jacrev(lotka_volterra, argnums=1))
+    found = integrate(lotka_volterra, y0, t, jacobian=jacobian)
+    assert found.linearization == "full"
+    assert found.sequential_steps == 0
+    close(found.states, odeint(lotka_volterra, y0, t, linearization="sequential"))
+
+
 def test_own_method() -> None:
     ralston = RungeKutta(2, ((), (2 / 3,)), (1 / 4, 3 / 4))
     close(
@@ -356,6 +397,10 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"batching": "column"}, "f: called with 5 times at once"),
         ({"linear": 1.0}, "linear: the linear part"),
         ({"method": "etd1", "linear": [1.0, 2.0, 3.0]}, "linear: expected a number"),
+        (
+            {"f": lambda t, y: -y, "y0": np.array(1.0), "method": "etd1", "linear": [1.0]},
+            "linear: expected a number, got",
+        ),
         ({"tolerance": -1.0}, "tolerance: expected"),
         ({"window": 0}, "window: expected"),
         ({"substeps": 0}, "substeps: expected"),

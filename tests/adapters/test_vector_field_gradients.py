@@ -51,6 +51,29 @@ def test_equal_to_sequential(method: str, linearization: Any, shape: tuple[int, 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
 
 
+def test_memory_of_the_backward_pass_does_not_grow_with_rounds() -> None:
+    a = torch.tensor(1.3, dtype=DTYPE, requires_grad=True)
+    kept: dict[str, int] = {}
+    rounds = []
+    names: tuple[Any, ...] = ("full", "secant")
+    for name in names:
+
+        def pack(values: Any, name: str = name) -> Any:
+            kept[name] = kept.get(name, 0) + values.numel()
+            return values
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+            found = integrate(
+                lambda t, y: torch.stack([y[1], -a * torch.sin(y[0])]),
+                torch.tensor([1.0, 0.2], dtype=DTYPE),
+                times(400),
+                linearization=name,
+            )
+        rounds.append(found.rounds)
+    assert rounds[1] > 3 * rounds[0]
+    assert kept["full"] == kept["secant"] > 0
+
+
 def test_gradcheck() -> None:
     t = times(80, 2.0)
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.vector_field.newton import ParallelIntegrator, running_scale
+from parasolver_adapters.vector_field.newton import ParallelIntegrator, running_scale, settled
 from parasolver_adapters.vector_field.problem import Problem, steps
 
-_MOST_ROUNDS = 40  # as many backward passes through one batched step; then the plain loop is differentiated
+_MOST_ROUNDS = 40  # backward passes through one batched step; then the plain loop is differentiated
 
 
 def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class _Adjoint:
         surrogate = self.integrator.surrogate(problem, 0, n)
         adjoint = torch.cat([torch.zeros_like(g[:-1]), g[-1:]])
         before, eps = np.inf, torch.finfo(g.dtype).eps
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(self._rounds_that_pay()):
             rho = problem.flat(self._back(adjoint[1:]) + g[:-1] - adjoint[:-1])
             d = surrogate.propagate_back(rho, self.states)
             adjoint = torch.cat([adjoint[:-1] + problem.unflat(d), adjoint[-1:]])
@@ -78,14 +78,17 @@ class _Adjoint:
             size, defect = (float(torch.max(part.abs() / scale)) for part in (d, rho))
             if not np.isfinite(size):
                 break
-            theta = size / before if 0 < before < np.inf else 0.5
-            if theta < 0.9 and size * theta / (1 - theta) <= self.integrator.tolerance:
+            if settled(size, before, defect, self.integrator.tolerance, eps):
                 return adjoint
-            if theta > 0.5 and defect <= 1e3 * eps:
-                return adjoint
-            surrogate.update(size, theta if before < np.inf else 0.0)
+            surrogate.update(size, size / before)
             before = size
         return self._sequential(g)
+
+    def _rounds_that_pay(self) -> int:
+        """As many as cost what the plain loop does."""
+        problem, n = self.problem, len(self.problem.grid)
+        loop, a_round = problem.sequential_cost(n), problem.method.stages * problem.field.cost(1, n)
+        return min(_MOST_ROUNDS, int(loop / a_round))
 
     def _back(self, following: Tensor) -> Tensor:
         """``A_n^T l_{n+1}`` for all n."""

@@ -48,12 +48,13 @@ class Field:
         if batching not in get_args(Batching):
             raise ValueError(f"batching: expected one of {', '.join(get_args(Batching))}, got {batching!r}")
         self.xp: Any = array_api_compat.array_namespace(y0)
-        if batching == "vmap" and not array_api_compat.is_torch_array(y0):
+        self._torch, self._numpy = array_api_compat.is_torch_array(y0), array_api_compat.is_numpy_array(y0)
+        if batching == "vmap" and not self._torch:
             raise ValueError('batching: "vmap" is for torch; use another, or "auto"')
         if batching == "merged" and y0.ndim < 2:
             raise ValueError(f'batching: "merged" needs a state (batch, *rest), got shape {tuple(y0.shape)}')
         self.shape = tuple(y0.shape)
-        self._type, self._dtype, self._numpy = type(y0), y0.dtype, array_api_compat.is_numpy_array(y0)
+        self._type, self._dtype = type(y0), y0.dtype
         self._f = f if signature == "ty" else lambda t, y: f(y, t)
         self.batching: Batching = batching
         self._vmapped: Any = None
@@ -157,7 +158,7 @@ class Field:
         if self.batching != "auto":
             return (self.batching,)
         merged: tuple[Batching, ...] = ("merged",) if len(self.shape) > 1 else ()
-        vmap: tuple[Batching, ...] = () if self._numpy else ("vmap",)
+        vmap: tuple[Batching, ...] = ("vmap",) if self._torch else ()
         return ("column", *merged, "trailing", *vmap)
 
     def _single(self, t: Array, y: Array) -> Array:

@@ -94,7 +94,7 @@ class FieldJacobian(Surrogate):
             J = _diagonal(problem, t, y)
         method = problem.method
         if isinstance(method, ExponentialRungeKutta):
-            J = J + problem.grid.asarray(_linear_part(method, problem.size, self.dense))
+            J = J + problem.grid.asarray(_linear_part(problem, method.linear, self.dense))
         return J
 
     def _halvings(self, mean: np.ndarray) -> int:
@@ -113,12 +113,11 @@ def _prefer_autograd(y: Array) -> bool:
 
 def _by_differences(problem: Problem, t: Array, y: Array) -> Array:
     """Column by column."""
-    columns = [change for change, _w in _changes(problem, t, y, np.eye(problem.size))]
-    return problem.xp.stack(columns, axis=-1)
+    return problem.xp.stack(_changes(problem, t, y, np.eye(problem.size)), axis=-1)
 
 
-def _changes(problem: Problem, t: Array, y: Array, directions: np.ndarray) -> list[tuple[Array, np.ndarray]]:
-    """``J v`` for each direction v (size,), by forward differences in one batch, and v."""
+def _changes(problem: Problem, t: Array, y: Array, directions: np.ndarray) -> list[Array]:
+    """``J v`` for each direction v (size,), by forward differences in one batch."""
     xp, n, d, k = problem.xp, y.shape[0], problem.size, len(directions)
     flat = problem.flat(y)
     eps = float(xp.finfo(y.dtype).eps) ** 0.5
@@ -130,7 +129,7 @@ def _changes(problem: Problem, t: Array, y: Array, directions: np.ndarray) -> li
     f = xp.reshape(f, (k + 1, n, problem.samples, d))
     length = xp.max(xp.abs(step), axis=-1, keepdims=True)
     change = (f[1:, ...] - f[:1, ...]) / length
-    return [(change[i, ...], v) for i, v in enumerate(directions)]
+    return [change[i, ...] for i in range(k)]
 
 
 def _by_autograd(problem: Problem, t: Array, y: Array) -> Array:
@@ -158,7 +157,7 @@ def _diagonal(problem: Problem, t: Array, y: Array) -> Array:
     """
     d = problem.size
     v = np.eye(d) if d <= _DIRECTIONS else np.random.default_rng(0).choice([-1.0, 1.0], size=(_DIRECTIONS, d))
-    weighted = sum(change * problem.grid.asarray(w) for change, w in _changes(problem, t, y, v))
+    weighted = sum(change * problem.grid.asarray(w) for change, w in zip(_changes(problem, t, y, v), v, strict=True))
     return weighted / problem.grid.asarray((v**2).sum(axis=0))
 
 
@@ -174,8 +173,10 @@ def _given(problem: Problem, jacobian: Any, t: Array, y: Array, dense: bool) -> 
     return xp.reshape(J, (n, problem.samples, *expected[1 + problem.batch_dims :]))
 
 
-def _linear_part(method: ExponentialRungeKutta, size: int, dense: bool) -> np.ndarray:
-    if method.dense:
-        return method.linear if dense else np.diag(method.linear)
-    diagonal = np.broadcast_to(method.linear, (size,))
-    return np.diag(diagonal) if dense else diagonal
+def _linear_part(problem: Problem, L: np.ndarray, dense: bool) -> np.ndarray:
+    """What L adds to the Jacobians, (samples, size, size) or (samples, size); it acts on the last axis of the state."""
+    if dense and L.ndim == 2:
+        return np.kron(np.eye(problem.size // len(L)), L)[None]
+    diagonal = np.broadcast_to(np.diag(L) if L.ndim == 2 else L, problem.field.shape)
+    diagonal = diagonal.reshape(problem.samples, problem.size)
+    return diagonal[..., None] * np.eye(problem.size) if dense else diagonal

@@ -27,11 +27,13 @@ class StepMethod(ABC):
         order: the global order of convergence.
         memory: how many outputs before its own a step reads.
         stages: calls of the field a step.
+        coupled_axes: how many trailing axes of the state the method itself couples, beside the field.
     """
 
     order: int
     memory: int = 0
     stages: int = 1
+    coupled_axes: int = 0
 
     @abstractmethod
     def advance(
@@ -176,6 +178,10 @@ class ExponentialRungeKutta(StepMethod):
     @property
     def stages(self) -> int:  # type: ignore[override]
         return self.order
+
+    @property
+    def coupled_axes(self) -> int:  # type: ignore[override]
+        return int(self.dense)
 
     @property
     def starter(self) -> StepMethod:

@@ -144,17 +144,28 @@ class ParallelIntegrator:
             if not np.isfinite(size):
                 return y, 0
             y = xp.concat([y[:1, ...], y[1:, ...] + problem.unflat(d)], axis=0)
-            theta = size / before if 0 < before < np.inf else 0.5
-            if theta < 0.9 and size * theta / (1 - theta) <= tolerance:
+            if settled(size, before, defect, tolerance, eps):
                 return y, n
-            if theta > 0.5 and defect <= 1e3 * eps:  # what moves is rounding
-                return y, n
-            surrogate.update(size, theta if before < np.inf else 0.0)
+            surrogate.update(size, size / before)
             before, best = size, min(size, best)
             if size > _DIVERGED * best or problem.field.spent > limit:
                 break
         good = moved <= 0.1 * tolerance
         return y, n if good.all() else int(np.argmin(good))
+
+
+def settled(size: float, before: float, defect: float, tolerance: float, eps: float) -> bool:
+    """Whether a trajectory is within the tolerance of where its corrections lead, or moves by rounding only.
+
+    Args:
+        size, before: the last correction and the one before it, infinity for none; what is to come is taken to be a
+            geometric series.
+        defect: that the last correction was made of.
+        tolerance: wanted distance.
+        eps: relative rounding of a number.
+    """
+    theta = size / before if 0 < before < np.inf else 0.5
+    return (theta < 0.9 and size * theta / (1 - theta) <= tolerance) or (theta > 0.5 and defect <= 1e3 * eps)
 
 
 def running_scale(xp: Any, states: Array) -> Array:

@@ -259,7 +259,7 @@ class _Choices:
             )
             return problem, None
         dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
-        problem = replace(problem, batch_dims=dims)
+        problem = replace(problem, batch_dims=min(dims, y0.ndim - problem.method.coupled_axes))
         if asked == "auto":
             rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
             if rounds > problem.sequential_cost(steps):
@@ -323,9 +323,9 @@ def _problem(
 
 def _linear_part(linear: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
     L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
-    d = shape[-1] if shape else 1
-    if L.shape not in ((), (d,), (d, d)):
-        raise ValueError(f"linear: expected a number, shape ({d},) or ({d}, {d}), got shape {L.shape}")
+    if L.shape not in ((), shape[-1:], shape[-1:] * 2):
+        wanted = f"a number, shape ({shape[-1]},) or ({shape[-1]}, {shape[-1]})" if shape else "a number"
+        raise ValueError(f"linear: expected {wanted}, got shape {L.shape}")
     if not np.all(np.isfinite(L)):
         raise ValueError("linear: holds NaN or infinity")
     return L

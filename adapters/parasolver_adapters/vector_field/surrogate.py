@@ -118,10 +118,8 @@ class Propagator:
         """``l_0 .. l_{N-1}`` of the transposed recurrence ``l_n = A_n^T l_{n+1} + g_n``, ``l_N = 0``."""
         increment, block = (self.xp.matrix_transpose(m) if self.dense else m for m in (self.increment, self.block))
         flipped = self.xp.flip
-        out = self._run(
-            self._split(g), range(self.length - 1, -1, -1), flipped(increment, axis=0), flipped(block, axis=0), True
-        )
-        return out
+        order = range(self.length - 1, -1, -1)
+        return self._run(self._split(g), order, flipped(increment, axis=0), flipped(block, axis=0), True)
 
     def _split(self, r: Array) -> Array:
         """(blocks, length, batch, d), with steps that do nothing at the end."""
