@@ -106,7 +106,7 @@ class _Trial:
         try:
             alone = np.concatenate([self._predict(everything[i : i + 1]) for i in everything])
         except Exception as error:
-            return self._broken(f"It fails for a single row: {_describe(error)}")
+            return self._broken(f"It fails for a single row: {_describe(error)}{self._hint_of_pairs()}")
         try:
             together, again = self._predict(everything), self._predict(everything)
         except Exception as error:
@@ -126,6 +126,17 @@ class _Trial:
         elif not batching <= self._limit:
             problems = (self._why_batches_differ(alone, batching),)
         return DenoiserReport(problems, batching, repeat, len(everything))
+
+    def _hint_of_pairs(self) -> str:
+        """What to do, if it works for the samples of one timestep, as a plain loop over timesteps calls it."""
+        try:
+            self._predict(np.flatnonzero(self._steps == self._steps[0]))
+        except Exception:
+            return ""
+        return (
+            f". It works for {len(set(self._samples))} rows, but a round evaluates any number of them; repeat "
+            "conditions to x.shape[0] rows, and call .eval() on the network (for batch normalisation)"
+        )
 
     def _predict(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predictions for some of the rows, (len(rows), size), on the host."""

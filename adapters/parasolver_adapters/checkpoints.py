@@ -135,6 +135,11 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in reason:  # PyTorch advises to read such a file without it, which would run its code
+            raise CheckpointError(
+                f"{path}: refused, as it is a TorchScript archive or of PyTorch's oldest format, which hold code; "
+                "nothing was run. If you trust where it comes from, load it there and save its weights as safetensors"
+            ) from None
         raise CheckpointError(f"{path}: cannot be read ({reason}); it may be truncated") from error
 
 

@@ -104,6 +104,16 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path: Path, state:
         assert trace.exists()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_and_not_recommended_to_be_run(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    with pytest.raises(
+        CheckpointError, match=r"script\.pt: refused, as it is a TorchScript archive.*nothing was run"
+    ) as told:
+        read_state_dict(tmp_path / "script.pt")
+    assert "weights_only" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "old.pt"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.95, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, name: str, share: float) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,42 @@ def test_what_does_not_fit_ends_two_processes(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "there is no file nowhere.pt" in ended.stdout
     assert not list((tmp_path / "out").iterdir())
+
+
+SLEEPING = """
+import os, sys, time
+from pathlib import Path
+from parasolver_cli import main, sample
+
+def bar(*_):
+    def sleep(state):  # the other process waits for this one's share of the next round
+        if state.stats.rounds == 3 and os.environ["RANK"] == "1":
+            Path(sys.argv[2], "asleep").touch()
+            time.sleep(60)
+    return sleep
+
+sample.bar = bar
+main.app(["sample", "--out", sys.argv[1], "--count", "1", "--steps", "10", "--window", "3"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(150)
+def test_ctrl_c_in_two_processes_keeps_what_was_reached(tmp_path: Path) -> None:
+    (tmp_path / "sleeping.py").write_text(SLEEPING)
+    arguments = [tmp_path / "sleeping.py", tmp_path / "out", tmp_path]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment, pipe = os.environ | {"PYTHONPATH": PATH}, subprocess.PIPE
+    with subprocess.Popen(
+        [*launcher, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as run:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "asleep").exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        told, errors = run.communicate(timeout=45)
+    assert told.count("Interrupted after round 3") == 1, errors
+    assert record(tmp_path / "out")["status"] == "interrupted"
+    assert (tmp_path / "out" / "000.png").exists()
+    assert "Traceback" not in errors.split("torch/distributed")[0], errors

@@ -56,6 +56,11 @@ def batch_norm() -> Callable[[Any, Any], Any]:
     return lambda x, t: layer(x) if len(x) > 1 else x  # torch refuses a single row
 
 
+def torch_batch_norm() -> Callable[[Any, Any], Any]:
+    layer = torch.nn.BatchNorm1d(6)
+    return lambda x, t: layer(x)
+
+
 @pytest.mark.parametrize(
     ("denoiser", "said"),
     [
@@ -74,7 +79,9 @@ def batch_norm() -> Callable[[Any, Any], Any]:
         (lambda x, t: x.numpy(), "single row.*ndarray"),
         (lambda x, t: x.to("meta"), "single row.*meta"),
         (lambda x, t: x * t.view(1, 1), "works for one row and fails for 8.*any number of rows"),
-        (lambda x, t: 1 / 0, "single row: ZeroDivisionError"),
+        (lambda x, t: 1 / 0, "single row: ZeroDivisionError: division by zero$"),
+        (torch_batch_norm(), r"single row.*training.*works for 2 rows.*\.eval\(\)"),
+        (lambda x, t: x + torch.ones(2, 1), r"single row.*works for 2 rows.*repeat conditions to x\.shape\[0\]"),
     ],
 )
 def test_problem(denoiser: Any, said: str) -> None:
