@@ -25,13 +25,19 @@ from parasolver_cli.figures import FRONT, INK, MUTED, STYLE
 from parasolver_core import solve
 
 CASES: dict[str, tuple[str, ...]] = {
-    "clothes": ("DDIM-50, window 16", "DDIM-50, window 50", "2M-25, window 8", "DDPM-100, window 16"),
+    "clothes": (
+        "DDIM-50, window 16",
+        "DDIM-50, window 50",
+        "DDIM-100, window 5",
+        "2M-25, window 8",
+        "DDPM-100, window 16",
+    ),
     "clothes, guided": ("DDIM-50, window 16",),
     "emoji": ("DDIM-50, window 16",),
     "policy": tuple(SETTINGS),
     "mixture": tuple(SETTINGS),
 }
-TOLERANCES = (3e-2, 1e-2, 3e-3)
+TOLERANCES = (5e-2, 1e-2, 3e-3)
 BATCH = 25
 
 

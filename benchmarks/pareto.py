@@ -58,6 +58,7 @@ SETTINGS = {
     for one in (
         Setting("DDIM-50, window 16", "DDIM", 50, 16),
         Setting("DDIM-50, window 50", "DDIM", 50, 50),
+        Setting("DDIM-100, window 5", "DDIM", 100, 5),
         Setting("2M-25, window 8", "2M", 25, 8),
         Setting("3M-25, window 8", "3M", 25, 8),
         Setting("UniPC-25, window 8", "UniPC", 25, 8),

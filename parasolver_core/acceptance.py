@@ -71,7 +71,7 @@ class RelativeMove(Acceptance):
     """
 
     factor: float = 0.2
-    noisy_factor: float = 0.08
+    noisy_factor: float = 0.05
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         return (self.noisy_factor if recurrence.stochastic else self.factor) / recurrence.influence

@@ -26,13 +26,15 @@ from parasolver_core.window import Forecast, Plan
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level; noise makes a trajectory rough
+_FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level, or what the window holds; noise makes a trajectory rough
+_FEWEST = 1.5  # nodes at the end, in units of that first level: fewer may step over what the network does between them
 _SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
 _NEAR = 0.03  # with more nodes due than the window holds, those moved by less than this share of the most wait
 _EARLY = 7.5  # midpoints that fit into one round join when a sweep changes the sample by less interpolation errors
 _UNMEASURED = 0.067  # the interpolation error of the first level, until it is measured
-_SETTLED = 0.5  # the last sweep's change of the sample, in units of the tolerance
+_SETTLED = 0.2  # the last sweep's change of the sample, in units of the tolerance
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
+_MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
@@ -173,7 +175,8 @@ class SpreadNodes:
         noisy = recurrence.stochastic
         self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
         self._gain = _GAIN_NOISY if noisy else _GAIN
-        self._first = min(_FIRST_NOISY if noisy else _FIRST, plan.width)
+        first = _FIRST_NOISY if noisy else _FIRST
+        self._first, self._fewest = min(first, plan.width), _FEWEST * first
         self._influence = recurrence.influence
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
@@ -197,7 +200,7 @@ class SpreadNodes:
         self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
         self._left = _UNMEASURED  # the interpolation error of this level,
         self._measured, self._measuring = False, False  # known from a level's midpoints after their first sweep
-        self._changes: list[float] = []  # of the sample, in the sweeps since the midpoints joined
+        self._changes: list[float] = []  # of the sample, in the sweeps over this level
 
     @property
     def running(self) -> bool:
@@ -207,7 +210,8 @@ class SpreadNodes:
     @property
     def exhausted(self) -> bool:
         """Whether a sliding window should go on: too many nodes are needed, or it takes too long."""
-        return self._lost or self._rounds > len(self._recurrence) // self._plan.width + 16
+        slow = len(self._changes) > _MOST_SWEEPS or self._rounds > len(self._recurrence) // self._plan.width + 16
+        return self._lost or slow
 
     def handover(self) -> tuple[Forecast, Float64] | None:
         """For a sliding window: the outputs expected, and all N slopes; None if numbers ran out of range."""
@@ -258,7 +262,8 @@ class SpreadNodes:
         move = moments.norms(T) / np.sqrt(size) / self._scale
         at_end = self._level.end[picked] + (self._level.end * g) @ T
         unit = np.sqrt(size) * self._scale[-1]
-        change, midpoints = moments.norms(np.stack([at_end, at_end * new])) / unit
+        # the slope may see little of what the network will make of a move, so the move of its last input counts too
+        change, *midpoints = moments.norms(np.stack([at_end, at_end * new, T[-1] * new])) / unit
         if not np.isfinite(change) or not np.all(np.isfinite(move)):
             return self._abandon(nodes)
         self._apply(T, g)
@@ -266,7 +271,7 @@ class SpreadNodes:
         self._moved = self._moved + move
         self._waiting[picked] = False
         self._change = float(np.hypot(self._change, change))
-        self._midpoints = float(np.hypot(self._midpoints, midpoints))
+        self._midpoints = float(np.hypot(self._midpoints, max(midpoints)))
         self._continue()
         defects = np.sqrt(np.diag(moments.gram) / size)
         accepted = len(self._recurrence) if self.status is Status.CONVERGED else 0
@@ -313,17 +318,17 @@ class SpreadNodes:
 
     def _settle(self) -> None:
         """After a sweep: go on, refine, or end."""
-        complete = len(self._level.nodes) == len(self._recurrence)
+        count = len(self._level.nodes)
+        complete = count == len(self._recurrence)
         if self._measuring:
             self._measured, self._measuring = True, False
             self._left = self._midpoints / (self._gain - 1)  # what all further levels would add, a geometric series
-            self._changes = []
         self._changes.append(self._change)
         left = 0.0 if complete else self._left * self._growth
         remains = left * (1.0 if self._recurrence.stochastic else _MISSED)
         self.error = max(self._change / _SETTLED, remains) * self._plan.tolerance / self._tolerance
         settled = self._change <= _SETTLED * self._tolerance
-        if complete or (self._measured and remains <= self._tolerance):
+        if complete or (self._measured and count >= self._fewest and remains <= self._tolerance):
             if settled:
                 self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
                 self.kept = self._all_states() if self._plan.keep else None
@@ -367,7 +372,7 @@ class SpreadNodes:
         moved = np.full(len(nodes), np.inf)
         moved[known] = self._moved
         self._moved, self._scale = moved, weights @ self._scale
-        self._measuring, self._opening, self._midpoints = not self._opening, False, 0.0
+        self._measuring, self._opening, self._midpoints, self._changes = not self._opening, False, 0.0, []
 
     def _set_free(self) -> None:
         """What the level's states, and the sample, are made of ``x_T`` and the noise."""
