@@ -195,7 +195,7 @@ class Untrained:
 def test_untrained_networks_are_within_tolerance_and_take_at_most_twice_the_rounds_of_a_sliding_window(
     expansion: float, rule: type[DDIM | DPMSolver], window: int
 ) -> None:
-    """Few nodes stepped over what the network does between them: with a window of 5, 1 to 3 times the tolerance was left."""
+    """Few nodes stepped over what the network does between them: up to three times the tolerance was left."""
     x_T, timesteps, sampler = noise(16), SCHEDULE.timesteps(100), rule(SCHEDULE, prediction_type="sample")
     denoiser = Untrained(expansion)
     truth = solve_sequential(denoiser, x_T, timesteps, sampler).sample
