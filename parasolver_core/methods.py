@@ -18,6 +18,7 @@ from parasolver_core.recurrence import Recurrence
 from parasolver_core.validation import check_count
 
 _FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's shape; fewer steps need no plan
+_LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Method:
         Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of
         ``20 / n`` times a margin where noise makes the trajectory rough; without noise, estimating that error safely
         takes twice as many nodes. A window that slides takes some rounds and about ``N / window``, spread nodes as many
-        and twice ``n / window``, which gives the factor 2.
+        and twice ``n / window``, which gives the factor 2. With noise about every other attempt finds that more nodes are
+        needed and slides after all, some rounds later, so the gain must be worth the risk.
         """
         if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
             return False
-        needed = 20 / tolerance if recurrence.stochastic else 5.5 / math.sqrt(tolerance)
-        return 2 * needed <= len(recurrence)
+        if recurrence.stochastic:
+            return 2 * 20 / tolerance + _LOST_ROUNDS * window <= len(recurrence)
+        return 2 * 5.5 / math.sqrt(tolerance) <= len(recurrence)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:
         (DDIM(SCHEDULE), 500, 4, 1e-2, False),
         (DPMSolver(SCHEDULE), 25, 8, 1e-2, False),
         (DDPM(SCHEDULE), 1000, 100, 1e-2, False),
-        (DDPM(SCHEDULE), 1000, 100, 5e-2, True),
+        (DDPM(SCHEDULE), 1000, 100, 5e-2, False),
+        (DDPM(SCHEDULE), 1000, 100, 2e-1, True),
+        (DDPM(SCHEDULE), 1000, 32, 1e-1, True),
     ],
 )
 def test_nodes_are_spread_only_where_it_pays(
