@@ -50,8 +50,8 @@ class Method:
         Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of
         ``20 / n`` times a margin where noise makes the trajectory rough; without noise, estimating that error safely
         takes twice as many nodes. A window that slides takes some rounds and about ``N / window``, spread nodes as many
-        and twice ``n / window``, which gives the factor 2. With noise about every other attempt finds that more nodes are
-        needed and slides after all, some rounds later, so the gain must be worth the risk.
+        and twice ``n / window``, which gives the factor 2. With noise about every other attempt finds that more nodes
+        are needed and slides after all, some rounds later, so the gain must be worth the risk.
         """
         if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
             return False
