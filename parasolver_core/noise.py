@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, is_array, to_host
+from parasolver_core.arrays import Array, host_view, is_array, to_host
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
@@ -44,13 +44,22 @@ class NoiseSource:
                 raise ValueError("noise: holds NaN or infinity")
         self._noise: Any = noise
         self._keys = _sample_keys(0 if seed is None else seed, batch)
-        self._kept: dict[tuple[int, int], Array] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._kept: dict[tuple[int, int], tuple[Array, Array]] = {}
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
+        return self._known(step, sample)[0]
+
+    def flat(self, step: int, sample: int) -> Array:
+        """The same numbers, (size,), as :func:`~parasolver_core.arrays.host_view` gives them; read in every round."""
+        return self._known(step, sample)[1]
+
+    def _known(self, step: int, sample: int) -> tuple[Array, Array]:
         at = (step, sample)
         if at not in self._kept:
-            self._kept[at] = self._draw(step, sample)
+            z = self._draw(step, sample)
+            self._kept[at] = z, host_view(self._xp.reshape(z, (-1,)))
         return self._kept[at]
 
     @property
@@ -75,7 +84,10 @@ class NoiseSource:
     def _draw(self, step: int, sample: int) -> Array:
         event, z = tuple(self._like.shape[1:]), self._noise
         if z is None:
-            z = draw(*self._keys[sample], step, event)
+            seed, stream = self._keys[sample]
+            if seed not in self._streams:
+                self._streams[seed] = _Stream(seed)
+            z = self._streams[seed].draw(stream, step, event)
         elif callable(z):
             z = self._checked(z(step, sample), step, sample)
         else:
@@ -97,15 +109,29 @@ class NoiseSource:
         return z
 
 
+class _Stream:
+    """The draws of one seed; see :func:`draw`. Not to be shared by threads.
+
+    The generator is set back and not made anew for each draw, which would take longer than to draw a small state.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=np.array([seed, _STREAM], dtype=np.uint64))
+        self._generator, self._start = np.random.Generator(self._philox), self._philox.state
+
+    def draw(self, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
+        self._start["state"]["counter"][:] = 0, 0, sample, step
+        self._philox.state = self._start
+        return self._generator.standard_normal(event)
+
+
 def draw(seed: int, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise keyed by (seed, sample, step), float64, shape ``event``; the same on every machine.
 
     Each key starts its own stream of the counter-based generator Philox, so no draw depends on how many came
     before it (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
     """
-    words = np.array([[seed, _STREAM, 0, 0], [0, 0, sample, step]], dtype=np.uint64)
-    generator = np.random.Philox(key=words[0, :2], counter=words[1])
-    return np.random.Generator(generator).standard_normal(event)
+    return _Stream(seed).draw(sample, step, event)
 
 
 def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:

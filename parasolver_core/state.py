@@ -186,7 +186,11 @@ class ParallelState(SolverState):
         forecast, slope = handover or (None, None)
         if self._start is not None:
             forecast = Near(self.recurrence, xp, self._start[:, sample, :], noise)
-        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, forecast, slope)
+
+        def flat(step: int) -> Array:
+            return source.flat(step, sample)
+
+        return SampleWindow(self._plan, sample, self._flat[sample, :], flat, forecast, slope)
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""

@@ -109,7 +109,7 @@ class SampleWindow:
         forecast: Forecast | None = None,
         slope: Float64 | None = None,
     ) -> None:
-        self._plan, self.index, self._noise = plan, index, lambda step: host_view(noise(step))
+        self._plan, self.index, self._noise = plan, index, noise
         self._dtype, self._eps = start.dtype, float(plan.xp.finfo(start.dtype).eps)
         start = host_view(start)
         self._xp = array_namespace(start)
