@@ -94,7 +94,7 @@ def main(
 ) -> None:
     """Print network calls until the error, and the errors after each call."""
     rows = []
-    for name in ("policy", "mixture", "clothes"):
+    for name in PROBLEMS:
         denoiser = PROBLEMS[name].make()
         for setting in (SETTINGS["DDIM-50, window 50"], Setting("2M-25, window 25", "2M", 25, 25)):
             bench = Bench(PROBLEMS[name], setting, denoiser, seeds)
