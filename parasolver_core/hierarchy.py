@@ -10,14 +10,15 @@ tolerance, it is done. Where too many nodes would be needed for that, a sliding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from array_api_compat import device
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, host_view
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.recurrence import UNDECIDED, Recurrence
 from parasolver_core.solution import SampleRecord, Status
@@ -37,6 +38,7 @@ _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
+_MOST_KNOWN = 4  # samplers whose levels a process remembers
 _CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
@@ -66,20 +68,37 @@ class Level:
         source = interpolation(np.arange(n), nodes)
         states = np.zeros((n + 1, len(nodes) + 1))  # last column: x_T
         states[0, -1] = 1.0
-        for i in range(n):
-            for k in range(min(a.shape[1], i + 1)):
-                states[i + 1] += a[i, k] * states[i - k]
-                states[i + 1, :-1] += b[i, k] * source[i - k]
+        for k in range(b.shape[1]):
+            states[k + 1 :, :-1] += b[k:, k, None] * source[: n - k]
+        rows = list(states)
+        for i, weights in enumerate(a.tolist()):
+            for k, weight in enumerate(weights[: i + 1]):
+                if weight != 0:
+                    rows[i + 1] += weight * rows[i - k]
         return cls(nodes, states[nodes, -1], states[nodes, :-1], float(states[n, -1]), states[n, :-1])
 
 
 def interpolation(at: NDArray[np.int64], nodes: NDArray[np.int64]) -> Float64:
     """Weights (len(at), len(nodes)) of linear interpolation between nodes, constant beyond their ends."""
-    return np.stack([np.interp(at, nodes, unit) for unit in np.eye(len(nodes))], axis=1)
+    place = np.interp(at, nodes, np.arange(len(nodes)))
+    return np.maximum(1 - np.abs(place[:, None] - np.arange(len(nodes))), 0.0)
 
 
 class Levels:
-    """The levels of one run: samples refine alike, so each is made once and shared."""
+    """The levels of one sampler: samples and runs refine alike, so each is made once and shared."""
+
+    _known: ClassVar[dict[Hashable, Levels]] = {}  # of the samplers used last: making them takes as long as rounds do
+
+    @classmethod
+    def of(cls, recurrence: Recurrence) -> Levels:
+        """Those of an equal sampler, if this process has met it before."""
+        tables = (recurrence.a, recurrence.b, recurrence.held, recurrence.signal)
+        key = tuple(None if table is None else (table.shape, table.tobytes()) for table in tables)
+        levels = cls._known.pop(key, None) or cls(recurrence)
+        cls._known[key] = levels
+        for oldest in list(cls._known)[:-_MOST_KNOWN]:
+            cls._known.pop(oldest, None)
+        return levels
 
     def __init__(self, recurrence: Recurrence) -> None:
         self._recurrence = recurrence
@@ -155,23 +174,27 @@ class Interpolated(Forecast):
 class SpreadNodes:
     """One sample's nodes spread over the trajectory; serves the solver as a sliding window does.
 
-    The nodes that are due are evaluated in sweeps: a sweep ends when each node that was due at its beginning has been
-    evaluated, which is one round unless more are due than the window holds. After a sweep it is decided how to go on.
+    On a CPU all arithmetic is NumPy's, as in a sliding window. The nodes that are due are evaluated in sweeps: a sweep
+    ends when each node that was due at its beginning has been evaluated, which is one round unless more are due than
+    the window holds. After a sweep it is decided how to go on.
 
     Args:
         plan: what all samples share.
         levels: the tables that all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        noise: ``noise(step)``, (size,).
+        noise: ``noise(step)``, (size,), as :func:`~parasolver_core.arrays.host_view` gives it.
     """
 
     def __init__(self, plan: Plan, levels: Levels, index: int, start: Array, noise: Callable[[int], Array]) -> None:
-        self._plan, self._levels, self.index, self._start, self._noise = plan, levels, index, start, noise
-        self._xp = xp = plan.xp
+        self._plan, self._levels, self.index, self._noise = plan, levels, index, noise
+        self._dtype, self._start = start.dtype, host_view(start)
+        self._xp = xp = array_namespace(self._start)
         self._recurrence = recurrence = plan.recurrence
         self.status, self.failed_node, self.error = Status.RUNNING, -1, float("inf")
-        self.lo, self.result, self.kept = 0, None, None
+        self.lo = 0
+        self._result: Array | None = None
+        self._kept: list[Array] | None = None
         noisy = recurrence.stochastic
         self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
         self._gain = _GAIN_NOISY if noisy else _GAIN
@@ -229,17 +252,27 @@ class SpreadNodes:
     @property
     def inputs(self) -> Array:
         """The states of :attr:`nodes`, (n, size)."""
-        return self._take(self._X, self._picked)
+        return self._give(self._take(self._X, self._picked))
+
+    @property
+    def result(self) -> Array | None:
+        """The sample, (size,), once it is final."""
+        return None if self._result is None else self._give(self._result)
+
+    @property
+    def kept(self) -> list[Array] | None:
+        """All final states, if they are to be kept and are known."""
+        return None if self._kept is None else [self._give(state) for state in self._kept]
 
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self._start if self.result is None else self.result
+        return self._give(self._start if self._result is None else self._result)
 
     def take_defect(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; inner products for the host."""
         picked, xp = self._picked, self._xp
-        X = self._take(self._X, picked)
+        X, D = self._take(self._X, picked), host_view(self._plan.xp.astype(D, self._dtype, copy=False))
         held = self._recurrence.held[self.nodes]
         self._R = self._column(held[:, 0]) * X + self._column(held[:, 1]) * D - self._take(self._H, picked)
         return inner_products(xp, X, self._take(self._since, picked), self._R)
@@ -279,9 +312,9 @@ class SpreadNodes:
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
-        if self.result is not None or self._rounds == 0 or self._lost:
+        if self._result is not None or self._rounds == 0 or self._lost:
             return self.state
-        return self._sample()
+        return self._give(self._sample())
 
     def _apply(self, T: Float64, g: Float64) -> None:
         """Move all states by ``T r``; evaluated nodes believe what the network said, the others what it would say."""
@@ -330,8 +363,8 @@ class SpreadNodes:
         settled = self._change <= _SETTLED * self._tolerance
         if complete or (self._measured and count >= self._fewest and remains <= self._tolerance):
             if settled:
-                self.result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
-                self.kept = self._all_states() if self._plan.keep else None
+                self._result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
+                self._kept = self._all_states() if self._plan.keep else None
         elif self._opening or settled or self._change <= self._early * left:
             self._lost = self._measured and not self._worth_refining()
             if not self._lost:
@@ -419,6 +452,10 @@ class SpreadNodes:
         self._lost = self._wild = True
         nothing = np.full(len(nodes), np.nan)
         return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+
+    def _give(self, array: Array) -> Array:
+        """An array of the nodes' as one of the user's library, in the same memory."""
+        return self._plan.xp.asarray(array)
 
     def _take(self, rows: Array, index: Indices) -> Array:
         return self._xp.take(rows, self._xp.asarray(index, device=device(rows)), axis=0)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.anderson import AndersonWindow
-from parasolver_core.arrays import Array, detach, is_array, narrow, to_host, working_dtype
+from parasolver_core.arrays import Array, detach, host_view, is_array, narrow, to_host, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Anderson, Method
@@ -152,9 +152,9 @@ class ParallelState(SolverState):
         )
         self._start = None if start is None else self._check_guess(start)
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
-        levels = Levels(self.recurrence)
+        levels = Levels.of(self.recurrence) if spread else None
         self.windows: list[SampleRun] = [
-            self._spread(levels, sample) if spread else self._sliding(sample) for sample in range(self.batch)
+            self._sliding(sample) if levels is None else self._spread(levels, sample) for sample in range(self.batch)
         ]
         self.first_prediction: Array | None = None
 
@@ -165,10 +165,10 @@ class ParallelState(SolverState):
                 self.windows[sample] = self._sliding(sample, window.handover())
 
     def _spread(self, levels: Levels, sample: int) -> SpreadNodes:
-        source, xp = self.noise, self.xp
+        source = self.noise
 
         def noise(step: int) -> Array:
-            z = xp.reshape(source(step, sample), (-1,))
+            z = source.flat(step, sample)
             source.release(step, sample)
             return z
 
@@ -176,21 +176,21 @@ class ParallelState(SolverState):
 
     def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow | AndersonWindow:
         source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
-
-        def noise(step: int) -> Array:
-            return xp.reshape(source(step, sample), (-1,))
-
         method, width = self._plan.method, self._plan.width
         if isinstance(method, Anderson) and width > 1 and self._start is None:
-            return AndersonWindow(self._plan, method, sample, self._flat[sample, :], noise)
-        forecast, slope = handover or (None, None)
-        if self._start is not None:
-            forecast = Near(self.recurrence, xp, self._start[:, sample, :], noise)
 
-        def flat(step: int) -> Array:
+            def like_states(step: int) -> Array:
+                return xp.reshape(source(step, sample), (-1,))
+
+            return AndersonWindow(self._plan, method, sample, self._flat[sample, :], like_states)
+
+        def noise(step: int) -> Array:
             return source.flat(step, sample)
 
-        return SampleWindow(self._plan, sample, self._flat[sample, :], flat, forecast, slope)
+        forecast, slope = handover or (None, None)
+        if self._start is not None:
+            forecast = Near(self.recurrence, host_view(self._start[:, sample, :]), noise)
+        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, forecast, slope)
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""

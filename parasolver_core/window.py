@@ -50,7 +50,10 @@ class Plan:
 
 
 class Forecast(ABC):
-    """The outputs expected of nodes that enter a window, from an earlier solution or a coarser one."""
+    """The outputs expected of nodes that enter a window, from an earlier solution or a coarser one.
+
+    Arrays are as :func:`~parasolver_core.arrays.host_view` gives them.
+    """
 
     @abstractmethod
     def __call__(self, i: int, x: Array, slope: float) -> Array:
@@ -62,14 +65,13 @@ class Near(Forecast):
 
     Args:
         recurrence: the sampler.
-        xp: array namespace.
         trajectory: (N + 1, size).
         noise: ``noise(step)``, (size,).
     """
 
-    def __init__(self, recurrence: Recurrence, xp: Any, trajectory: Array, noise: Callable[[int], Array]) -> None:
+    def __init__(self, recurrence: Recurrence, trajectory: Array, noise: Callable[[int], Array]) -> None:
         self._states = [trajectory[i, :] for i in range(len(recurrence) + 1)]
-        self._outputs = recurrence.implied_outputs(xp, self._states, noise)
+        self._outputs = recurrence.implied_outputs(array_namespace(trajectory), self._states, noise)
 
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         return self._outputs[i] + (x - self._states[i]) * slope
@@ -95,7 +97,7 @@ class SampleWindow:
         plan: what all samples share.
         index: the sample's place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        noise: ``noise(step)``, (size,).
+        noise: ``noise(step)``, (size,), as :func:`~parasolver_core.arrays.host_view` gives it.
         forecast: outputs expected of new nodes; None: they are filled in with a held prediction.
         slope: (N,), slopes to begin with; None: the linearization's.
     """
@@ -316,7 +318,7 @@ class SampleWindow:
         return self._steps(last, *self._history(last), lambda i, x: self._expected(forecast, i, x))
 
     def _expected(self, forecast: Forecast, i: int, x: Array) -> Array:
-        return host_view(forecast(i, self._give(x), float(self._slope[i])))
+        return forecast(i, x, float(self._slope[i]))
 
     def _copies(self, last: int) -> Iterator[tuple[Array, Array | None]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""

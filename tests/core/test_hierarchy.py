@@ -63,6 +63,17 @@ def test_level_with_every_node_is_the_sampler_itself() -> None:
     np.testing.assert_allclose(level.end_free * states[0] + level.end @ held, states[12], rtol=1e-12)
 
 
+def test_levels_are_remembered_for_equal_samplers_alone() -> None:
+    timesteps = SCHEDULE.timesteps(40)
+    first = Levels.of(DDIM(SCHEDULE).recurrence(timesteps))
+    assert Levels.of(DDIM(SCHEDULE).recurrence(timesteps)) is first
+    for other in (DDPM(SCHEDULE), DPMSolver(SCHEDULE, order=2)):
+        assert Levels.of(other.recurrence(timesteps)) is not first
+    for steps in range(41, 51):
+        Levels.of(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(steps)))
+    assert Levels.of(DDIM(SCHEDULE).recurrence(timesteps)) is not first  # few are kept
+
+
 def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:
     weights = interpolation(np.arange(6), np.array([1, 4]))
     np.testing.assert_allclose(weights @ [10.0, 40.0], [10, 10, 20, 30, 40, 40])
