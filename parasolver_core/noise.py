@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -45,21 +46,20 @@ class NoiseSource:
         self._noise: Any = noise
         self._keys = _sample_keys(0 if seed is None else seed, batch)
         self._streams: dict[int, _Stream] = {}
-        self._kept: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self._event, self._device = tuple(like.shape[1:]), array_api_compat.device(like)
+        self._size = math.prod(self._event)
+        self._host = host_view(self._xp.zeros(0, dtype=dtype, device=self._device))  # as states of a window will be
+        self._kept: dict[tuple[int, int], Array] = {}
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
-        return self._known(step, sample)[0]
+        return self._xp.reshape(self._xp.asarray(self.flat(step, sample)), self._event)
 
     def flat(self, step: int, sample: int) -> Array:
         """The same numbers, (size,), as :func:`~parasolver_core.arrays.host_view` gives them; read in every round."""
-        return self._known(step, sample)[1]
-
-    def _known(self, step: int, sample: int) -> tuple[Array, Array]:
         at = (step, sample)
         if at not in self._kept:
-            z = self._draw(step, sample)
-            self._kept[at] = z, host_view(self._xp.reshape(z, (-1,)))
+            self._kept[at] = self._draw(step, sample)
         return self._kept[at]
 
     @property
@@ -82,27 +82,27 @@ class NoiseSource:
             self.forget(step, sample)
 
     def _draw(self, step: int, sample: int) -> Array:
-        event, z = tuple(self._like.shape[1:]), self._noise
+        z = self._noise
         if z is None:
             seed, stream = self._keys[sample]
             if seed not in self._streams:
                 self._streams[seed] = _Stream(seed)
-            z = self._streams[seed].draw(stream, step, event)
-        elif callable(z):
-            z = self._checked(z(step, sample), step, sample)
+            z = self._streams[seed].draw(stream, step, (self._size,))
+            if isinstance(self._host, np.ndarray):
+                return z.astype(self._host.dtype)
         else:
-            z = z[step, sample, ...]
-        device = array_api_compat.device(self._like)
+            z = self._checked(z(step, sample), step, sample) if callable(z) else z[step, sample, ...]
         if type(z) is type(self._like):
-            return array_api_compat.to_device(self._xp.astype(z, self._dtype), device)
-        return self._xp.asarray(np.asarray(z), dtype=self._dtype, device=device)
+            z = array_api_compat.to_device(self._xp.astype(z, self._dtype), self._device)
+        else:
+            z = self._xp.asarray(np.asarray(z), dtype=self._dtype, device=self._device)
+        return host_view(self._xp.reshape(z, (-1,)))
 
     def _checked(self, z: Any, step: int, sample: int) -> Array:
         """What the user's function returned, if it is noise."""
-        event = tuple(self._like.shape[1:])
         got = tuple(z.shape) if is_array(z) else type(z).__name__
-        if got != event:
-            raise ValueError(f"noise: noise({step}, {sample}) must return an array of shape {event}, got {got}")
+        if got != self._event:
+            raise ValueError(f"noise: noise({step}, {sample}) must return an array of shape {self._event}, got {got}")
         xp = array_api_compat.array_namespace(z)
         if not bool(xp.all(xp.isfinite(z))):
             raise ValueError(f"noise: noise({step}, {sample}) holds NaN or infinity")
