@@ -320,6 +320,13 @@ def test_single_time_and_scalar_state() -> None:
     assert float(y[-1]) == pytest.approx(np.exp(-6), rel=1e-7)
 
 
+def test_numpy_number_as_state() -> None:
+    """What f gives for many times is an array; it once was held against the type of the number."""
+    found = integrate(lambda t, y: -y, np.float64(1.0), TIMES)
+    assert found.sequential_steps == 0
+    close(found.states, odeint(lambda t, y: -y, np.array(1.0), TIMES))
+
+
 def test_float32() -> None:
     y0 = torch.tensor([1.0, 0.3])
     found = integrate(torch_pendulum, y0, TIMES)

@@ -96,6 +96,14 @@ def test_only_one_side_needs_gradients(wanted: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("linearization", ["full", "sequential"])
+def test_start_that_is_a_parameter(linearization: Any) -> None:
+    """The field gives plain tensors, which once were refused for not being parameters like ``y0``."""
+    y0 = torch.nn.Parameter(torch.tensor([1.0, 0.2], dtype=DTYPE))
+    odeint(lambda t, y: -0.5 * y, y0, times(), linearization=linearization)[-1].sum().backward()
+    torch.testing.assert_close(y0.grad, torch.full((2,), np.exp(-2.0), dtype=DTYPE), rtol=1e-8, atol=0)
+
+
 def test_no_graph_where_none_is_needed() -> None:
     y0 = torch.ones(2, dtype=DTYPE)
     assert not odeint(lambda t, y: -y, y0, times()).requires_grad

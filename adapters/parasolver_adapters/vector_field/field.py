@@ -54,7 +54,7 @@ class Field:
         if batching == "merged" and y0.ndim < 2:
             raise ValueError(f'batching: "merged" needs a state (batch, *rest), got shape {tuple(y0.shape)}')
         self.shape = tuple(y0.shape)
-        self._type, self._dtype = type(y0), y0.dtype
+        self._type, self._dtype = _array_type(y0), y0.dtype
         self._f = f if signature == "ty" else lambda t, y: f(y, t)
         self.batching: Batching = batching
         self._vmapped: Any = None
@@ -216,3 +216,12 @@ class Field:
                 f"dtype {out.dtype}; return one derivative for each element of the state, in the state's dtype"
             )
         return out
+
+
+def _array_type(y0: Array) -> type:
+    """What the field gives; ``y0`` itself may be a parameter of a torch module or a NumPy number."""
+    if array_api_compat.is_torch_array(y0):
+        import torch
+
+        return torch.Tensor
+    return np.ndarray if array_api_compat.is_numpy_array(y0) else type(y0)
