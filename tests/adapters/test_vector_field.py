@@ -320,6 +320,21 @@ def test_single_time_and_scalar_state() -> None:
     assert float(y[-1]) == pytest.approx(np.exp(-6), rel=1e-7)
 
 
+@pytest.mark.parametrize("linearization", ["auto", "sequential"])
+def test_field_that_writes_into_one_array(linearization: Any) -> None:
+    """SciPy copies what such a field returns; here all stages once were the last one."""
+    f = np.empty(2)
+
+    def field(t: Any, y: Any) -> Any:
+        f[0], f[1] = y[1], -np.sin(y[0])
+        return f
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = odeint(field, START, TIMES, linearization=linearization)
+    close(found, odeint(pendulum_free, START, TIMES, linearization="sequential"))
+
+
 def test_numpy_number_as_state() -> None:
     """What f gives for many times is an array; it once was held against the type of the number."""
     found = integrate(lambda t, y: -y, np.float64(1.0), TIMES)

@@ -209,7 +209,7 @@ class Field:
             out = np.asarray(out, dtype=cast(Any, self._dtype))
         if not isinstance(out, self._type) and not (self._numpy and np.isscalar(out)):
             raise TypeError(f"f: expected {self._type.__name__} of shape {shape}, got {type(out).__name__}")
-        out = np.asarray(out) if self._numpy else out
+        out = np.array(out) if self._numpy else out  # its own memory: f may write the next into the same array
         if tuple(out.shape) != shape or out.dtype != self._dtype:
             raise ValueError(
                 f"f: expected the derivative as shape {shape}, dtype {self._dtype}, got shape {tuple(out.shape)}, "
