@@ -1,6 +1,8 @@
 """Gradients of a trajectory found in parallel are those of the sequential method."""
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,37 @@ def test_memory_of_the_backward_pass_does_not_grow_with_rounds() -> None:
         rounds.append(found.rounds)
     assert rounds[1] > 3 * rounds[0]
     assert kept["full"] == kept["secant"] > 0
+
+
+def test_trajectory_is_freed_with_its_last_reference() -> None:
+    """The trajectory and what differentiates it once held each other until the garbage collector came by."""
+    a = torch.tensor(1.3, dtype=DTYPE, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        freed = []
+        for backward in (False, True):
+            graph = torch.ones(1, dtype=DTYPE)
+            freed.append(weakref.ref(graph))
+            y = odeint(lambda t, y, graph=graph: -a * y * graph, torch.ones(2, dtype=DTYPE), times(100))
+            if backward:
+                y[-1].sum().backward()
+            del y, graph
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_trajectory_may_be_changed_in_place() -> None:
+    """As that of the plain loop, which no one needs for the backward pass."""
+    y0 = torch.tensor([1.0, 0.2], dtype=DTYPE, requires_grad=True)
+
+    def gradient(linearization: Any) -> Any:
+        y = odeint(lambda t, y: -(y**2), y0, times(), linearization=linearization)
+        y *= 2
+        return torch.autograd.grad(y.sum(), y0)[0]
+
+    torch.testing.assert_close(gradient("full"), gradient("sequential"), rtol=1e-10, atol=0)
 
 
 def test_gradcheck() -> None:

@@ -39,7 +39,7 @@ class _Trajectory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y0: Tensor, ends: Tensor, adjoint: _Adjoint) -> Tensor:
         ctx.adjoint = adjoint
-        return adjoint.states
+        return adjoint.states.clone()  # it may be changed in place, and holds this context: no circle of references
 
     @staticmethod
     @torch.autograd.function.once_differentiable
