@@ -210,6 +210,16 @@ def test_batching_and_linearization_are_found(field: Any, y0: Any, batching: str
     close(found.states, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [1e-2, 1e-3])
+def test_weak_coupling_of_elements_is_not_mistaken_for_rounding(dtype: Any, strength: float) -> None:
+    """A mean over the state once was taken over all times at once, since single precision hid it where it was tried."""
+    y0, t = torch.ones(10, dtype=dtype), TIMES / 2
+    found = integrate(lambda t, y: strength * y.mean() - y, y0, t)
+    assert found.batching == "vmap"
+    close(found.states, torch.exp((strength - 1) * torch.from_numpy(t))[:, None].expand(-1, 10), 1e-5)
+
+
 @pytest.mark.parametrize("linearization", ["full", "diagonal", "secant", "identity"])
 def test_every_array_library(xp: Any, linearization: Any) -> None:
     def field(t: Any, y: Any) -> Any:
