@@ -437,6 +437,7 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"batching": "rows_first"}, "batching: expected one of"),
         ({"batching": "column"}, "f: called with 5 times at once"),
         ({"linear": 1.0}, "linear: the linear part"),
+        ({"linear": 1.0, "method": METHODS["rk4"]}, "linear: goes with the name of a method"),
         ({"method": "etd1", "linear": [1.0, 2.0, 3.0]}, "linear: expected a number"),
         (
             {"f": lambda t, y: -y, "y0": np.array(1.0), "method": "etd1", "linear": [1.0]},

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint
+from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
 
 torch = pytest.importorskip("torch")
 
@@ -197,3 +197,12 @@ def test_training_step_twice() -> None:
 def test_gradient_with_respect_to_times_is_refused() -> None:
     with pytest.raises(ValueError, match="t: gradients with respect to times"):
         integrate(lambda t, y: -y, torch.ones(1, dtype=DTYPE), times().requires_grad_())
+    with pytest.raises(ValueError, match="t: gradients with respect to times"):
+        solve_ivp(lambda t, y: -y, (0, 4), torch.ones(1, dtype=DTYPE), t_eval=times().requires_grad_())
+
+
+def test_gradient_with_respect_to_the_linear_part_is_refused() -> None:
+    """It once was left out without a word."""
+    linear = torch.tensor(-1.0, dtype=DTYPE, requires_grad=True)
+    with pytest.raises(ValueError, match="linear: gradients with respect to it"):
+        integrate(lambda t, y: 0 * y, torch.ones(1, dtype=DTYPE), times(), method="etd1", linear=linear)

@@ -280,6 +280,8 @@ EXPONENTIAL = {"etd1": 1, "etdrk2": 2}
 def get_method(method: Any, linear: Float64 | None) -> StepMethod:
     """The method of that name, or the method itself."""
     if isinstance(method, StepMethod):
+        if linear is not None:
+            raise ValueError(f"linear: goes with the name of a method; give it to {type(method).__name__} itself")
         return method
     if not isinstance(method, str) or method not in (*METHODS, *EXPONENTIAL):
         names = ", ".join(repr(name) for name in (*METHODS, *EXPONENTIAL))

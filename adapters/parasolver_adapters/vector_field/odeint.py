@@ -310,8 +310,6 @@ def _problem(
     batching: Batching,
     jacobian: Callable[[Array, Array], Array] | None,
 ) -> Problem:
-    if getattr(t, "requires_grad", False):
-        raise ValueError("t: gradients with respect to times are not computed; pass t.detach()")
     times = check_times(t)
     if substeps > 1:
         parts = times[:-1, None] + np.diff(times)[:, None] * np.arange(substeps) / substeps
@@ -322,6 +320,10 @@ def _problem(
 
 
 def _linear_part(linear: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    if getattr(linear, "requires_grad", False):
+        raise ValueError(
+            "linear: gradients with respect to it are not computed; pass linear.detach(), and what is learned within f"
+        )
     L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
     if L.shape not in ((), shape[-1:], shape[-1:] * 2):
         wanted = f"a number, shape ({shape[-1]},) or ({shape[-1]}, {shape[-1]})" if shape else "a number"
