@@ -267,6 +267,13 @@ def test_field_that_branches_on_time_is_integrated_one_step_after_another() -> N
     close(found.states, odeint(field, START, TIMES, linearization="sequential"), 1e-15)
 
 
+def test_batching_by_a_loop_is_what_was_asked_for() -> None:
+    """It once was tried out, and the field blamed for it without a reason."""
+    found = integrate(pendulum, START, TIMES, batching="loop")
+    assert (found.batching, found.linearization, found.calls) == ("loop", "sequential", 1200)
+    np.testing.assert_array_equal(found.states, odeint(pendulum, START, TIMES, linearization="sequential"))
+
+
 def test_chaos_falls_back_exactly_and_says_so() -> None:
     def lorenz(t: Any, y: Any) -> Any:
         return np.stack([10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])

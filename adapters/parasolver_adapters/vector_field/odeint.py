@@ -247,7 +247,9 @@ class _Choices:
     def prepare(self, problem: Problem, y0: Array) -> tuple[Problem, ParallelIntegrator | None]:
         """What to do with this field; None: the plain loop."""
         asked, steps = self.linearization, len(problem.grid)
-        if asked == "sequential" or steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
+        if asked == "sequential" or not problem.field.parallel:
+            return problem, None
+        if steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
             return problem, None
         reason = problem.field.probe(problem.grid, y0)
         if not problem.field.parallel:
