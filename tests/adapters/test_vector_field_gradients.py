@@ -194,6 +194,20 @@ def test_training_step_twice() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("wanted", ["state", "parameters"])
+def test_second_derivatives_are_refused(wanted: str) -> None:
+    """Where the loss is linear in the trajectory, they once were taken for zero."""
+    net, y0 = network(2), torch.ones(2, dtype=DTYPE, requires_grad=wanted == "state")
+    net.requires_grad_(wanted == "parameters")
+    inputs = [y0] if wanted == "state" else list(net.parameters())
+    y = odeint(lambda t, y: net(y), y0, times())
+    first = torch.autograd.grad(y[-1].sum(), inputs, create_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y[-1].sum(), inputs, retain_graph=True), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="second derivatives .* linearization='sequential'"):
+        torch.autograd.grad(y.sum() + sum(a.square().sum() for a in first), inputs)
+
+
 def test_gradient_with_respect_to_times_is_refused() -> None:
     with pytest.raises(ValueError, match="t: gradients with respect to times"):
         integrate(lambda t, y: -y, torch.ones(1, dtype=DTYPE), times().requires_grad_())
