@@ -433,6 +433,8 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"t": [0.0, 1.0, 1.0]}, "t: expected strictly increasing"),
         ({"t": [0.0, np.nan]}, "t: expected finite"),
         ({"t": []}, "t: expected a 1-D sequence"),
+        ({"t": [[0.0, 1.0], [2.0]]}, "t: expected a 1-D sequence of real numbers"),
+        ({"t": torch.arange(3).bfloat16()}, "t: expected a 1-D sequence of real numbers"),
         ({"y0": np.array([1, 2])}, "y0: expected float32 or float64"),
         ({"y0": (START, START)}, "y0: expected an array"),
         ({"y0": np.array([np.inf, 0])}, "y0: holds NaN"),
@@ -446,6 +448,8 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"linear": 1.0}, "linear: the linear part"),
         ({"linear": 1.0, "method": METHODS["rk4"]}, "linear: goes with the name of a method"),
         ({"method": "etd1", "linear": [1.0, 2.0, 3.0]}, "linear: expected a number"),
+        ({"method": "etd1", "linear": 1j}, "linear: expected real numbers"),
+        ({"jacobian": np.eye(2)}, "jacobian: expected a function"),
         (
             {"f": lambda t, y: -y, "y0": np.array(1.0), "method": "etd1", "linear": [1.0]},
             "linear: expected a number, got",

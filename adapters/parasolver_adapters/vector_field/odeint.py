@@ -312,6 +312,8 @@ def _problem(
     batching: Batching,
     jacobian: Callable[[Array, Array], Array] | None,
 ) -> Problem:
+    if jacobian is not None and not callable(jacobian):
+        raise TypeError(f"jacobian: expected a function jacobian(t, y), got {type(jacobian).__name__}")
     times = check_times(t)
     if substeps > 1:
         parts = times[:-1, None] + np.diff(times)[:, None] * np.arange(substeps) / substeps
@@ -326,7 +328,10 @@ def _linear_part(linear: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float6
         raise ValueError(
             "linear: gradients with respect to it are not computed; pass linear.detach(), and what is learned within f"
         )
-    L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
+    try:
+        L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"linear: expected real numbers, got {error}") from error
     if L.shape not in ((), shape[-1:], shape[-1:] * 2):
         wanted = f"a number, shape ({shape[-1]},) or ({shape[-1]}, {shape[-1]})" if shape else "a number"
         raise ValueError(f"linear: expected {wanted}, got shape {L.shape}")
