@@ -204,7 +204,7 @@ def test_second_derivatives_are_refused(wanted: str) -> None:
     first = torch.autograd.grad(y[-1].sum(), inputs, create_graph=True)
     for a, b in zip(first, torch.autograd.grad(y[-1].sum(), inputs, retain_graph=True), strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(RuntimeError, match="second derivatives .* linearization='sequential'"):
+    with pytest.raises(RuntimeError, match=r"second derivatives .* linearization='sequential'"):
         torch.autograd.grad(y.sum() + sum(a.square().sum() for a in first), inputs)
 
 

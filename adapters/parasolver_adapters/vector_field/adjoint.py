@@ -51,7 +51,10 @@ class _Trajectory(torch.autograd.Function):
 
 
 class _OnceOnly(torch.autograd.Function):
-    """A gradient that depends on all these and cannot be differentiated; PyTorch's own mark passes where g is constant."""
+    """A gradient that depends on all these and cannot be differentiated.
+
+    PyTorch's own mark, ``once_differentiable``, lets pass what comes of a constant gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, adjoint: Tensor, *depends_on: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class Field:
         scale = scale if np.isfinite(scale) else 1.0
         if not np.allclose(a, b, rtol=0, atol=float(np.sqrt(eps)) * scale, equal_nan=True):
             return f"differs from single calls by up to {np.max(np.abs(a - b)):.2g}"
-        # Another shape rounds otherwise, and what other rows do to a row may be less. In the same shape nothing hides it.
+        # Another shape rounds otherwise, which may hide what other rows do to a row; the same shape hides nothing.
         xp, rows, k = self.xp, y.shape[0], y.shape[0] // 2
         self.calls += 1
         self.evaluations += rows
