@@ -47,7 +47,7 @@ def read_state_dict(path: str | Path) -> StateDict:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     state = _find_state_dict(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path)
-    for prefix in _WRAPPERS:
+    for prefix in _WRAPPERS * 2:  # in either order
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state

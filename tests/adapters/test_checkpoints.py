@@ -64,7 +64,7 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path, state:
     assert torch.equal(read_state_dict(saved(content, path))["0.weight"], state["0.weight"])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path: Path, state: dict[str, Any], prefix: str) -> None:
     path = saved({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pt")
     assert list(read_state_dict(path)) == list(state)
