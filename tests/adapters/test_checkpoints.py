@@ -140,6 +140,13 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any) ->
         read_state_dict(saved(content, tmp_path / "weights.pt"))
 
 
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
+        read_state_dict(saved(content, tmp_path / "weights.pt"))
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_state_dict(tmp_path / "weights.pt")
