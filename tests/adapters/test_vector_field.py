@@ -288,6 +288,22 @@ def test_chaos_falls_back_exactly_and_says_so() -> None:
     close(found.states, expected.states, 1e-6)  # an error of 1e-16 grows by about 1e8 in 20 units
 
 
+@pytest.mark.parametrize("field", [lambda t, y: -y * float(t), lambda t, y: -300.0 * (y - np.cos(t))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: odeint(f, np.array([0.1]), np.linspace(0, 1, 201), method="euler"),
+        lambda f: integrate(f, np.array([0.1]), np.linspace(0, 1, 201), method="euler"),
+        lambda f: solve_ivp(f, (0, 1), [0.1], "euler", steps=200),
+    ],
+)
+def test_warnings_name_the_line_of_the_caller(call: Any, field: Any) -> None:
+    """Some once named lines of the library, where Python shows only the first of all warnings."""
+    with pytest.warns(SequentialFallbackWarning) as seen:
+        call(field)
+    assert [(one.filename, one.lineno) for one in seen] == [(__file__, call.__code__.co_firstlineno)]
+
+
 @pytest.mark.parametrize("window", [None, 750])
 def test_windows_where_newton_leaves_its_basin(window: int | None) -> None:
     def lorenz(t: Any, y: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -173,7 +174,7 @@ def integrate(
             problem, integrator = choices.prepare(problem, y0)
         states = _states(problem, integrator, y0, effort)
     if effort.note:
-        warnings.warn(_announcement(effort, problem), SequentialFallbackWarning, stacklevel=2)
+        _warn(_announcement(effort, problem))
     solution = _solution(problem, states, effort, integrator)
     if substeps > 1:
         solution = replace(solution, t=solution.t[::substeps], states=solution.states[::substeps, ...])
@@ -253,11 +254,9 @@ class _Choices:
             return problem, None
         reason = problem.field.probe(problem.grid, y0)
         if not problem.field.parallel:
-            warnings.warn(
+            _warn(
                 f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. "
-                "Write it with array operations, without branches on t or y; linearization='sequential' silences this",
-                SequentialFallbackWarning,
-                stacklevel=4,
+                "Write it with array operations, without branches on t or y; linearization='sequential' silences this"
             )
             return problem, None
         dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
@@ -346,6 +345,14 @@ def _records_gradients(y0: Array) -> bool:
     import torch
 
     return torch.is_grad_enabled()
+
+
+def _warn(message: str) -> None:
+    """At the line that called this module, by whichever of its front doors."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals is globals():
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, SequentialFallbackWarning, stacklevel=level)
 
 
 def _announcement(effort: Effort, problem: Problem) -> str:
