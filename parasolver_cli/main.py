@@ -247,7 +247,7 @@ def plan(
         table = None if costs is None else parse_costs(costs)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--costs") from error
-    if not all(part.strip().isdigit() and int(part) > 0 for part in devices.split(",")):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in devices.split(",")):
         raise typer.BadParameter(f"expected counts such as 1,2,4,8, got {devices}", param_hint="--devices")
     counts = tuple(int(part) for part in devices.split(","))
     run(Settings(sampler, steps, tolerance, batch, counts, table), Console())

@@ -34,7 +34,10 @@ def parse_costs(text: str) -> CostTable:
     """From ``rows:seconds,rows:seconds``, for example ``1:0.05,8:0.06,64:0.3``."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
-        return CostTable.of({int(rows): float(value) for rows, value in pairs})
+        table = {int(rows): float(value) for rows, value in pairs}
+        if len(table) < len(pairs):
+            raise ValueError("the same rows twice")
+        return CostTable.of(table)
     except ValueError as error:
         raise ValueError(f"expected rows:seconds,... such as 1:0.05,8:0.06,64:0.3, got {text!r} ({error})") from error
 

@@ -154,7 +154,7 @@ def load(settings: Settings) -> Loaded:
 def _embedded(settings: Settings) -> Loaded:
     from parasolver_adapters import embedded
 
-    _refuse(settings, "the embedded model", "classifier", "vae")
+    _refuse(settings, "the embedded model", "classifier", "vae", "guide_all_channels")
     network = embedded.load_embedded_model(_dtype(settings), settings.device)
     kind = network.dtype
 
@@ -175,7 +175,7 @@ def _embedded(settings: Settings) -> Loaded:
 
 
 def _guided_diffusion(settings: Settings, checkpoint: Path) -> Loaded:
-    _refuse(settings, f"the preset {settings.preset}", "guidance_scale", "vae")
+    _refuse(settings, f"the preset {settings.preset}", "guidance_scale", "vae", "guide_all_channels")
     preset = guided_diffusion.PRESETS[settings.preset]
     if settings.dtype == "bfloat16":
         raise ValueError("dtype: these networks compute in float32 or float16, got bfloat16")
@@ -219,7 +219,7 @@ def _dit(settings: Settings, checkpoint: Path) -> Loaded:
 
 def _refuse(settings: Settings, what: str, *options: str) -> None:
     for name in options:
-        if getattr(settings, name) is not None:
+        if getattr(settings, name) not in (None, False):
             raise ValueError(f"{name}: {what} has no use for it, got {getattr(settings, name)}")
 
 

@@ -25,6 +25,7 @@ StateDict = Mapping[str, Tensor]
 
 _SHOWN = 3  # offending keys that an error names
 _WRAPPERS = ("module.", "_orig_mod.")  # put before each key by data-parallel training and by torch.compile
+_DEEPEST = 4  # nested so often at most: a dictionary may hold itself
 _NESTED = ("ema", "state_dict", "model")  # where training scripts keep the weights, the averaged ones first
 
 
@@ -47,7 +48,7 @@ def read_state_dict(path: str | Path) -> StateDict:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     state = _find_state_dict(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path)
-    for prefix in _WRAPPERS:
+    for prefix in _WRAPPERS * 2:  # in either order
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -143,13 +144,13 @@ def _read_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason}); it may be truncated") from error
 
 
-def _find_state_dict(content: Any, path: Path) -> StateDict:
+def _find_state_dict(content: Any, path: Path, deepest: int = _DEEPEST) -> StateDict:
     if isinstance(content, Mapping) and content:
         if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
             return dict(content)
         for name in _NESTED:
-            if isinstance(content.get(name), Mapping):
-                return _find_state_dict(content[name], path)
+            if isinstance(content.get(name), Mapping) and deepest:
+                return _find_state_dict(content[name], path, deepest - 1)
     got = f"keys {_first(list(content))}" if isinstance(content, Mapping) and content else type(content).__name__
     names = ", ".join(map(repr, _NESTED))
     raise CheckpointError(f"{path}: expected a dictionary of tensors, or one under {names}; got {got}")

@@ -10,6 +10,7 @@ variance of a step of DDPM between its two bounds (section 3.1 there),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
@@ -80,6 +81,12 @@ def guided(null: Tensor, given: Tensor, scale: float) -> Tensor:
     return null + scale * (given - null)
 
 
+def check_scale(name: str, value: float | None) -> None:
+    """A finite number, or None."""
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 @dataclass(frozen=True)
 class ClassifierGuidance:
     """``scale * d log p(y | x_t) / dx_t`` of a classifier of noisy pictures (Dhariwal and Nichol, 2021, section 4).
@@ -91,6 +98,9 @@ class ClassifierGuidance:
 
     classifier: Callable[[Tensor, Tensor], Tensor]
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The gradient of each row, like ``x``."""
@@ -142,6 +152,7 @@ class EpsilonModel:
         if not needed and self.labels is not None:
             raise ValueError(f"labels: this network takes none, got {self.labels!r}")
         self._check_labels()
+        check_scale("guidance_scale", self.guidance_scale)
         if self._guided and (self.num_classes is None or self.null_label is None):
             raise ValueError(
                 f"guidance_scale: got {self.guidance_scale}, which needs a network with labels and a null_label that "

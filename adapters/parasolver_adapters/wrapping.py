@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parasolver_adapters.epsilon_models import guided
+from parasolver_adapters.epsilon_models import check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
 from parasolver_core.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule, PredictionType
 
@@ -81,6 +81,7 @@ class ModelDenoiser:
                 f"guidance_scale: expected it and null_conditions together, got {self.guidance_scale} and "
                 f"{'none' if self.null_conditions is None else 'some'}"
             )
+        check_scale("guidance_scale", self.guidance_scale)
         unknown = [name for name in self.null_conditions or () if name not in self.conditions]
         if unknown:
             raise ValueError(f"null_conditions: expected names of conditions, got {unknown[0]!r}")

@@ -64,7 +64,7 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path, state:
     assert torch.equal(read_state_dict(saved(content, path))["0.weight"], state["0.weight"])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path: Path, state: dict[str, Any], prefix: str) -> None:
     path = saved({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pt")
     assert list(read_state_dict(path)) == list(state)
@@ -136,6 +136,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, suffix
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"step": 3}, {"model": {"lr": 0.1}}, torch.zeros(3)])
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
+        read_state_dict(saved(content, tmp_path / "weights.pt"))
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
     with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
         read_state_dict(saved(content, tmp_path / "weights.pt"))
 

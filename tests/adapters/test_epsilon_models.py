@@ -1,5 +1,6 @@
 """Respaced timesteps, learned variance, labels and guidance, on small functions in the place of networks."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -204,11 +205,17 @@ def test_the_conformance_check_passes(options: dict[str, Any]) -> None:
         ({"labels": 1, "num_classes": None}, "labels: this network takes none"),
         ({"labels": None, "num_classes": None, "classifier": ClassifierGuidance(classifier)}, "labels: classifier"),
         ({"guidance_scale": 2.0}, "guidance_scale: got 2.0, which needs"),
+        ({"guidance_scale": math.nan, "null_label": 4}, "guidance_scale: expected a finite number, got nan"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         EpsilonModel(network, SCHEDULE, **({"labels": 0, "num_classes": CLASSES} | options))
+
+
+def test_a_classifier_scale_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale: expected a finite number, got inf"):
+        ClassifierGuidance(classifier, math.inf)
 
 
 def test_labels_of_another_kind_are_refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
-from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS, RungeKutta
+from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS, RungeKutta, phi_functions
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
 
@@ -74,6 +74,15 @@ def test_exponential_methods(method: str, linear: Any) -> None:
     found = integrate(pendulum, START, TIMES, **options)
     assert found.sequential_steps == 0
     close(found.states, expected.states)
+
+
+def test_stiff_elements_leave_the_others_accurate() -> None:
+    """All elements once were squared as often as the stiffest, which left others right to eight digits only."""
+    h, linear = np.array([0.01, 0.5]), np.array([-1e8, -1.0, 0.3])
+    exp, phi_1, _ = phi_functions(h, linear)
+    z = h[:, None] * linear
+    np.testing.assert_allclose(exp, np.exp(z), rtol=1e-14, atol=0)
+    np.testing.assert_allclose(phi_1, np.expm1(z) / linear, rtol=1e-13, atol=0)
 
 
 def elementwise(t: Any, y: Any) -> Any:
@@ -201,6 +210,16 @@ def test_batching_and_linearization_are_found(field: Any, y0: Any, batching: str
     close(found.states, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [1e-2, 1e-3])
+def test_weak_coupling_of_elements_is_not_mistaken_for_rounding(dtype: Any, strength: float) -> None:
+    """A mean over the state once was taken over all times at once, since single precision hid it where it was tried."""
+    y0, t = torch.ones(10, dtype=dtype), TIMES / 2
+    found = integrate(lambda t, y: strength * y.mean() - y, y0, t)
+    assert found.batching == "vmap"
+    close(found.states, torch.exp((strength - 1) * torch.from_numpy(t))[:, None].expand(-1, 10), 1e-5)
+
+
 @pytest.mark.parametrize("linearization", ["full", "diagonal", "secant", "identity"])
 def test_every_array_library(xp: Any, linearization: Any) -> None:
     def field(t: Any, y: Any) -> Any:
@@ -248,6 +267,13 @@ def test_field_that_branches_on_time_is_integrated_one_step_after_another() -> N
     close(found.states, odeint(field, START, TIMES, linearization="sequential"), 1e-15)
 
 
+def test_batching_by_a_loop_is_what_was_asked_for() -> None:
+    """It once was tried out, and the field blamed for it without a reason."""
+    found = integrate(pendulum, START, TIMES, batching="loop")
+    assert (found.batching, found.linearization, found.calls) == ("loop", "sequential", 1200)
+    np.testing.assert_array_equal(found.states, odeint(pendulum, START, TIMES, linearization="sequential"))
+
+
 def test_chaos_falls_back_exactly_and_says_so() -> None:
     def lorenz(t: Any, y: Any) -> Any:
         return np.stack([10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]])
@@ -260,6 +286,22 @@ def test_chaos_falls_back_exactly_and_says_so() -> None:
     assert "one after another" in found.message
     assert found.calls <= 1.2 * expected.calls
     close(found.states, expected.states, 1e-6)  # an error of 1e-16 grows by about 1e8 in 20 units
+
+
+@pytest.mark.parametrize("field", [lambda t, y: -y * float(t), lambda t, y: -300.0 * (y - np.cos(t))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: odeint(f, np.array([0.1]), np.linspace(0, 1, 201), method="euler"),
+        lambda f: integrate(f, np.array([0.1]), np.linspace(0, 1, 201), method="euler"),
+        lambda f: solve_ivp(f, (0, 1), [0.1], "euler", steps=200),
+    ],
+)
+def test_warnings_name_the_line_of_the_caller(call: Any, field: Any) -> None:
+    """Some once named lines of the library, where Python shows only the first of all warnings."""
+    with pytest.warns(SequentialFallbackWarning) as seen:
+        call(field)
+    assert [(one.filename, one.lineno) for one in seen] == [(__file__, call.__code__.co_firstlineno)]
 
 
 @pytest.mark.parametrize("window", [None, 750])
@@ -318,6 +360,28 @@ def test_single_time_and_scalar_state() -> None:
     y = odeint(lambda t, y: -y, torch.tensor(1.0, dtype=torch.float64), TIMES)
     assert y.shape == (301,)
     assert float(y[-1]) == pytest.approx(np.exp(-6), rel=1e-7)
+
+
+@pytest.mark.parametrize("linearization", ["auto", "sequential"])
+def test_field_that_writes_into_one_array(linearization: Any) -> None:
+    """SciPy copies what such a field returns; here all stages once were the last one."""
+    f = np.empty(2)
+
+    def field(t: Any, y: Any) -> Any:
+        f[0], f[1] = y[1], -np.sin(y[0])
+        return f
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = odeint(field, START, TIMES, linearization=linearization)
+    close(found, odeint(pendulum_free, START, TIMES, linearization="sequential"))
+
+
+def test_numpy_number_as_state() -> None:
+    """What f gives for many times is an array; it once was held against the type of the number."""
+    found = integrate(lambda t, y: -y, np.float64(1.0), TIMES)
+    assert found.sequential_steps == 0
+    close(found.states, odeint(lambda t, y: -y, np.array(1.0), TIMES))
 
 
 def test_float32() -> None:
@@ -385,6 +449,8 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"t": [0.0, 1.0, 1.0]}, "t: expected strictly increasing"),
         ({"t": [0.0, np.nan]}, "t: expected finite"),
         ({"t": []}, "t: expected a 1-D sequence"),
+        ({"t": [[0.0, 1.0], [2.0]]}, "t: expected a 1-D sequence of real numbers"),
+        ({"t": torch.arange(3).bfloat16()}, "t: expected a 1-D sequence of real numbers"),
         ({"y0": np.array([1, 2])}, "y0: expected float32 or float64"),
         ({"y0": (START, START)}, "y0: expected an array"),
         ({"y0": np.array([np.inf, 0])}, "y0: holds NaN"),
@@ -396,7 +462,10 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
         ({"batching": "rows_first"}, "batching: expected one of"),
         ({"batching": "column"}, "f: called with 5 times at once"),
         ({"linear": 1.0}, "linear: the linear part"),
+        ({"linear": 1.0, "method": METHODS["rk4"]}, "linear: goes with the name of a method"),
         ({"method": "etd1", "linear": [1.0, 2.0, 3.0]}, "linear: expected a number"),
+        ({"method": "etd1", "linear": 1j}, "linear: expected real numbers"),
+        ({"jacobian": np.eye(2)}, "jacobian: expected a function"),
         (
             {"f": lambda t, y: -y, "y0": np.array(1.0), "method": "etd1", "linear": [1.0]},
             "linear: expected a number, got",

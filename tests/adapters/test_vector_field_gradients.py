@@ -1,12 +1,14 @@
 """Gradients of a trajectory found in parallel are those of the sequential method."""
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint
+from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
 
 torch = pytest.importorskip("torch")
 
@@ -74,6 +76,37 @@ def test_memory_of_the_backward_pass_does_not_grow_with_rounds() -> None:
     assert kept["full"] == kept["secant"] > 0
 
 
+def test_trajectory_is_freed_with_its_last_reference() -> None:
+    """The trajectory and what differentiates it once held each other until the garbage collector came by."""
+    a = torch.tensor(1.3, dtype=DTYPE, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        freed = []
+        for backward in (False, True):
+            graph = torch.ones(1, dtype=DTYPE)
+            freed.append(weakref.ref(graph))
+            y = odeint(lambda t, y, graph=graph: -a * y * graph, torch.ones(2, dtype=DTYPE), times(100))
+            if backward:
+                y[-1].sum().backward()
+            del y, graph
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_trajectory_may_be_changed_in_place() -> None:
+    """As that of the plain loop, which no one needs for the backward pass."""
+    y0 = torch.tensor([1.0, 0.2], dtype=DTYPE, requires_grad=True)
+
+    def gradient(linearization: Any) -> Any:
+        y = odeint(lambda t, y: -(y**2), y0, times(), linearization=linearization)
+        y *= 2
+        return torch.autograd.grad(y.sum(), y0)[0]
+
+    torch.testing.assert_close(gradient("full"), gradient("sequential"), rtol=1e-10, atol=0)
+
+
 def test_gradcheck() -> None:
     t = times(80, 2.0)
 
@@ -94,6 +127,14 @@ def test_only_one_side_needs_gradients(wanted: str) -> None:
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("linearization", ["full", "sequential"])
+def test_start_that_is_a_parameter(linearization: Any) -> None:
+    """The field gives plain tensors, which once were refused for not being parameters like ``y0``."""
+    y0 = torch.nn.Parameter(torch.tensor([1.0, 0.2], dtype=DTYPE))
+    odeint(lambda t, y: -0.5 * y, y0, times(), linearization=linearization)[-1].sum().backward()
+    torch.testing.assert_close(y0.grad, torch.full((2,), np.exp(-2.0), dtype=DTYPE), rtol=1e-8, atol=0)
 
 
 def test_no_graph_where_none_is_needed() -> None:
@@ -153,6 +194,29 @@ def test_training_step_twice() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("wanted", ["state", "parameters"])
+def test_second_derivatives_are_refused(wanted: str) -> None:
+    """Where the loss is linear in the trajectory, they once were taken for zero."""
+    net, y0 = network(2), torch.ones(2, dtype=DTYPE, requires_grad=wanted == "state")
+    net.requires_grad_(wanted == "parameters")
+    inputs = [y0] if wanted == "state" else list(net.parameters())
+    y = odeint(lambda t, y: net(y), y0, times())
+    first = torch.autograd.grad(y[-1].sum(), inputs, create_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y[-1].sum(), inputs, retain_graph=True), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match=r"second derivatives .* linearization='sequential'"):
+        torch.autograd.grad(y.sum() + sum(a.square().sum() for a in first), inputs)
+
+
 def test_gradient_with_respect_to_times_is_refused() -> None:
     with pytest.raises(ValueError, match="t: gradients with respect to times"):
         integrate(lambda t, y: -y, torch.ones(1, dtype=DTYPE), times().requires_grad_())
+    with pytest.raises(ValueError, match="t: gradients with respect to times"):
+        solve_ivp(lambda t, y: -y, (0, 4), torch.ones(1, dtype=DTYPE), t_eval=times().requires_grad_())
+
+
+def test_gradient_with_respect_to_the_linear_part_is_refused() -> None:
+    """It once was left out without a word."""
+    linear = torch.tensor(-1.0, dtype=DTYPE, requires_grad=True)
+    with pytest.raises(ValueError, match="linear: gradients with respect to it"):
+        integrate(lambda t, y: 0 * y, torch.ones(1, dtype=DTYPE), times(), method="etd1", linear=linear)

@@ -1,5 +1,6 @@
 """Networks as their training code calls them: what they predict, how they count time, and their conditions."""
 
+import math
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -148,6 +149,7 @@ def test_a_module_in_half_precision(wrapped: str) -> None:
         ({"time": "seconds"}, "time: expected None or 'timestep' for this schedule, got 'seconds'"),
         ({"schedule": NoiseSchedule.flow_matching(), "time": "sigma"}, "time: expected None or 'unit'"),
         ({"guidance_scale": 2.0}, "guidance_scale: expected it and null_conditions together"),
+        ({"guidance_scale": math.inf, "null_conditions": {}}, "guidance_scale: expected a finite number, got inf"),
         (
             {"guidance_scale": 2.0, "null_conditions": {"y": 1}},
             "null_conditions: expected names of conditions, got 'y'",

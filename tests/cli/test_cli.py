@@ -73,6 +73,20 @@ def test_bad_tolerance(tmp_path: Path, value: str) -> None:
     assert "Invalid value for '--tolerance': expected a finite number of at least 0" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--devices", "1,0"], "expected counts such as 1,2,4,8, got 1,0"),
+        (["--devices", "²"], "expected counts such as 1,2,4,8, got ²"),  # a digit, but no number
+        (["--costs", "1"], "expected rows:seconds"),
+        (["--costs", "1:nan"], "costs: expected finite seconds"),
+        (["--costs", "1:0.1,1:0.2"], "the same rows twice"),
+    ],
+)
+def test_bad_options_of_plan(options: list[str], told: str) -> None:
+    assert told in " ".join(run("plan", *options, code=2).replace("│", " ").split())
+
+
 def test_unwritable_folder_is_refused_before_sampling(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -146,6 +146,7 @@ def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> 
         (["--steps", "2000"], "spacing: 2000 steps were asked for where there are 1000"),
         (["--labels", "11"], "labels: expected classes in 0..10, got 11"),
         (["--vae", "folder"], "vae: the embedded model has no use for it"),
+        (["--guide-all-channels"], "guide_all_channels: the embedded model has no use for it"),
         (["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"], "labels: the preset lsun-cat has no classes"),
         (["--checkpoint", "x.pt"], "preset: a checkpoint needs the name of its network"),
         (["--device", "meow"], "device: 'meow' cannot be used"),

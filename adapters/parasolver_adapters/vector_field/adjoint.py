@@ -32,20 +32,39 @@ def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states:
         return states
     start = states[:-1].requires_grad_()
     ends, _past = problem.method.advance(problem.field, grid, 0, n, start, None)
-    return _Trajectory.apply(y0, ends, _Adjoint(problem, integrator, start, ends, states.detach()))
+    return _Trajectory.apply(y0, ends, _Adjoint(problem, integrator, y0, start, ends, states.detach()))
 
 
 class _Trajectory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y0: Tensor, ends: Tensor, adjoint: _Adjoint) -> Tensor:
         ctx.adjoint = adjoint
-        return adjoint.states
+        return adjoint.states.clone()  # it may be changed in place, and holds this context: no circle of references
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        adjoint = ctx.adjoint.solve(g)
+        with torch.no_grad():
+            adjoint = ctx.adjoint.solve(g)
+        if torch.is_grad_enabled():  # create_graph=True
+            adjoint = _OnceOnly.apply(adjoint, g, ctx.adjoint.y0, ctx.adjoint.ends)
         return adjoint[0], adjoint[1:], None
+
+
+class _OnceOnly(torch.autograd.Function):
+    """A gradient that depends on all these and cannot be differentiated.
+
+    PyTorch's own mark, ``once_differentiable``, lets pass what comes of a constant gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, adjoint: Tensor, *depends_on: Tensor) -> Tensor:
+        return adjoint.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            "second derivatives of a trajectory found in parallel are not computed; linearization='sequential' has them"
+        )
 
 
 class _Adjoint:
@@ -53,15 +72,16 @@ class _Adjoint:
 
     Args:
         problem, integrator: what found the trajectory.
+        y0: the first state, with its history.
         start: (N, *state), leaves of the graph of ``ends``.
         ends: (N, *state), the ends of all steps.
         states: (N + 1, *state).
     """
 
     def __init__(
-        self, problem: Problem, integrator: ParallelIntegrator, start: Tensor, ends: Tensor, states: Tensor
+        self, problem: Problem, integrator: ParallelIntegrator, y0: Tensor, start: Tensor, ends: Tensor, states: Tensor
     ) -> None:
-        self.problem, self.integrator = problem, integrator
+        self.problem, self.integrator, self.y0 = problem, integrator, y0
         self.start, self.ends, self.states = start, ends, states
 
     def solve(self, g: Tensor) -> Tensor:

@@ -56,7 +56,12 @@ class Grid:
 
 def check_times(t: ArrayLike) -> NDArray[np.float64]:
     """``t`` as a host array (N + 1,): real, finite, strictly increasing or decreasing, at least one time."""
-    host = np.asarray(to_host(t) if is_array(t) else t)
+    if getattr(t, "requires_grad", False):
+        raise ValueError("t: gradients with respect to times are not computed; pass t.detach()")
+    try:
+        host = np.asarray(to_host(t) if is_array(t) else t)
+    except (TypeError, ValueError) as error:  # bfloat16, which NumPy does not have, or sequences of unequal lengths
+        raise TypeError(f"t: expected a 1-D sequence of real numbers, got {error}") from error
     if host.ndim != 1 or host.size < 1:
         raise ValueError(f"t: expected a 1-D sequence of times, got shape {host.shape}; try linspace(0, 10, 1001)")
     if not (np.issubdtype(host.dtype, np.integer) or np.issubdtype(host.dtype, np.floating)):

@@ -239,14 +239,14 @@ def phi_functions(h: Float64, linear: Float64) -> tuple[Float64, Float64, Float6
 
 def matrix_exponential(matrix: Float64) -> Float64:
     """``exp`` of each matrix ``(..., d, d)``: Taylor series of order 18 after scaling to norm 1/2, then squaring."""
-    norm = np.max(np.abs(matrix).sum(axis=-2), initial=0.0)
-    squarings = max(0, int(np.ceil(np.log2(max(norm, 0.5)))) + 1)
+    norm = np.max(np.abs(matrix).sum(axis=-2), axis=-1)[..., None, None]
+    squarings = np.ceil(np.log2(np.maximum(norm, 0.5))) + 1  # of each: one more doubles the rounding of 1 + small
     scaled = matrix / 2.0**squarings
     total = eye = np.eye(matrix.shape[-1])
     for k in range(18, 0, -1):
         total = eye + scaled @ total / k
-    for _ in range(squarings):
-        total = total @ total
+    for k in range(int(np.max(squarings, initial=0))):
+        total = np.where(k < squarings, total @ total, total)
     return total
 
 
@@ -280,6 +280,8 @@ EXPONENTIAL = {"etd1": 1, "etdrk2": 2}
 def get_method(method: Any, linear: Float64 | None) -> StepMethod:
     """The method of that name, or the method itself."""
     if isinstance(method, StepMethod):
+        if linear is not None:
+            raise ValueError(f"linear: goes with the name of a method; give it to {type(method).__name__} itself")
         return method
     if not isinstance(method, str) or method not in (*METHODS, *EXPONENTIAL):
         names = ", ".join(repr(name) for name in (*METHODS, *EXPONENTIAL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -173,7 +174,7 @@ def integrate(
             problem, integrator = choices.prepare(problem, y0)
         states = _states(problem, integrator, y0, effort)
     if effort.note:
-        warnings.warn(_announcement(effort, problem), SequentialFallbackWarning, stacklevel=2)
+        _warn(_announcement(effort, problem))
     solution = _solution(problem, states, effort, integrator)
     if substeps > 1:
         solution = replace(solution, t=solution.t[::substeps], states=solution.states[::substeps, ...])
@@ -247,15 +248,15 @@ class _Choices:
     def prepare(self, problem: Problem, y0: Array) -> tuple[Problem, ParallelIntegrator | None]:
         """What to do with this field; None: the plain loop."""
         asked, steps = self.linearization, len(problem.grid)
-        if asked == "sequential" or steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
+        if asked == "sequential" or not problem.field.parallel:
+            return problem, None
+        if steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
             return problem, None
         reason = problem.field.probe(problem.grid, y0)
         if not problem.field.parallel:
-            warnings.warn(
+            _warn(
                 f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. "
-                "Write it with array operations, without branches on t or y; linearization='sequential' silences this",
-                SequentialFallbackWarning,
-                stacklevel=4,
+                "Write it with array operations, without branches on t or y; linearization='sequential' silences this"
             )
             return problem, None
         dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
@@ -310,8 +311,8 @@ def _problem(
     batching: Batching,
     jacobian: Callable[[Array, Array], Array] | None,
 ) -> Problem:
-    if getattr(t, "requires_grad", False):
-        raise ValueError("t: gradients with respect to times are not computed; pass t.detach()")
+    if jacobian is not None and not callable(jacobian):
+        raise TypeError(f"jacobian: expected a function jacobian(t, y), got {type(jacobian).__name__}")
     times = check_times(t)
     if substeps > 1:
         parts = times[:-1, None] + np.diff(times)[:, None] * np.arange(substeps) / substeps
@@ -322,7 +323,14 @@ def _problem(
 
 
 def _linear_part(linear: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
+    if getattr(linear, "requires_grad", False):
+        raise ValueError(
+            "linear: gradients with respect to it are not computed; pass linear.detach(), and what is learned within f"
+        )
+    try:
+        L = np.asarray(to_host(linear) if is_array(linear) else linear, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"linear: expected real numbers, got {error}") from error
     if L.shape not in ((), shape[-1:], shape[-1:] * 2):
         wanted = f"a number, shape ({shape[-1]},) or ({shape[-1]}, {shape[-1]})" if shape else "a number"
         raise ValueError(f"linear: expected {wanted}, got shape {L.shape}")
@@ -337,6 +345,14 @@ def _records_gradients(y0: Array) -> bool:
     import torch
 
     return torch.is_grad_enabled()
+
+
+def _warn(message: str) -> None:
+    """At the line that called this module, by whichever of its front doors."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals is globals():
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, SequentialFallbackWarning, stacklevel=level)
 
 
 def _announcement(effort: Effort, problem: Problem) -> str:
