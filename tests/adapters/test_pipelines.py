@@ -24,6 +24,8 @@ from tests.adapters.tiny_pipelines import (
     ddim_pipeline,
     distance,
     generator,
+    half_mask,
+    picture,
     stable_diffusion,
     text,
     watch,
@@ -151,6 +153,19 @@ def test_max_rows_bounds_the_rows_of_latents_in_a_call() -> None:
     assert max(rows) <= 2 * (4 + 2)  # guidance doubles; once with the row that is compared
     assert run.stats.calls > run.stats.rounds
     assert distance(got, sample(pipe, **text(2))) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_loop_that_begins_at_the_second_of_two_equal_timesteps(name: str) -> None:
+    """PNDM visits its second timestep twice, and has no ``set_begin_index`` that would tell which of them it is."""
+    scheduler = diffusers.PNDMScheduler.from_config(ddim().config, skip_prk_steps=True)
+    pipe, given = stable_diffusion(name, scheduler=scheduler), {"image": picture(), "strength": 0.9}
+    if "Inpaint" in name:
+        given |= {"mask_image": half_mask(), "height": 32, "width": 32}
+    want = sample(pipe, **given)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, **given)
+    assert distance(got, want) < 1e-12
 
 
 # ---------------------------------------------------------------- the pipeline afterwards

@@ -440,6 +440,7 @@ class _Capture(_Listener):
                     f"the state changes its shape on the way, from {tuple(self.start.shape)} to {tuple(x.shape)}"
                 )
             self.programs.append(self.recorder.finish(x, m))
+        self._narrow(given["timestep"])
         self.timesteps.append(given["timestep"])
         given["model_output"] = self.first  # finite, unlike what zeros may have been turned into
         output = step(**given)
@@ -482,14 +483,32 @@ class _Capture(_Listener):
         if timesteps is None or isinstance(timesteps, (list, tuple)):
             raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
         begin = getattr(own, "_begin_index", None)
-        if begin is None:
-            at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given["timestep"]).flatten()[0].cpu())
-            begin = int(at[0, 0]) if len(at) else 0
-        self.begin: int = begin
-        self.expected = len(timesteps) - self.begin - (type(own).__name__ in ENDS_WITH_ZERO)
+        self._begins = _places(timesteps, given["timestep"]) or [0] if begin is None else [begin]
         for name in ("_step_index", "_begin_index"):
             if hasattr(own, name):
                 setattr(own, name, None)
+
+    def _narrow(self, timestep: Any) -> None:
+        """Where the loop began, if its first timestep occurs twice among the scheduler's: the next ones tell."""
+        if len(self._begins) > 1:
+            places, done = _places(self.scheduler.timesteps, timestep), len(self.timesteps)
+            self._begins = [begin for begin in self._begins if begin + done in places] or self._begins[:1]
+
+    @property
+    def begin(self) -> int:
+        """The number of the first step among all of the scheduler's."""
+        return self._begins[0]
+
+    @property
+    def expected(self) -> int:
+        """How many steps the loop has."""
+        return len(self.scheduler.timesteps) - self.begin - (type(self.scheduler).__name__ in ENDS_WITH_ZERO)
+
+
+def _places(timesteps: torch.Tensor, timestep: Any) -> list[int]:
+    """Where among the scheduler's timesteps this one is."""
+    same = timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()
+    return torch.nonzero(same).flatten().tolist()
 
 
 class _Replay(_Listener):
