@@ -230,6 +230,41 @@ def test_the_pipeline_is_unchanged_after_an_exception(where: str) -> None:
     assert torch.equal(sample(pipe), want)
 
 
+def pag() -> Any:
+    """A pipeline with perturbed-attention guidance."""
+    pipe = diffusers.StableDiffusionPAGPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_pag_applied_layers("mid")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_attention_processors_that_a_pipeline_sets_for_its_loop_are_taken_back() -> None:
+    """Perturbed-attention guidance takes its own back after the loop, which the first pass does not reach."""
+    pipe = pag()
+    want = sample(pipe, pag_scale=3.0)
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(PipelineNotParallelError, match="pass pag_scale=0"), parallel_sampling(pipe):
+        sample(pipe, pag_scale=3.0)
+    assert pipe.unet.attn_processors == before
+    with pytest.warns(UserWarning, match="pag_scale=0"), parallel_sampling(pipe, fallback="sequential"):
+        assert torch.equal(sample(pipe, pag_scale=3.0), want)
+    assert pipe.unet.attn_processors == before
+    want = sample(pipe, pag_scale=0.0)
+    with parallel_sampling(pipe, tolerance=0.0):
+        assert distance(sample(pipe, pag_scale=0.0), want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_that_splits_its_batch_is_refused_in_half_precision(dtype: torch.dtype) -> None:
+    """There the rounding of a batch is as large as what perturbed attention changes."""
+    pipe = pag()
+    for part in (pipe.unet, pipe.vae):
+        part.to(dtype)
+    given = {name: value.to(dtype) for name, value in text().items()}
+    with pytest.raises(PipelineNotParallelError, match="perturbed-attention"), parallel_sampling(pipe):
+        sample(pipe, **given, pag_scale=3.0)
+
+
 def test_signatures_are_kept() -> None:
     """Pipelines look at them, and drop ``generator`` and ``eta`` where step does not name them."""
     pipe, seen = stable_diffusion(), {}

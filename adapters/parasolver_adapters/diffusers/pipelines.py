@@ -274,12 +274,13 @@ class Session:
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run = self.run
+        run, self._processors = self.run, _processors(self.pipe)
         run.stats, run.status, run.reason, run.latents = Stats(), None, None, None
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
         except BaseException:
             run.status = run.status or Status.FAILED
+            _put_back(self._processors)
             raise
 
     def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
@@ -328,6 +329,7 @@ class Session:
             pass
         finally:
             capture.recorder.close()
+            _put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
         capture.finish()
         return capture
 
@@ -424,6 +426,7 @@ class _Capture(_Listener):
             self._defaults = {name: one.default for name, one in known.items()}
         options = _options(given, scheduler, self._defaults)
         if self.start is None:
+            self._refuse()
             self.start, self.first = x.detach().clone(), m.detach().clone()
             self.options, self.generator = options, given.get("generator")
             self._keep_scheduler(scheduler, given)
@@ -458,6 +461,16 @@ class _Capture(_Listener):
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
         self.rule = _rule(self.scheduler, self.begin, self.options)
+
+    def _refuse(self) -> None:
+        """What the pipeline has set for its loop; in half precision the comparison of a batch could miss it."""
+        for network, processors in _processors(self.pipe):
+            splitting = {type(one).__name__ for one in processors.values() if type(one).__name__.startswith("PAG")}
+            if splitting:
+                raise PipelineNotParallelError(
+                    f"perturbed-attention guidance tells the rows of {type(network).__name__}'s batch apart by their "
+                    f"place ({', '.join(sorted(splitting))}), which another batch size changes; pass pag_scale=0"
+                )
 
     @functools.cached_property
     def unchanged(self) -> bool:
@@ -741,6 +754,19 @@ def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
     components = pipe.components
     networks = {name: module for name, module in components.items() if isinstance(module, torch.nn.Module)}
     return {name: module for name, module in networks.items() if "vae" not in name}
+
+
+def _processors(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The networks with their attention processors."""
+    networks = _networks(pipe).values()
+    return [(one, dict(one.attn_processors)) for one in networks if hasattr(one, "attn_processors")]
+
+
+def _put_back(processors: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Set these again where the networks have others."""
+    for network, own in processors:
+        if network.attn_processors != own:
+            network.set_attn_processor(dict(own))
 
 
 def _options(given: dict[str, Any], scheduler: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
