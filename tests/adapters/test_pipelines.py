@@ -274,6 +274,7 @@ def test_signatures_are_kept() -> None:
         seen["forward"] = inspect.signature(pipe.unet.forward)
         seen["call"] = inspect.signature(type(pipe).__call__)
         seen["name"], seen["class"] = type(pipe).__name__, type(pipe.scheduler).__name__
+        seen["equal"] = type(pipe.scheduler) == DDIMScheduler and not type(pipe.scheduler) != DDIMScheduler
         return given
 
     own = type(pipe), type(pipe.scheduler), type(pipe.unet)
@@ -283,6 +284,7 @@ def test_signatures_are_kept() -> None:
     assert seen["step"] == inspect.signature(own[1](**{}).step)
     assert seen["forward"] == inspect.signature(pipe.unet.forward)
     assert (seen["name"], seen["class"]) == (own[0].__name__, own[1].__name__)
+    assert seen["equal"]
 
 
 # ---------------------------------------------------------------- progress, callbacks, interrupts

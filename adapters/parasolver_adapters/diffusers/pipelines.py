@@ -248,7 +248,13 @@ def _is_a(value: Any, name: str) -> bool:
 def _subclass(own: type, members: dict[str, Any]) -> type:
     """A subclass that passes for the class itself."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), names | members)
+    kind = type(own)
+
+    def equal(cls: type, other: object) -> bool:  # BriaPipeline asks whether type(scheduler) != a class
+        return other is own or kind.__eq__(cls, other)
+
+    passing = type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda cls: hash(own)})
+    return passing(own.__name__, (own,), names | members)
 
 
 class _CaptureDone(BaseException):
