@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
+import threading
 from typing import Any
 
 import diffusers
@@ -379,6 +381,55 @@ def test_preview_after_every_round_comes_nearer_to_the_sample() -> None:
     assert errors[-1] < 1e-12 < errors[0]
     assert torch.equal(run.latents, got)
     assert errors[len(errors) // 2] < errors[0]
+
+
+# ---------------------------------------------------------------- blocks, copies and threads
+
+
+def test_of_nested_blocks_the_inner_one_counts() -> None:
+    pipe = stable_diffusion()
+    want, own = sample(pipe), type(pipe)
+    with parallel_sampling(pipe, window=1) as outer, parallel_sampling(pipe, tolerance=0.0) as inner:
+        got = sample(pipe)
+    assert distance(got, want) < 1e-12
+    assert outer.status is None
+    assert inner.stats.rounds > 0
+    assert type(pipe) is own
+
+
+def test_a_copy_of_the_pipeline_may_outlive_the_block() -> None:
+    pipe = stable_diffusion()
+    with parallel_sampling(pipe):
+        copied = copy.copy(pipe)
+    assert torch.equal(sample(copied), sample(pipe))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_pipelines_in_two_threads_may_share_a_network(both: bool) -> None:
+    one = stable_diffusion()
+    other = diffusers.StableDiffusionPipeline(**one.components | {"scheduler": ddim()}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    wanted, results = [sample(one), sample(other, **text(2))], [[], []]
+    ready = threading.Barrier(2)
+
+    def work(number: int, pipe: Any, parallel: bool, given: dict[str, Any]) -> None:
+        ready.wait()
+        for _ in range(4):
+            with parallel_sampling(pipe, tolerance=0.0) if parallel else contextlib.nullcontext():
+                results[number].append(sample(pipe, **given))
+
+    threads = [
+        threading.Thread(target=work, args=(0, one, True, {})),
+        threading.Thread(target=work, args=(1, other, both, text(2))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, wanted, strict=True):
+        assert len(got) == 4
+        assert max(distance(tensor, want) for tensor in got) < 1e-12
+    assert "forward" not in vars(one.unet)
 
 
 # ---------------------------------------------------------------- refusals

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ def parallel_sampling(
         pipe: a diffusers pipeline with a ``scheduler``.
         window: steps evaluated in one round. 1 leaves the pipeline to itself.
 
+    Of nested blocks of one pipeline the inner one counts.
+
     Other arguments:
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
@@ -153,7 +156,7 @@ def parallel_sampling(
     )
     run, own = ParallelRun(), type(pipe)
     runs = [run]
-    pipe.__class__ = _parallel_class(own, choices, runs)
+    pipe.__class__ = _parallel_class(getattr(own, _UNTOUCHED, own), choices, runs)
     try:
         yield run
     finally:
@@ -213,12 +216,15 @@ class Choices:
         return cls(solver, max_rows, preview, fallback, sequential or window == 1, shared, timeout)
 
 
+_UNTOUCHED = "_outside_parallel_sampling"
+
+
 def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
     active: list[Session] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if active:  # a pipeline that calls itself
+        if active or not runs:  # a pipeline that calls itself, or a copy that outlives the block
             return own.__call__(self, *args, **kwargs)
         session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self])
         given = _named(inspect.signature(own.__call__), (self, *args), kwargs)
@@ -229,7 +235,7 @@ def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> typ
         finally:
             active.clear()
 
-    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call)}
+    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call), _UNTOUCHED: own}
     if hasattr(own, "encode_prompt"):
 
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -733,27 +739,46 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
             return own.step(self, *args, **kwargs)
         return active[0].step(self, own.step, _named(signature, (self, *args), kwargs))
 
-    before = [(module, vars(module).get("forward")) for module in networks.values()]
     try:
-        for module in networks.values():
-            module.forward = _listened(module, module.forward, listener)
+        with _FORWARDS:
+            for module in networks.values():
+                module.forward = _listened(module, module.forward, active)
         scheduler.__class__ = _subclass(own, {"step": step})
         yield
     finally:
         active.clear()
         scheduler.__class__ = own
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        with _FORWARDS:
+            for module in networks.values():
+                _take_back(module)
 
 
-def _listened(module: torch.nn.Module, forward: Callable[..., Any], listener: _Listener) -> Callable[..., Any]:
+_FORWARDS = threading.Lock()
+
+
+def _listened(module: torch.nn.Module, forward: Callable[..., Any], active: list[_Listener]) -> Callable[..., Any]:
+    """The forward of a network, which other threads may call, too: pipelines may share one."""
+    thread = threading.get_ident()
+
     @functools.wraps(forward)
     def listened(*args: Any, **kwargs: Any) -> Any:
-        return listener.network(module, forward, args, kwargs)
+        if active and threading.get_ident() == thread:
+            return active[0].network(module, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
+    listened.before = active, vars(module).get("forward")  # type: ignore[attr-defined]
     return listened
+
+
+def _take_back(module: torch.nn.Module) -> None:
+    """The forwards that nobody listens to any more, down to one of another thread that does."""
+    while (forward := vars(module).get("forward")) is not None:
+        active, before = getattr(forward, "before", (True, None))
+        if active:
+            return
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -797,12 +822,13 @@ def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
         np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)
     ]
     key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, repr(options))
-    if key not in _RULES:
+    rule = _RULES.get(key)
+    if rule is None:
         rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
         if len(_RULES) >= _MOST_RULES:
-            _RULES.pop(next(iter(_RULES)))
+            _RULES.pop(next(iter(_RULES)), None)
         _RULES[key] = rule
-    return _RULES[key]
+    return rule
 
 
 def _with_state(output: Any, state: torch.Tensor) -> Any:
