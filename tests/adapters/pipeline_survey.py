@@ -54,6 +54,9 @@ class Odd(diffusers.DDIMPipeline):
                 scheduler = copy.deepcopy(scheduler)
             options = {"use_clipped_model_output": i > 2} if kind == "options" else {}
             x = x if kind == "no step" else scheduler.step(m, t, x, **options).prev_sample
+        if kind == "two loops":
+            for t in scheduler.timesteps:
+                x = scheduler.step(self.unet(x, t).sample, t, x).prev_sample
         return (x,)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import operator
 import threading
 from typing import Any
 
@@ -13,7 +14,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling, step_rule_from_scheduler
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
@@ -28,6 +32,7 @@ from tests.adapters.tiny_pipelines import (
     generator,
     half_mask,
     picture,
+    sdxl,
     stable_diffusion,
     text,
     watch,
@@ -170,6 +175,27 @@ def test_a_loop_that_begins_at_the_second_of_two_equal_timesteps(name: str) -> N
     assert distance(got, want) < 1e-12
 
 
+def test_decoding_after_a_loop_that_leaves_out_the_last_steps() -> None:
+    pipe, given = sdxl(), text(1, pooled_prompt_embeds=32, negative_pooled_prompt_embeds=32)
+    want = sample(pipe, **given, denoising_end=0.6, output_type="np")
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = sample(pipe, **given, denoising_end=0.6, output_type="np")
+    assert abs(got - want).max() < 1e-6
+    assert 0 < run.stats.rounds < STEPS
+
+
+def test_a_second_loop_is_left_to_the_pipeline() -> None:
+    """As of MarigoldPipeline with several predictions, and of FreeInit."""
+    tiny = ddim_pipeline()
+    pipe = Odd(tiny.unet, tiny.scheduler)
+    want = pipe("two loops", generator=generator())[0]
+    with pytest.warns(UserWarning, match="more than one loop"), parallel_sampling(pipe, tolerance=0.0) as run:
+        got = pipe("two loops", generator=generator())[0]
+    assert distance(got, want) < 1e-12
+    assert run.status is Status.CONVERGED
+    assert "more than one loop" in str(run.reason)
+
+
 # ---------------------------------------------------------------- the pipeline afterwards
 
 
@@ -276,7 +302,7 @@ def test_signatures_are_kept() -> None:
         seen["forward"] = inspect.signature(pipe.unet.forward)
         seen["call"] = inspect.signature(type(pipe).__call__)
         seen["name"], seen["class"] = type(pipe).__name__, type(pipe.scheduler).__name__
-        seen["equal"] = type(pipe.scheduler) == DDIMScheduler and not type(pipe.scheduler) != DDIMScheduler
+        seen["equal"] = not operator.ne(type(pipe.scheduler), DDIMScheduler)
         return given
 
     own = type(pipe), type(pipe.scheduler), type(pipe.unet)
@@ -320,6 +346,35 @@ def test_progress_is_shown_once_by_the_pipelines_own_bar(capsys: pytest.CaptureF
     assert pipe._progress_bar_config == {"disable": False, "desc": "mine", "mininterval": 0}
 
 
+class Combined(diffusers.DDIMPipeline):
+    """Hands its calls and settings to a pipeline inside, and has no setting of its own, as Kandinsky 2.2 does."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__(unet, scheduler)
+        self.inner = diffusers.DDIMPipeline(unet, scheduler)
+        self.inner.scheduler = self.scheduler
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        self.inner.set_progress_bar_config(**config)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.inner(**given)
+
+
+def test_the_bars_of_a_combined_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, given = ddim_pipeline(), {"num_inference_steps": STEPS, "output_type": "np"}
+    pipe = Combined(tiny.unet, tiny.scheduler)
+    pipe.set_progress_bar_config(desc="mine", mininterval=0)
+    want = pipe(**given, generator=generator()).images
+    capsys.readouterr()
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = pipe(**given, generator=generator()).images
+    assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 1e-12
+    assert capsys.readouterr().err.count(f"mine:   0%|          | 0/{STEPS}") == 1
+    assert pipe.inner._progress_bar_config == {"desc": "mine", "mininterval": 0}
+    assert "_progress_bar_config" not in vars(pipe)
+
+
 @pytest.mark.parametrize("at", [0, 4])
 def test_interrupt_stops_as_in_a_sequential_run(at: int) -> None:
     def interrupt(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -361,6 +416,79 @@ def test_a_callback_that_changes_anything_is_noticed(how: str) -> None:
     with pytest.warns(UserWarning, match="callback"), parallel_sampling(pipe, tolerance=0.0):
         got = sample(pipe, callback_on_step_end=change)
     assert distance(got, want) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.*Passing `callback:FutureWarning")
+def test_a_callback_of_the_older_kind_that_writes_into_the_latents_is_noticed() -> None:
+    def paint(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        if step == 3:
+            latents.mul_(1.1)
+
+    pipe = stable_diffusion()
+    want = sample(pipe, callback=paint, callback_steps=1)
+    with pytest.warns(UserWarning, match="callback changed"), parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, callback=paint, callback_steps=1)
+    assert distance(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("paints", [False, True])
+def test_callbacks_in_inference_mode(paints: bool) -> None:
+    """Tensors do not count there how often they were written to."""
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if paints and step == 3:
+            given["latents"].mul_(1.1)
+        return given
+
+    pipe = stable_diffusion()
+    with torch.inference_mode():
+        want = sample(pipe, callback_on_step_end=callback)
+        warned = pytest.warns(UserWarning, match="callback") if paints else contextlib.nullcontext()
+        with warned, parallel_sampling(pipe, tolerance=0.0) as run:
+            got = sample(pipe, callback_on_step_end=callback)
+    assert distance(got, want) < 1e-12
+    assert bool(run.reason) == paints
+
+
+def with_ip_adapter() -> Any:
+    """As ``load_ip_adapter`` leaves a pipeline."""
+    pipe = stable_diffusion()
+    torch.manual_seed(5)
+    processors = dict(pipe.unet.attn_processors)
+    for name in processors:
+        if "attn2" in name:
+            processors[name] = IPAdapterAttnProcessor2_0(16, cross_attention_dim=16, num_tokens=(4,)).to(torch.float64)
+    pipe.unet.set_attn_processor(processors)
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=16, num_image_text_embeds=4)
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection.to(torch.float64)])
+    pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    return pipe
+
+
+def test_a_callback_that_switches_something_in_a_network_is_noticed() -> None:
+    pipe, given = with_ip_adapter(), {"ip_adapter_image_embeds": [torch.ones(2, 1, 8, dtype=torch.float64)]}
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
+    given["callback_on_step_end"] = callback
+    want = sample(pipe, **given)
+    pipe.set_ip_adapter_scale(1.0)
+    with pytest.warns(UserWarning, match="callback_on_step_end changed"), parallel_sampling(pipe, tolerance=1e-4):
+        got = sample(pipe, **given)
+    assert distance(got, want) < 1e-4
+
+
+def test_a_loop_that_switches_something_in_a_network_is_refused() -> None:
+    """As GLIGEN does after part of its steps."""
+    pipe = with_ip_adapter()
+    given = {"ip_adapter_image_embeds": [torch.ones(2, 1, 8, dtype=torch.float64)]}
+    own = pipe.scheduler.scale_model_input
+
+    def scale_model_input(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        pipe.set_ip_adapter_scale(1.0 if timestep > 500 else 0.0)
+        return own(latents, timestep)
+
+    pipe.scheduler.scale_model_input = scale_model_input
+    with pytest.raises(PipelineNotParallelError, match="changes the networks"), parallel_sampling(pipe):
+        sample(pipe, **given)
 
 
 def test_preview_after_every_step_of_a_pipeline_that_is_left_to_itself() -> None:

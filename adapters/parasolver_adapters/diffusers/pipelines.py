@@ -226,7 +226,8 @@ def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> typ
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if active or not runs:  # a pipeline that calls itself, or a copy that outlives the block
             return own.__call__(self, *args, **kwargs)
-        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self])
+        inner = [one for one in vars(self).values() if hasattr(type(one), "set_progress_bar_config")]  # combined ones
+        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self, *inner])
         given = _named(inspect.signature(own.__call__), (self, *args), kwargs)
         del given["self"]
         active.append(session)
@@ -334,6 +335,7 @@ class Session:
     def _capture(self, kwargs: dict[str, Any]) -> _Capture:
         capture = _Capture(self.pipe)
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
+        hooks = [decoder.register_forward_pre_hook(capture.over) for decoder in _decoders(self.pipe)]
         try:
             with _listening(self.pipe, capture), _without_bars(self.bars):
                 self.call(**kwargs | silent)
@@ -341,6 +343,8 @@ class Session:
             pass
         finally:
             capture.recorder.close()
+            for hook in hooks:
+                hook.remove()
             _put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
         capture.finish()
         return capture
@@ -379,7 +383,7 @@ def _without_bars(owners: list[Any]) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, shown, strict=True):
             if config is _UNSET:
-                del owner._progress_bar_config
+                vars(owner).pop("_progress_bar_config", None)
             else:
                 owner._progress_bar_config = config
 
@@ -429,6 +433,11 @@ class _Capture(_Listener):
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.forwards[id(module)] = forward
+        if self.start is not None and (moved := _moved(self._switches, self._positions)):
+            raise PipelineNotParallelError(
+                f"the loop changes the networks between two of their calls ({', '.join(sorted(moved))}), so these "
+                "cannot be made later; for GLIGEN pass gligen_scheduled_sampling_beta=1"
+            )
         return self.recorder.call(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -439,6 +448,8 @@ class _Capture(_Listener):
         options = _options(given, scheduler, self._defaults)
         if self.start is None:
             self._refuse()
+            self._switches = _switches(self.pipe)
+            self._positions = _positions(self._switches)
             self.start, self.first = x.detach().clone(), m.detach().clone()
             self.options, self.generator = options, given.get("generator")
             self._keep_scheduler(scheduler, given)
@@ -465,6 +476,11 @@ class _Capture(_Listener):
         self.start = self.start.to(torch.promote_types(self.start.dtype, state.dtype))
         self.recorder.begin(state, others)
         return output
+
+    def over(self, *_: Any) -> None:
+        """Decoding means that the loop is over, also if it has left out the scheduler's last steps."""
+        if self.start is not None:
+            raise _CaptureDone
 
     def finish(self) -> None:
         """After the pass: the scheduler's steps as a table."""
@@ -559,12 +575,14 @@ class _Replay(_Listener):
         self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._plain:
+        if self._plain or self._step == len(self._capture.timesteps):
             return forward(*args, **kwargs)
         return self._blank(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         i, self._step = self._step, self._step + 1
+        if i == len(self._capture.timesteps) and not self._plain:
+            self._give_up("the pipeline has more than one loop, and the first is over")
         if self._plain:
             stats = self._state.stats
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
@@ -621,23 +639,32 @@ class _Replay(_Listener):
         return self._blanks[key]
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, with a callback that tells us when it changes what the pipeline goes on with."""
-        callback = kwargs.get("callback_on_step_end")
-        if callback is None:
-            return kwargs
-        inputs = getattr(callback, "tensor_inputs", None)
+        """The arguments, with callbacks that tell us when they change what the pipeline goes on with."""
+        inputs = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
         if inputs is not None:
             kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
+        switches = _switches(self._pipe)
 
-        def watching(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            versions = {name: (value, getattr(value, "_version", 0)) for name, value in given.items()}
-            settings = {name: value for name, value in vars(pipe).items() if name != "_interrupt"}
-            returned = callback(pipe, step, timestep, given)
-            if not self._plain and (_changed(versions, returned) or not _same(settings, vars(pipe), "_interrupt")):
-                self._give_up("callback_on_step_end changed what the pipeline goes on with")
-            return returned
+        def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
+            def watching(*args: Any) -> Any:
+                given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
+                versions = {key: (value, _version(value)) for key, value in given.items()}
+                settings, positions = dict(vars(self._pipe)), _positions(switches)
+                returned = callback(*args)
+                changed = isinstance(returned, dict) and _replaced(versions, returned)
+                if not self._plain and (
+                    changed
+                    or any(_written(value, version) for value, version in versions.values())
+                    or not _same(settings, vars(self._pipe), "_interrupt")
+                    or _moved(switches, positions)
+                ):
+                    self._give_up(f"{name} changed what the pipeline goes on with")
+                return returned
 
-        return kwargs | {"callback_on_step_end": watching}
+            return watching
+
+        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
+        return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
 
     @property
     def status(self) -> Status | None:
@@ -787,9 +814,14 @@ def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in networks.items() if "vae" not in name}
 
 
+def _decoders(pipe: Any) -> list[torch.nn.Module]:
+    decoders = [getattr(module, "decoder", None) for name, module in pipe.components.items() if "vae" in name]
+    return [decoder for decoder in decoders if isinstance(decoder, torch.nn.Module)]
+
+
 def _processors(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
     """The networks with their attention processors."""
-    networks = _networks(pipe).values()
+    networks: list[Any] = list(_networks(pipe).values())
     return [(one, dict(one.attn_processors)) for one in networks if hasattr(one, "attn_processors")]
 
 
@@ -839,11 +871,47 @@ def _with_state(output: Any, state: torch.Tensor) -> Any:
     return output
 
 
-def _changed(given: dict[str, tuple[Any, int]], returned: Any) -> bool:
-    """Whether a callback gave back other tensors than it got, or wrote into them."""
-    if any(getattr(value, "_version", 0) != version for value, version in given.values()):
-        return True
-    return any(name not in given or given[name][0] is not value for name, value in (returned or {}).items())
+def _version(value: Any) -> Any:
+    """For :func:`_written`; tensors of inference mode keep no count."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.clone() if value.is_inference() else value._version
+
+
+def _written(value: Any, version: Any) -> bool:
+    """Whether something was written into a tensor since it had this version."""
+    return not torch.equal(value, version) if isinstance(version, torch.Tensor) else _version(value) != version
+
+
+def _replaced(given: dict[str, tuple[Any, Any]], returned: dict[str, Any]) -> bool:
+    """Whether a callback gave back other tensors than it got."""
+    return any(name not in given or given[name][0] is not value for name, value in returned.items())
+
+
+_SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")
+
+
+def _switches(pipe: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where the networks keep what pipelines and callbacks change between steps: IP-Adapter's scale, LoRA, GLIGEN."""
+    modules = [module for network in _networks(pipe).values() for module in network.modules()]
+    places = [place for module in modules for place in (vars(module), vars(module)["_modules"])]
+    return [(place, name) for place in places for name in _SWITCHES if name in place]
+
+
+def _positions(switches: list[tuple[dict[str, Any], str]]) -> list[Any]:
+    """Their values now."""
+    values = [place.get(name) for place, name in switches]
+    return [copy.copy(value) if isinstance(value, (list, dict)) else value for value in values]
+
+
+def _moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) -> set[str]:
+    """The names of those whose values have changed."""
+    pairs = zip(before, _positions(switches), switches, strict=True)
+    return {name for one, other, (_, name) in pairs if not _equal(one, other) and not _alike(one, other)}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return isinstance(one, (list, dict)) and one == other
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], ignore: str = "") -> bool:
