@@ -184,6 +184,36 @@ def test_decoding_after_a_loop_that_leaves_out_the_last_steps() -> None:
     assert 0 < run.stats.rounds < STEPS
 
 
+class FromPicture(diffusers.DDIMPipeline):
+    """A loop that begins with what a network makes of a picture, and returns that, too."""
+
+    def __init__(self, unet: Any, scheduler: Any, image_encoder: Any) -> None:
+        super().__init__(unet, scheduler)
+        self.register_modules(image_encoder=image_encoder)
+
+    @torch.no_grad()
+    def __call__(self, image: torch.Tensor, steps: int, generator: Any = None) -> Any:
+        self.scheduler.set_timesteps(steps)
+        seen, other = self.image_encoder(image), self.image_encoder(-image)
+        x = seen + other**2 + torch.randn(image.shape, generator=generator, dtype=image.dtype)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return x, seen, other, self.image_encoder(x)
+
+
+def test_networks_before_and_after_the_loop_give_what_they_should() -> None:
+    tiny = ddim_pipeline()
+    encoder = torch.nn.Conv2d(3, 3, 3, padding=1).double()
+    pipe = FromPicture(tiny.unet, tiny.scheduler, encoder)
+    given = {"image": picture()[..., :8, :8], "steps": STEPS}
+    want = pipe(**given, generator=generator())
+    calls = watch(encoder, lambda image: None)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = pipe(**given, generator=generator())
+    assert max(map(distance, got, want)) < 1e-12
+    assert len(calls) == 3
+
+
 def test_a_second_loop_is_left_to_the_pipeline() -> None:
     """As of MarigoldPipeline with several predictions, and of FreeInit."""
     tiny = ddim_pipeline()

@@ -9,6 +9,7 @@ happen as in a sequential run, and decoding follows as ever.
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import inspect
@@ -284,6 +285,7 @@ class Session:
         self.pipe, self.call, self.choices, self.run, self.bars = pipe, call, choices, run, bars
         self._remembered: list[Any] = []
         self._replayed: Iterator[Any] | None = None
+        self._capturing: _Capture | None = None
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
@@ -329,11 +331,14 @@ class Session:
         """The same prompt embeddings in the second pass as in the first."""
         if self._replayed is not None:
             return next(self._replayed)
+        prelude = [] if self._capturing is None else self._capturing.prelude
+        before = len(prelude)
         self._remembered.append(encode())
+        del prelude[before:]  # not asked for again
         return self._remembered[-1]
 
     def _capture(self, kwargs: dict[str, Any]) -> _Capture:
-        capture = _Capture(self.pipe)
+        capture = self._capturing = _Capture(self.pipe)
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
         hooks = [decoder.register_forward_pre_hook(capture.over) for decoder in _decoders(self.pipe)]
         try:
@@ -343,6 +348,7 @@ class Session:
             pass
         finally:
             capture.recorder.close()
+            self._capturing = None
             for hook in hooks:
                 hook.remove()
             _put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
@@ -425,6 +431,7 @@ class _Capture(_Listener):
         self.pipe = pipe
         self.recorder = Recorder()
         self.programs: list[Program] = []
+        self.prelude: list[tuple[Any, Any, list[Any]]] = []  # what networks gave before the first step
         self.forwards: dict[int, Callable[..., Any]] = {}
         self.timesteps: list[Any] = []
         self.options: dict[str, Any] = {}
@@ -438,7 +445,11 @@ class _Capture(_Listener):
                 f"the loop changes the networks between two of their calls ({', '.join(sorted(moved))}), so these "
                 "cannot be made later; for GLIGEN pass gligen_scheduled_sampling_beta=1"
             )
-        return self.recorder.call(module, forward, args, kwargs)
+        output = self.recorder.call(module, forward, args, kwargs)
+        if self.start is None:
+            versions = [_version(leaf) for leaf in tree_leaves(output)]
+            self.prelude.append((form_of_call(module, kwargs, tree_leaves((args, kwargs))), output, versions))
+        return output
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         x, m = given["sample"], given["model_output"]
@@ -572,6 +583,8 @@ class _Replay(_Listener):
         )
         self._step, self._plain = 0, False
         self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._prelude = collections.deque(capture.prelude)
+        capture.prelude.clear()
         self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -628,8 +641,15 @@ class _Replay(_Listener):
             )
 
     def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made.
+
+        Before the first step it is what the first pass got, as the state may begin with it, and outputs hold it.
+        """
         key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        if self._step == 0:
+            known, output, versions = self._prelude.popleft() if self._prelude else (None, None, [])
+            written = any(map(_written, tree_leaves(output), versions))
+            return output if known == key and not written else forward(*args, **kwargs)
         if key not in self._blanks:
             reference = self._capture.recorder.references.get(key)
             if reference is None:
