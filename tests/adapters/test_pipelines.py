@@ -22,7 +22,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling, step_rule_from_scheduler
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
 from parasolver_core import ConvergenceError, NonFiniteError, Status, solve
-from tests.adapters.pipeline_survey import PAGE, REFUSALS, Odd, Refusal, page
+from tests.adapters.pipeline_survey import PAGE, REFUSALS, Odd, Refusal, pag, page
 from tests.adapters.tiny_pipelines import (
     FAMILIES,
     Family,
@@ -286,14 +286,6 @@ def test_the_pipeline_is_unchanged_after_an_exception(where: str) -> None:
     if where == "network":
         pipe.unet.forward = own
     assert torch.equal(sample(pipe), want)
-
-
-def pag() -> Any:
-    """A pipeline with perturbed-attention guidance."""
-    pipe = diffusers.StableDiffusionPAGPipeline(**stable_diffusion().components, requires_safety_checker=False)
-    pipe.set_pag_applied_layers("mid")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_attention_processors_that_a_pipeline_sets_for_its_loop_are_taken_back() -> None:

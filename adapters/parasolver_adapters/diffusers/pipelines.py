@@ -101,15 +101,11 @@ def parallel_sampling(
 
     Preparation, progress bar, callbacks, decoding and outputs are the pipeline's own. The result is that of the
     untouched pipeline within the tolerance, for the same generator. A batch converges together: its error is the RMS
-    over all samples.
+    over all samples. Of nested blocks of one pipeline the inner one counts.
 
     Args:
         pipe: a diffusers pipeline with a ``scheduler``.
         window: steps evaluated in one round. 1 leaves the pipeline to itself.
-
-    Of nested blocks of one pipeline the inner one counts.
-
-    Other arguments:
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
         preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents, which
@@ -776,9 +772,7 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
     """
     scheduler, networks = pipe.scheduler, _networks(pipe)
     own, signature = type(scheduler), inspect.signature(type(scheduler).step)
-    active = [
-        listener
-    ]  # emptied at the end, as a class lives on until garbage is collected, with all that it refers to
+    active = [listener]  # emptied at the end, as the class lives on until garbage is collected
 
     @functools.wraps(own.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
