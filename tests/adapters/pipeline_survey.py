@@ -41,6 +41,8 @@ class Odd(diffusers.DDIMPipeline):
         for i, t in enumerate(scheduler.timesteps):
             if kind == "shape" and i == 3:
                 x = x[..., :-2]
+            if kind == "switch":
+                self.unet.mid_block.attentions[0].scale = float(i > 2)
             m = self.unet(x, t).sample
             if kind == "randomness":
                 m = m + 0.01 * torch.randn_like(m)
@@ -54,6 +56,9 @@ class Odd(diffusers.DDIMPipeline):
                 scheduler = copy.deepcopy(scheduler)
             options = {"use_clipped_model_output": i > 2} if kind == "options" else {}
             x = x if kind == "no step" else scheduler.step(m, t, x, **options).prev_sample
+        if kind == "two loops":
+            for t in scheduler.timesteps:
+                x = scheduler.step(self.unet(x, t).sample, t, x).prev_sample
         return (x,)
 
 
@@ -126,6 +131,14 @@ def _mixing() -> Any:
     return pipe
 
 
+def pag() -> Any:
+    """A pipeline with perturbed-attention guidance."""
+    pipe = diffusers.StableDiffusionPAGPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_pag_applied_layers("mid")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _shifting() -> Any:
     pipe = stable_diffusion()
     prepare, shift = type(pipe).prepare_latents, iter(range(9))
@@ -141,10 +154,12 @@ REFUSALS = [
     ),
     Refusal("a network with a step cache", _cached, _video),
     Refusal("a network that mixes the rows of its batch, as normalisation in training mode", _mixing, _sample),
+    Refusal("perturbed-attention guidance", pag, _sample),
     Refusal("latents that are not the same in two calls", _shifting, _sample, repeats=False),
     odd("random numbers in the loop", "randomness", repeats=False),
     odd("decisions by the values of the state", "decision"),
     odd("momentum, or a guidance that remembers earlier steps", "momentum"),
+    odd("layers that the loop switches, as GLIGEN", "switch"),
     odd("a buffer that the loop writes to", "buffer"),
     odd("a state that changes its shape", "shape"),
     odd("arguments of `scheduler.step` that change", "options"),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
+import operator
+import threading
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling, step_rule_from_scheduler
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
 from parasolver_core import ConvergenceError, NonFiniteError, Status, solve
-from tests.adapters.pipeline_survey import PAGE, REFUSALS, Odd, Refusal, page
+from tests.adapters.pipeline_survey import PAGE, REFUSALS, Odd, Refusal, pag, page
 from tests.adapters.tiny_pipelines import (
     FAMILIES,
     Family,
@@ -24,6 +30,9 @@ from tests.adapters.tiny_pipelines import (
     ddim_pipeline,
     distance,
     generator,
+    half_mask,
+    picture,
+    sdxl,
     stable_diffusion,
     text,
     watch,
@@ -153,6 +162,70 @@ def test_max_rows_bounds_the_rows_of_latents_in_a_call() -> None:
     assert distance(got, sample(pipe, **text(2))) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_loop_that_begins_at_the_second_of_two_equal_timesteps(name: str) -> None:
+    """PNDM visits its second timestep twice, and has no ``set_begin_index`` that would tell which of them it is."""
+    scheduler = diffusers.PNDMScheduler.from_config(ddim().config, skip_prk_steps=True)
+    pipe, given = stable_diffusion(name, scheduler=scheduler), {"image": picture(), "strength": 0.9}
+    if "Inpaint" in name:
+        given |= {"mask_image": half_mask(), "height": 32, "width": 32}
+    want = sample(pipe, **given)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, **given)
+    assert distance(got, want) < 1e-12
+
+
+def test_decoding_after_a_loop_that_leaves_out_the_last_steps() -> None:
+    pipe, given = sdxl(), text(1, pooled_prompt_embeds=32, negative_pooled_prompt_embeds=32)
+    want = sample(pipe, **given, denoising_end=0.6, output_type="np")
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = sample(pipe, **given, denoising_end=0.6, output_type="np")
+    assert abs(got - want).max() < 1e-6
+    assert 0 < run.stats.rounds < STEPS
+
+
+class FromPicture(diffusers.DDIMPipeline):
+    """A loop that begins with what a network makes of a picture, and returns that, too."""
+
+    def __init__(self, unet: Any, scheduler: Any, image_encoder: Any) -> None:
+        super().__init__(unet, scheduler)
+        self.register_modules(image_encoder=image_encoder)
+
+    @torch.no_grad()
+    def __call__(self, image: torch.Tensor, steps: int, generator: Any = None) -> Any:
+        self.scheduler.set_timesteps(steps)
+        seen, other = self.image_encoder(image), self.image_encoder(-image)
+        x = seen + other**2 + torch.randn(image.shape, generator=generator, dtype=image.dtype)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return x, seen, other, self.image_encoder(x)
+
+
+def test_networks_before_and_after_the_loop_give_what_they_should() -> None:
+    tiny = ddim_pipeline()
+    encoder = torch.nn.Conv2d(3, 3, 3, padding=1).double()
+    pipe = FromPicture(tiny.unet, tiny.scheduler, encoder)
+    given = {"image": picture()[..., :8, :8], "steps": STEPS}
+    want = pipe(**given, generator=generator())
+    calls = watch(encoder, lambda image: None)
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = pipe(**given, generator=generator())
+    assert max(map(distance, got, want)) < 1e-12
+    assert len(calls) == 3
+
+
+def test_a_second_loop_is_left_to_the_pipeline() -> None:
+    """As of MarigoldPipeline with several predictions, and of FreeInit."""
+    tiny = ddim_pipeline()
+    pipe = Odd(tiny.unet, tiny.scheduler)
+    want = pipe("two loops", generator=generator())[0]
+    with pytest.warns(UserWarning, match="more than one loop"), parallel_sampling(pipe, tolerance=0.0) as run:
+        got = pipe("two loops", generator=generator())[0]
+    assert distance(got, want) < 1e-12
+    assert run.status is Status.CONVERGED
+    assert "more than one loop" in str(run.reason)
+
+
 # ---------------------------------------------------------------- the pipeline afterwards
 
 
@@ -215,6 +288,33 @@ def test_the_pipeline_is_unchanged_after_an_exception(where: str) -> None:
     assert torch.equal(sample(pipe), want)
 
 
+def test_attention_processors_that_a_pipeline_sets_for_its_loop_are_taken_back() -> None:
+    """Perturbed-attention guidance takes its own back after the loop, which the first pass does not reach."""
+    pipe = pag()
+    want = sample(pipe, pag_scale=3.0)
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(PipelineNotParallelError, match="pass pag_scale=0"), parallel_sampling(pipe):
+        sample(pipe, pag_scale=3.0)
+    assert pipe.unet.attn_processors == before
+    with pytest.warns(UserWarning, match="pag_scale=0"), parallel_sampling(pipe, fallback="sequential"):
+        assert torch.equal(sample(pipe, pag_scale=3.0), want)
+    assert pipe.unet.attn_processors == before
+    want = sample(pipe, pag_scale=0.0)
+    with parallel_sampling(pipe, tolerance=0.0):
+        assert distance(sample(pipe, pag_scale=0.0), want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_that_splits_its_batch_is_refused_in_half_precision(dtype: torch.dtype) -> None:
+    """There the rounding of a batch is as large as what perturbed attention changes."""
+    pipe = pag()
+    for part in (pipe.unet, pipe.vae):
+        part.to(dtype)
+    given = {name: value.to(dtype) for name, value in text().items()}
+    with pytest.raises(PipelineNotParallelError, match="perturbed-attention"), parallel_sampling(pipe):
+        sample(pipe, **given, pag_scale=3.0)
+
+
 def test_signatures_are_kept() -> None:
     """Pipelines look at them, and drop ``generator`` and ``eta`` where step does not name them."""
     pipe, seen = stable_diffusion(), {}
@@ -224,6 +324,7 @@ def test_signatures_are_kept() -> None:
         seen["forward"] = inspect.signature(pipe.unet.forward)
         seen["call"] = inspect.signature(type(pipe).__call__)
         seen["name"], seen["class"] = type(pipe).__name__, type(pipe.scheduler).__name__
+        seen["equal"] = not operator.ne(type(pipe.scheduler), DDIMScheduler)
         return given
 
     own = type(pipe), type(pipe.scheduler), type(pipe.unet)
@@ -233,6 +334,7 @@ def test_signatures_are_kept() -> None:
     assert seen["step"] == inspect.signature(own[1](**{}).step)
     assert seen["forward"] == inspect.signature(pipe.unet.forward)
     assert (seen["name"], seen["class"]) == (own[0].__name__, own[1].__name__)
+    assert seen["equal"]
 
 
 # ---------------------------------------------------------------- progress, callbacks, interrupts
@@ -264,6 +366,35 @@ def test_progress_is_shown_once_by_the_pipelines_own_bar(capsys: pytest.CaptureF
     assert f"{STEPS}/{STEPS}" in shown
     assert shown.count(f"mine:   0%|          | 0/{STEPS}") == 1
     assert pipe._progress_bar_config == {"disable": False, "desc": "mine", "mininterval": 0}
+
+
+class Combined(diffusers.DDIMPipeline):
+    """Hands its calls and settings to a pipeline inside, and has no setting of its own, as Kandinsky 2.2 does."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__(unet, scheduler)
+        self.inner = diffusers.DDIMPipeline(unet, scheduler)
+        self.inner.scheduler = self.scheduler
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        self.inner.set_progress_bar_config(**config)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.inner(**given)
+
+
+def test_the_bars_of_a_combined_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, given = ddim_pipeline(), {"num_inference_steps": STEPS, "output_type": "np"}
+    pipe = Combined(tiny.unet, tiny.scheduler)
+    pipe.set_progress_bar_config(desc="mine", mininterval=0)
+    want = pipe(**given, generator=generator()).images
+    capsys.readouterr()
+    with parallel_sampling(pipe, tolerance=0.0):
+        got = pipe(**given, generator=generator()).images
+    assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 1e-12
+    assert capsys.readouterr().err.count(f"mine:   0%|          | 0/{STEPS}") == 1
+    assert pipe.inner._progress_bar_config == {"desc": "mine", "mininterval": 0}
+    assert "_progress_bar_config" not in vars(pipe)
 
 
 @pytest.mark.parametrize("at", [0, 4])
@@ -309,6 +440,79 @@ def test_a_callback_that_changes_anything_is_noticed(how: str) -> None:
     assert distance(got, want) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.*Passing `callback:FutureWarning")
+def test_a_callback_of_the_older_kind_that_writes_into_the_latents_is_noticed() -> None:
+    def paint(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        if step == 3:
+            latents.mul_(1.1)
+
+    pipe = stable_diffusion()
+    want = sample(pipe, callback=paint, callback_steps=1)
+    with pytest.warns(UserWarning, match="callback changed"), parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, callback=paint, callback_steps=1)
+    assert distance(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("paints", [False, True])
+def test_callbacks_in_inference_mode(paints: bool) -> None:
+    """Tensors do not count there how often they were written to."""
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if paints and step == 3:
+            given["latents"].mul_(1.1)
+        return given
+
+    pipe = stable_diffusion()
+    with torch.inference_mode():
+        want = sample(pipe, callback_on_step_end=callback)
+        warned = pytest.warns(UserWarning, match="callback") if paints else contextlib.nullcontext()
+        with warned, parallel_sampling(pipe, tolerance=0.0) as run:
+            got = sample(pipe, callback_on_step_end=callback)
+    assert distance(got, want) < 1e-12
+    assert bool(run.reason) == paints
+
+
+def with_ip_adapter() -> Any:
+    """As ``load_ip_adapter`` leaves a pipeline."""
+    pipe = stable_diffusion()
+    torch.manual_seed(5)
+    processors = dict(pipe.unet.attn_processors)
+    for name in processors:
+        if "attn2" in name:
+            processors[name] = IPAdapterAttnProcessor2_0(16, cross_attention_dim=16, num_tokens=(4,)).to(torch.float64)
+    pipe.unet.set_attn_processor(processors)
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=16, num_image_text_embeds=4)
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection.to(torch.float64)])
+    pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    return pipe
+
+
+def test_a_callback_that_switches_something_in_a_network_is_noticed() -> None:
+    pipe, given = with_ip_adapter(), {"ip_adapter_image_embeds": [torch.ones(2, 1, 8, dtype=torch.float64)]}
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
+    given["callback_on_step_end"] = callback
+    want = sample(pipe, **given)
+    pipe.set_ip_adapter_scale(1.0)
+    with pytest.warns(UserWarning, match="callback_on_step_end changed"), parallel_sampling(pipe, tolerance=1e-4):
+        got = sample(pipe, **given)
+    assert distance(got, want) < 1e-4
+
+
+def test_a_loop_that_switches_something_in_a_network_is_refused() -> None:
+    """As GLIGEN does after part of its steps."""
+    pipe = with_ip_adapter()
+    given = {"ip_adapter_image_embeds": [torch.ones(2, 1, 8, dtype=torch.float64)]}
+    own = pipe.scheduler.scale_model_input
+
+    def scale_model_input(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        pipe.set_ip_adapter_scale(1.0 if timestep > 500 else 0.0)
+        return own(latents, timestep)
+
+    pipe.scheduler.scale_model_input = scale_model_input
+    with pytest.raises(PipelineNotParallelError, match="changes the networks"), parallel_sampling(pipe):
+        sample(pipe, **given)
+
+
 def test_preview_after_every_step_of_a_pipeline_that_is_left_to_itself() -> None:
     pipe, seen = stable_diffusion(), []
     with parallel_sampling(pipe, window=1, preview=lambda step, latents: seen.append((step, latents))) as run:
@@ -327,6 +531,55 @@ def test_preview_after_every_round_comes_nearer_to_the_sample() -> None:
     assert errors[-1] < 1e-12 < errors[0]
     assert torch.equal(run.latents, got)
     assert errors[len(errors) // 2] < errors[0]
+
+
+# ---------------------------------------------------------------- blocks, copies and threads
+
+
+def test_of_nested_blocks_the_inner_one_counts() -> None:
+    pipe = stable_diffusion()
+    want, own = sample(pipe), type(pipe)
+    with parallel_sampling(pipe, window=1) as outer, parallel_sampling(pipe, tolerance=0.0) as inner:
+        got = sample(pipe)
+    assert distance(got, want) < 1e-12
+    assert outer.status is None
+    assert inner.stats.rounds > 0
+    assert type(pipe) is own
+
+
+def test_a_copy_of_the_pipeline_may_outlive_the_block() -> None:
+    pipe = stable_diffusion()
+    with parallel_sampling(pipe):
+        copied = copy.copy(pipe)
+    assert torch.equal(sample(copied), sample(pipe))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_pipelines_in_two_threads_may_share_a_network(both: bool) -> None:
+    one = stable_diffusion()
+    other = diffusers.StableDiffusionPipeline(**one.components | {"scheduler": ddim()}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    wanted, results = [sample(one), sample(other, **text(2))], [[], []]
+    ready = threading.Barrier(2)
+
+    def work(number: int, pipe: Any, parallel: bool, given: dict[str, Any]) -> None:
+        ready.wait()
+        for _ in range(4):
+            with parallel_sampling(pipe, tolerance=0.0) if parallel else contextlib.nullcontext():
+                results[number].append(sample(pipe, **given))
+
+    threads = [
+        threading.Thread(target=work, args=(0, one, True, {})),
+        threading.Thread(target=work, args=(1, other, both, text(2))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, wanted, strict=True):
+        assert len(got) == 4
+        assert max(distance(tensor, want) for tensor in got) < 1e-12
+    assert "forward" not in vars(one.unet)
 
 
 # ---------------------------------------------------------------- refusals

@@ -161,6 +161,37 @@ def sdxl() -> Any:
     )
 
 
+def animatediff() -> Any:
+    torch.manual_seed(2)
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
+    )
+    return _ready(
+        diffusers.AnimateDiffPipeline(
+            vae=_vae(), text_encoder=None, tokenizer=None, unet=_unet(), motion_adapter=adapter, scheduler=ddim()
+        )
+    )
+
+
+def qwen_image() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return _ready(
+        diffusers.QwenImagePipeline(
+            scheduler=flow_match(), vae=None, text_encoder=None, tokenizer=None, transformer=transformer
+        )
+    )
+
+
 def sd3() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
@@ -531,6 +562,11 @@ FAMILIES = [
         sdxl,
         lambda: _latents(**_sdxl_text(2), denoising_end=0.6),
     ),
+    Family(
+        "AnimateDiffPipeline, batch of 2",
+        animatediff,
+        lambda: _latents(**text(2), num_frames=2, height=16, width=16),
+    ),
     Family("StableDiffusion3Pipeline", sd3, lambda: _latents(**_pooled(), height=16, width=16), SINGLE),
     Family(
         "StableDiffusion3Pipeline, skip-layer guidance, batch of 2",
@@ -543,6 +579,18 @@ FAMILIES = [
         "FluxPipeline, true CFG, batch of 2",
         flux,
         lambda: _latents(**_flux_text(True, 2), true_cfg_scale=3.0, height=16, width=16),
+        SINGLE,
+    ),
+    Family(
+        "QwenImagePipeline, true CFG",
+        qwen_image,
+        lambda: _latents(
+            **text(),
+            prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
+            negative_prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
+            height=32,
+            width=32,
+        ),
         SINGLE,
     ),
     Family("DiTPipeline", dit, lambda: {"class_labels": [1, 2], "output_type": "np"}, 1e-5),

@@ -92,7 +92,7 @@ class Networks:
     def _rows(self, call: Call, values: list[torch.Tensor]) -> torch.Tensor:
         """One argument of all nodes, ``(nodes x rows, ...)``."""
         first = values[0]
-        if first.ndim == 0 or first.shape[0] != call.rows:  # one number for all rows of a node
+        if first.ndim == 0 or (first.numel() == 1 and first.shape[0] != call.rows):  # one number for all rows of a node
             values = [value.reshape(-1).expand(call.rows) for value in values]
             return torch.cat(values)
         if first.ndim > 1 and all(value is first for value in values):

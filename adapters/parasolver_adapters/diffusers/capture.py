@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 MOST_OPERATIONS = 2000  # of one step outside the networks; more means that a network is being recorded
 UNBATCHED = ("img_ids", "txt_ids", "rotary")  # arguments of these names hold one row a token, never one a sample
+FRAMED = ("encoder_hidden_states", "residual")  # those may hold a row for each frame of each sample, as AnimateDiff's
 
 
 class PipelineNotParallelError(RuntimeError):
@@ -365,7 +366,8 @@ def _names(leaves: list[Any], spec: TreeSpec, kwargs: dict[str, Any]) -> list[st
 
 
 def _is_batched(leaf: Any, rows: int, name: str) -> bool:
-    """Whether an argument holds a row for each of the batch, or is one number for all of them."""
+    """Whether an argument holds a row for each of the batch, or several, or is one number for all of them."""
     if not isinstance(leaf, torch.Tensor) or any(word in name for word in UNBATCHED):
         return False
-    return leaf.numel() == 1 or (leaf.ndim > 0 and leaf.shape[0] == rows)
+    framed = leaf.ndim > 2 and leaf.shape[0] % rows == 0 and any(word in name for word in FRAMED)
+    return framed or leaf.numel() == 1 or (leaf.ndim > 0 and leaf.shape[0] == rows)

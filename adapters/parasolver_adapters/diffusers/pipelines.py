@@ -9,9 +9,11 @@ happen as in a sequential run, and decoding follows as ever.
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,13 +101,11 @@ def parallel_sampling(
 
     Preparation, progress bar, callbacks, decoding and outputs are the pipeline's own. The result is that of the
     untouched pipeline within the tolerance, for the same generator. A batch converges together: its error is the RMS
-    over all samples.
+    over all samples. Of nested blocks of one pipeline the inner one counts.
 
     Args:
         pipe: a diffusers pipeline with a ``scheduler``.
         window: steps evaluated in one round. 1 leaves the pipeline to itself.
-
-    Other arguments:
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
         preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents, which
@@ -153,7 +153,7 @@ def parallel_sampling(
     )
     run, own = ParallelRun(), type(pipe)
     runs = [run]
-    pipe.__class__ = _parallel_class(own, choices, runs)
+    pipe.__class__ = _parallel_class(getattr(own, _UNTOUCHED, own), choices, runs)
     try:
         yield run
     finally:
@@ -213,14 +213,18 @@ class Choices:
         return cls(solver, max_rows, preview, fallback, sequential or window == 1, shared, timeout)
 
 
+_UNTOUCHED = "_outside_parallel_sampling"
+
+
 def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
     active: list[Session] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if active:  # a pipeline that calls itself
+        if active or not runs:  # a pipeline that calls itself, or a copy that outlives the block
             return own.__call__(self, *args, **kwargs)
-        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self])
+        inner = [one for one in vars(self).values() if hasattr(type(one), "set_progress_bar_config")]  # combined ones
+        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self, *inner])
         given = _named(inspect.signature(own.__call__), (self, *args), kwargs)
         del given["self"]
         active.append(session)
@@ -229,7 +233,7 @@ def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> typ
         finally:
             active.clear()
 
-    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call)}
+    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call), _UNTOUCHED: own}
     if hasattr(own, "encode_prompt"):
 
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +252,13 @@ def _is_a(value: Any, name: str) -> bool:
 def _subclass(own: type, members: dict[str, Any]) -> type:
     """A subclass that passes for the class itself."""
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), names | members)
+    kind = type(own)
+
+    def equal(cls: type, other: object) -> bool:  # BriaPipeline asks whether type(scheduler) != a class
+        return other is own or kind.__eq__(cls, other)
+
+    passing = type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda cls: hash(own)})
+    return passing(own.__name__, (own,), names | members)
 
 
 class _CaptureDone(BaseException):
@@ -271,15 +281,17 @@ class Session:
         self.pipe, self.call, self.choices, self.run, self.bars = pipe, call, choices, run, bars
         self._remembered: list[Any] = []
         self._replayed: Iterator[Any] | None = None
+        self._capturing: _Capture | None = None
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run = self.run
+        run, self._processors = self.run, _processors(self.pipe)
         run.stats, run.status, run.reason, run.latents = Stats(), None, None, None
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
         except BaseException:
             run.status = run.status or Status.FAILED
+            _put_back(self._processors)
             raise
 
     def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
@@ -315,12 +327,16 @@ class Session:
         """The same prompt embeddings in the second pass as in the first."""
         if self._replayed is not None:
             return next(self._replayed)
+        prelude = [] if self._capturing is None else self._capturing.prelude
+        before = len(prelude)
         self._remembered.append(encode())
+        del prelude[before:]  # not asked for again
         return self._remembered[-1]
 
     def _capture(self, kwargs: dict[str, Any]) -> _Capture:
-        capture = _Capture(self.pipe)
+        capture = self._capturing = _Capture(self.pipe)
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
+        hooks = [decoder.register_forward_pre_hook(capture.over) for decoder in _decoders(self.pipe)]
         try:
             with _listening(self.pipe, capture), _without_bars(self.bars):
                 self.call(**kwargs | silent)
@@ -328,6 +344,10 @@ class Session:
             pass
         finally:
             capture.recorder.close()
+            self._capturing = None
+            for hook in hooks:
+                hook.remove()
+            _put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
         capture.finish()
         return capture
 
@@ -365,7 +385,7 @@ def _without_bars(owners: list[Any]) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, shown, strict=True):
             if config is _UNSET:
-                del owner._progress_bar_config
+                vars(owner).pop("_progress_bar_config", None)
             else:
                 owner._progress_bar_config = config
 
@@ -407,6 +427,7 @@ class _Capture(_Listener):
         self.pipe = pipe
         self.recorder = Recorder()
         self.programs: list[Program] = []
+        self.prelude: list[tuple[Any, Any, list[Any]]] = []  # what networks gave before the first step
         self.forwards: dict[int, Callable[..., Any]] = {}
         self.timesteps: list[Any] = []
         self.options: dict[str, Any] = {}
@@ -415,7 +436,16 @@ class _Capture(_Listener):
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.forwards[id(module)] = forward
-        return self.recorder.call(module, forward, args, kwargs)
+        if self.start is not None and (moved := _moved(self._switches, self._positions)):
+            raise PipelineNotParallelError(
+                f"the loop changes the networks between two of their calls ({', '.join(sorted(moved))}), so these "
+                "cannot be made later; for GLIGEN pass gligen_scheduled_sampling_beta=1"
+            )
+        output = self.recorder.call(module, forward, args, kwargs)
+        if self.start is None:
+            versions = [_version(leaf) for leaf in tree_leaves(output)]
+            self.prelude.append((form_of_call(module, kwargs, tree_leaves((args, kwargs))), output, versions))
+        return output
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         x, m = given["sample"], given["model_output"]
@@ -424,6 +454,9 @@ class _Capture(_Listener):
             self._defaults = {name: one.default for name, one in known.items()}
         options = _options(given, scheduler, self._defaults)
         if self.start is None:
+            self._refuse()
+            self._switches = _switches(self.pipe)
+            self._positions = _positions(self._switches)
             self.start, self.first = x.detach().clone(), m.detach().clone()
             self.options, self.generator = options, given.get("generator")
             self._keep_scheduler(scheduler, given)
@@ -440,6 +473,7 @@ class _Capture(_Listener):
                     f"the state changes its shape on the way, from {tuple(self.start.shape)} to {tuple(x.shape)}"
                 )
             self.programs.append(self.recorder.finish(x, m))
+        self._narrow(given["timestep"])
         self.timesteps.append(given["timestep"])
         given["model_output"] = self.first  # finite, unlike what zeros may have been turned into
         output = step(**given)
@@ -450,6 +484,11 @@ class _Capture(_Listener):
         self.recorder.begin(state, others)
         return output
 
+    def over(self, *_: Any) -> None:
+        """Decoding means that the loop is over, also if it has left out the scheduler's last steps."""
+        if self.start is not None:
+            raise _CaptureDone
+
     def finish(self) -> None:
         """After the pass: the scheduler's steps as a table."""
         if self.start is None:
@@ -457,6 +496,16 @@ class _Capture(_Listener):
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
         self.rule = _rule(self.scheduler, self.begin, self.options)
+
+    def _refuse(self) -> None:
+        """What the pipeline has set for its loop; in half precision the comparison of a batch could miss it."""
+        for network, processors in _processors(self.pipe):
+            splitting = {type(one).__name__ for one in processors.values() if type(one).__name__.startswith("PAG")}
+            if splitting:
+                raise PipelineNotParallelError(
+                    f"perturbed-attention guidance tells the rows of {type(network).__name__}'s batch apart by their "
+                    f"place ({', '.join(sorted(splitting))}), which another batch size changes; pass pag_scale=0"
+                )
 
     @functools.cached_property
     def unchanged(self) -> bool:
@@ -482,14 +531,32 @@ class _Capture(_Listener):
         if timesteps is None or isinstance(timesteps, (list, tuple)):
             raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
         begin = getattr(own, "_begin_index", None)
-        if begin is None:
-            at = torch.nonzero(timesteps.cpu() == torch.as_tensor(given["timestep"]).flatten()[0].cpu())
-            begin = int(at[0, 0]) if len(at) else 0
-        self.begin: int = begin
-        self.expected = len(timesteps) - self.begin - (type(own).__name__ in ENDS_WITH_ZERO)
+        self._begins = _places(timesteps, given["timestep"]) or [0] if begin is None else [begin]
         for name in ("_step_index", "_begin_index"):
             if hasattr(own, name):
                 setattr(own, name, None)
+
+    def _narrow(self, timestep: Any) -> None:
+        """Where the loop began, if its first timestep occurs twice among the scheduler's: the next ones tell."""
+        if len(self._begins) > 1:
+            places, done = _places(self.scheduler.timesteps, timestep), len(self.timesteps)
+            self._begins = [begin for begin in self._begins if begin + done in places] or self._begins[:1]
+
+    @property
+    def begin(self) -> int:
+        """The number of the first step among all of the scheduler's."""
+        return self._begins[0]
+
+    @property
+    def expected(self) -> int:
+        """How many steps the loop has."""
+        return len(self.scheduler.timesteps) - self.begin - (type(self.scheduler).__name__ in ENDS_WITH_ZERO)
+
+
+def _places(timesteps: torch.Tensor, timestep: Any) -> list[int]:
+    """Where among the scheduler's timesteps this one is."""
+    same = timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()
+    return torch.nonzero(same).flatten().tolist()
 
 
 class _Replay(_Listener):
@@ -512,15 +579,19 @@ class _Replay(_Listener):
         )
         self._step, self._plain = 0, False
         self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._prelude = collections.deque(capture.prelude)
+        capture.prelude.clear()
         self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._plain:
+        if self._plain or self._step == len(self._capture.timesteps):
             return forward(*args, **kwargs)
         return self._blank(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         i, self._step = self._step, self._step + 1
+        if i == len(self._capture.timesteps) and not self._plain:
+            self._give_up("the pipeline has more than one loop, and the first is over")
         if self._plain:
             stats = self._state.stats
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
@@ -566,8 +637,15 @@ class _Replay(_Listener):
             )
 
     def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made.
+
+        Before the first step it is what the first pass got, as the state may begin with it, and outputs hold it.
+        """
         key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        if self._step == 0:
+            known, output, versions = self._prelude.popleft() if self._prelude else (None, None, [])
+            written = any(map(_written, tree_leaves(output), versions))
+            return output if known == key and not written else forward(*args, **kwargs)
         if key not in self._blanks:
             reference = self._capture.recorder.references.get(key)
             if reference is None:
@@ -577,23 +655,32 @@ class _Replay(_Listener):
         return self._blanks[key]
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, with a callback that tells us when it changes what the pipeline goes on with."""
-        callback = kwargs.get("callback_on_step_end")
-        if callback is None:
-            return kwargs
-        inputs = getattr(callback, "tensor_inputs", None)
+        """The arguments, with callbacks that tell us when they change what the pipeline goes on with."""
+        inputs = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
         if inputs is not None:
             kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
+        switches = _switches(self._pipe)
 
-        def watching(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            versions = {name: (value, getattr(value, "_version", 0)) for name, value in given.items()}
-            settings = {name: value for name, value in vars(pipe).items() if name != "_interrupt"}
-            returned = callback(pipe, step, timestep, given)
-            if not self._plain and (_changed(versions, returned) or not _same(settings, vars(pipe), "_interrupt")):
-                self._give_up("callback_on_step_end changed what the pipeline goes on with")
-            return returned
+        def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
+            def watching(*args: Any) -> Any:
+                given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
+                versions = {key: (value, _version(value)) for key, value in given.items()}
+                settings, positions = dict(vars(self._pipe)), _positions(switches)
+                returned = callback(*args)
+                changed = isinstance(returned, dict) and _replaced(versions, returned)
+                if not self._plain and (
+                    changed
+                    or any(_written(value, version) for value, version in versions.values())
+                    or not _same(settings, vars(self._pipe), "_interrupt")
+                    or _moved(switches, positions)
+                ):
+                    self._give_up(f"{name} changed what the pipeline goes on with")
+                return returned
 
-        return kwargs | {"callback_on_step_end": watching}
+            return watching
+
+        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
+        return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
 
     @property
     def status(self) -> Status | None:
@@ -685,9 +772,7 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
     """
     scheduler, networks = pipe.scheduler, _networks(pipe)
     own, signature = type(scheduler), inspect.signature(type(scheduler).step)
-    active = [
-        listener
-    ]  # emptied at the end, as a class lives on until garbage is collected, with all that it refers to
+    active = [listener]  # emptied at the end, as the class lives on until garbage is collected
 
     @functools.wraps(own.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -695,33 +780,70 @@ def _listening(pipe: Any, listener: _Listener) -> Iterator[None]:
             return own.step(self, *args, **kwargs)
         return active[0].step(self, own.step, _named(signature, (self, *args), kwargs))
 
-    before = [(module, vars(module).get("forward")) for module in networks.values()]
     try:
-        for module in networks.values():
-            module.forward = _listened(module, module.forward, listener)
+        with _FORWARDS:
+            for module in networks.values():
+                module.forward = _listened(module, module.forward, active)
         scheduler.__class__ = _subclass(own, {"step": step})
         yield
     finally:
         active.clear()
         scheduler.__class__ = own
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        with _FORWARDS:
+            for module in networks.values():
+                _take_back(module)
 
 
-def _listened(module: torch.nn.Module, forward: Callable[..., Any], listener: _Listener) -> Callable[..., Any]:
+_FORWARDS = threading.Lock()
+
+
+def _listened(module: torch.nn.Module, forward: Callable[..., Any], active: list[_Listener]) -> Callable[..., Any]:
+    """The forward of a network, which other threads may call, too: pipelines may share one."""
+    thread = threading.get_ident()
+
     @functools.wraps(forward)
     def listened(*args: Any, **kwargs: Any) -> Any:
-        return listener.network(module, forward, args, kwargs)
+        if active and threading.get_ident() == thread:
+            return active[0].network(module, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
+    listened.before = active, vars(module).get("forward")  # type: ignore[attr-defined]
     return listened
+
+
+def _take_back(module: torch.nn.Module) -> None:
+    """The forwards that nobody listens to any more, down to one of another thread that does."""
+    while (forward := vars(module).get("forward")) is not None:
+        active, before = getattr(forward, "before", (True, None))
+        if active:
+            return
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
     components = pipe.components
     networks = {name: module for name, module in components.items() if isinstance(module, torch.nn.Module)}
     return {name: module for name, module in networks.items() if "vae" not in name}
+
+
+def _decoders(pipe: Any) -> list[torch.nn.Module]:
+    decoders = [getattr(module, "decoder", None) for name, module in pipe.components.items() if "vae" in name]
+    return [decoder for decoder in decoders if isinstance(decoder, torch.nn.Module)]
+
+
+def _processors(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The networks with their attention processors."""
+    networks: list[Any] = list(_networks(pipe).values())
+    return [(one, dict(one.attn_processors)) for one in networks if hasattr(one, "attn_processors")]
+
+
+def _put_back(processors: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Set these again where the networks have others."""
+    for network, own in processors:
+        if network.attn_processors != own:
+            network.set_attn_processor(dict(own))
 
 
 def _options(given: dict[str, Any], scheduler: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -746,12 +868,13 @@ def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
         np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)
     ]
     key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, repr(options))
-    if key not in _RULES:
+    rule = _RULES.get(key)
+    if rule is None:
         rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
         if len(_RULES) >= _MOST_RULES:
-            _RULES.pop(next(iter(_RULES)))
+            _RULES.pop(next(iter(_RULES)), None)
         _RULES[key] = rule
-    return _RULES[key]
+    return rule
 
 
 def _with_state(output: Any, state: torch.Tensor) -> Any:
@@ -762,11 +885,47 @@ def _with_state(output: Any, state: torch.Tensor) -> Any:
     return output
 
 
-def _changed(given: dict[str, tuple[Any, int]], returned: Any) -> bool:
-    """Whether a callback gave back other tensors than it got, or wrote into them."""
-    if any(getattr(value, "_version", 0) != version for value, version in given.values()):
-        return True
-    return any(name not in given or given[name][0] is not value for name, value in (returned or {}).items())
+def _version(value: Any) -> Any:
+    """For :func:`_written`; tensors of inference mode keep no count."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.clone() if value.is_inference() else value._version
+
+
+def _written(value: Any, version: Any) -> bool:
+    """Whether something was written into a tensor since it had this version."""
+    return not torch.equal(value, version) if isinstance(version, torch.Tensor) else _version(value) != version
+
+
+def _replaced(given: dict[str, tuple[Any, Any]], returned: dict[str, Any]) -> bool:
+    """Whether a callback gave back other tensors than it got."""
+    return any(name not in given or given[name][0] is not value for name, value in returned.items())
+
+
+_SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")
+
+
+def _switches(pipe: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where the networks keep what pipelines and callbacks change between steps: IP-Adapter's scale, LoRA, GLIGEN."""
+    modules = [module for network in _networks(pipe).values() for module in network.modules()]
+    places = [place for module in modules for place in (vars(module), vars(module)["_modules"])]
+    return [(place, name) for place in places for name in _SWITCHES if name in place]
+
+
+def _positions(switches: list[tuple[dict[str, Any], str]]) -> list[Any]:
+    """Their values now."""
+    values = [place.get(name) for place, name in switches]
+    return [copy.copy(value) if isinstance(value, (list, dict)) else value for value in values]
+
+
+def _moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) -> set[str]:
+    """The names of those whose values have changed."""
+    pairs = zip(before, _positions(switches), switches, strict=True)
+    return {name for one, other, (_, name) in pairs if not _equal(one, other) and not _alike(one, other)}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return isinstance(one, (list, dict)) and one == other
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], ignore: str = "") -> bool:
