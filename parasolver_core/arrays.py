@@ -18,7 +18,7 @@ def is_array(value: Any) -> bool:
 
 
 def to_host(array: Array) -> NDArray[Any]:
-    """A NumPy copy of ``array``; waits for the device."""
+    """``array`` as NumPy's, on a CPU perhaps in the same memory; waits for the device."""
     if array_api_compat.is_torch_array(array):
         return array.detach().cpu().numpy()
     if array_api_compat.is_cupy_array(array):

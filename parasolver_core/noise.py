@@ -95,7 +95,7 @@ class NoiseSource:
         if type(z) is type(self._like):
             z = array_api_compat.to_device(self._xp.astype(z, self._dtype), self._device)
         else:
-            z = self._xp.asarray(np.asarray(z), dtype=self._dtype, device=self._device)
+            z = self._xp.asarray(_own(z), dtype=self._dtype, device=self._device)
         return host_view(self._xp.reshape(z, (-1,)))
 
     def _checked(self, z: Any, step: int, sample: int) -> Array:
@@ -107,6 +107,14 @@ class NoiseSource:
         if not bool(xp.all(xp.isfinite(z))):
             raise ValueError(f"noise: noise({step}, {sample}) holds NaN or infinity")
         return z
+
+
+def _own(z: Array) -> np.ndarray:
+    """Noise of another library than ``x_T``'s; a copy, as a user's function may write the next into the same memory."""
+    try:
+        return np.array(to_host(z), dtype=np.float64)
+    except TypeError as error:
+        raise TypeError(f"noise: expected numbers that NumPy has, got {z.dtype} ({error}); pass float32") from error
 
 
 class _Stream:

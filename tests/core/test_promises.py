@@ -396,6 +396,26 @@ def test_noise_as_array_and_as_function_are_the_same(xp: ModuleType, run: Run) -
     assert same_bits(as_array.sample, from_numpy.sample)
 
 
+@pytest.mark.parametrize("method", ["secant", "parataa", "sequential"])
+@pytest.mark.parametrize(("x_library", "z_library"), [*itertools.product(["numpy", "torch"], repeat=2)])
+def test_a_noise_function_may_reuse_its_memory(x_library: str, z_library: str, method: str) -> None:
+    """Between NumPy and torch an array of equal dtype changes hands in the same memory."""
+    z = normal((30, 2, 6), None, "float32", seed=8)
+    buffer = np.empty(6, dtype=np.float32) if z_library == "numpy" else torch.empty(6)
+
+    def refilled(step: int, sample: int) -> Any:
+        buffer[...] = z[step, sample] if z_library == "numpy" else torch.from_numpy(z[step, sample])
+        return buffer
+
+    x_T = normal((2, 6), None, "float32")
+    arguments = (TABLE.timesteps(30), DDPM(TABLE), 8)
+    expected = solve(Rational(), x_T, *arguments, method=method, noise=z)
+    got = solve(
+        Rational(), x_T if x_library == "numpy" else torch.from_numpy(x_T), *arguments, method=method, noise=refilled
+    )
+    assert relative(to_numpy(got.sample), expected.sample) < 1e-5
+
+
 # 6. Arguments and results
 
 
