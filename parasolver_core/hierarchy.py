@@ -28,7 +28,8 @@ Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level, or what the window holds; noise makes a trajectory rough
-_FEWEST = 1.5  # nodes at the end, in units of that first level: fewer may step over what the network does between them
+_FEWEST = 1.5  # nodes at the end, in units of that first level: fewer may step over what the network does between them;
+_FEWEST_SHARE = 0.5  # of the steps, if that is less
 _SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
 _NEAR = 0.03  # with more nodes due than the window holds, those moved by less than this share of the most wait
 _EARLY = 7.5  # midpoints that fit into one round join when a sweep changes the sample by less interpolation errors
@@ -199,7 +200,7 @@ class SpreadNodes:
         self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
         self._gain = _GAIN_NOISY if noisy else _GAIN
         first = _FIRST_NOISY if noisy else _FIRST
-        self._first, self._fewest = min(first, plan.width), _FEWEST * first
+        self._first, self._fewest = min(first, plan.width), min(_FEWEST * first, _FEWEST_SHARE * len(recurrence))
         self._influence = recurrence.influence
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
