@@ -115,6 +115,10 @@ class DiscreteSchedule(NoiseSchedule):
             )
         _check_positive("sigma_data", self.sigma_data)
 
+    def __repr__(self) -> str:
+        table = f"{self.train_steps} alphas_cumprod from {self.alphas_cumprod[0]:.6g} to {self.alphas_cumprod[-1]:.6g}"
+        return f"DiscreteSchedule({table}, final {self.final_alpha_cumprod:.6g}, sigma_data={self.sigma_data:g})"
+
     @classmethod
     def from_betas(cls, betas: NDArray[Any], **options: Any) -> DiscreteSchedule:
         """``alphas_cumprod = cumprod(1 - betas)``."""

@@ -108,7 +108,7 @@ class Stats:
     max_rows: int | None = None
     seconds_denoiser: float = 0.0
     seconds: float = 0.0
-    history: list[RoundRecord] = field(default_factory=list)
+    history: list[RoundRecord] = field(default_factory=list, repr=False)
 
     def add(self, record: RoundRecord) -> None:
         """Count one more round."""
@@ -144,8 +144,8 @@ class Solution:
     steps: tuple[int, ...]
     error_estimate: NDArray[np.float64]
     stats: Stats
-    trajectory: Array | None
-    states: Array
+    trajectory: Array | None = field(repr=False)
+    states: Array = field(repr=False)
 
     @property
     def success(self) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from parasolver_core import DDIM, NoiseSchedule
+from parasolver_core import DDIM, NoiseSchedule, solve
 
 # diffusers computes betas and their product in float32: 1000 factors of relative error 6e-8 / sqrt(3) each, and the
 # squared cosine's betas near 1 cancel in 1 - beta, which is why the error is taken relative to 1.
@@ -177,3 +177,11 @@ def test_leading_offset_beyond_the_table_is_refused_when_used() -> None:
     grid = schedule.timesteps(1000, spacing="leading", steps_offset=1)
     with pytest.raises(ValueError, match=r"^timesteps: .*got 1000 at index 0"):
         schedule.levels(grid)
+
+
+def test_a_schedule_and_what_holds_it_are_printed_in_a_line() -> None:
+    schedule = NoiseSchedule.linear()
+    assert repr(schedule).startswith("DiscreteSchedule(1000 alphas_cumprod from 0.9999 to 4.03583e-05, final 1")
+    assert repr(schedule) in repr(DDIM(schedule))
+    solution = solve(lambda x, t: 0.5 * x, np.ones((1, 3)), schedule.timesteps(20), DDIM(schedule), save="trajectory")
+    assert len(repr(solution)) < 500

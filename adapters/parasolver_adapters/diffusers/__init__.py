@@ -2,7 +2,8 @@
 
 from parasolver_adapters.diffusers.capture import PipelineNotParallelError
 from parasolver_adapters.diffusers.denoisers import TransformerDenoiser, UNetDenoiser
-from parasolver_adapters.diffusers.pipelines import ParallelRun, parallel_sampling
+from parasolver_adapters.diffusers.options import ParallelRun
+from parasolver_adapters.diffusers.pipelines import parallel_sampling
 from parasolver_adapters.diffusers.schedulers import (
     SchedulerRule,
     UnsupportedSchedulerError,

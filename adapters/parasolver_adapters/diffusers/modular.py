@@ -8,7 +8,8 @@ from typing import Any
 from diffusers.modular_pipelines import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 
-from parasolver_adapters.diffusers.pipelines import Choices, ParallelRun, Session
+from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.pipelines import Session
 
 
 class ParallelDenoiseStep(ModularPipelineBlocks):

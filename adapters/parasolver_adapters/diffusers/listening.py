@@ -1,0 +1,129 @@
+"""How the calls of a pipeline's networks and of its scheduler are seen, and everything is put back after it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_FORWARDS = threading.Lock()
+
+
+class Listener:
+    """Sees the calls of networks and of ``scheduler.step`` in one pass."""
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        return step(**given)
+
+
+@contextmanager
+def listening(pipe: Any, listener: Listener) -> Iterator[None]:
+    """While active: the pipeline's networks and its scheduler's steps go through the listener.
+
+    The scheduler gets a subclass and not an attribute, so that a pipeline that copies it drives the same; signatures
+    are kept, as pipelines look at them.
+    """
+    scheduler, networks = pipe.scheduler, networks_of(pipe)
+    own, signature = type(scheduler), inspect.signature(type(scheduler).step)
+    active = [listener]  # emptied at the end, as the class lives on until garbage is collected
+
+    @functools.wraps(own.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not active:  # a copy that outlives the block
+            return own.step(self, *args, **kwargs)
+        return active[0].step(self, own.step, by_name(signature, (self, *args), kwargs))
+
+    try:
+        with _FORWARDS:
+            for module in networks.values():
+                module.forward = _listened(module, module.forward, active)
+        scheduler.__class__ = subclass(own, {"step": step})
+        yield
+    finally:
+        active.clear()
+        scheduler.__class__ = own
+        with _FORWARDS:
+            for module in networks.values():
+                _take_back(module)
+
+
+def _listened(module: torch.nn.Module, forward: Callable[..., Any], active: list[Listener]) -> Callable[..., Any]:
+    """The forward of a network, which other threads may call, too: pipelines may share one."""
+    thread = threading.get_ident()
+
+    @functools.wraps(forward)
+    def listened(*args: Any, **kwargs: Any) -> Any:
+        if active and threading.get_ident() == thread:
+            return active[0].network(module, forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    listened.before = active, vars(module).get("forward")  # type: ignore[attr-defined]
+    return listened
+
+
+def _take_back(module: torch.nn.Module) -> None:
+    """The forwards that nobody listens to any more, down to one of another thread that does."""
+    while (forward := vars(module).get("forward")) is not None:
+        active, before = getattr(forward, "before", (True, None))
+        if active:
+            return
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by their names."""
+    names = list(signature.parameters)[: len(args)]
+    if len(names) < len(args) or not kwargs.keys().isdisjoint(names):
+        signature.bind(*args, **kwargs)  # raises what the call itself would
+    return dict(zip(names, args, strict=True)) | kwargs
+
+
+def subclass(own: type, members: dict[str, Any]) -> type:
+    """A subclass that passes for the class itself."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    kind = type(own)
+
+    def equal(cls: type, other: object) -> bool:  # BriaPipeline asks whether type(scheduler) != a class
+        return other is own or kind.__eq__(cls, other)
+
+    passing = type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda cls: hash(own)})
+    return passing(own.__name__, (own,), names | members)
+
+
+def is_a(value: Any, name: str) -> bool:
+    """Whether a class of diffusers is among the value's; importing those would take seconds that few need."""
+    return any(one.__name__ == name and one.__module__.startswith("diffusers.") for one in type(value).__mro__)
+
+
+def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    components = pipe.components
+    networks = {name: module for name, module in components.items() if isinstance(module, torch.nn.Module)}
+    return {name: module for name, module in networks.items() if "vae" not in name}
+
+
+def decoders_of(pipe: Any) -> list[torch.nn.Module]:
+    decoders = [getattr(module, "decoder", None) for name, module in pipe.components.items() if "vae" in name]
+    return [decoder for decoder in decoders if isinstance(decoder, torch.nn.Module)]
+
+
+def processors_of(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The networks with their attention processors."""
+    networks: list[Any] = list(networks_of(pipe).values())
+    return [(one, dict(one.attn_processors)) for one in networks if hasattr(one, "attn_processors")]
+
+
+def put_back(processors: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Set these again where the networks have others."""
+    for network, own in processors:
+        if network.attn_processors != own:
+            network.set_attn_processor(dict(own))

@@ -1,0 +1,227 @@
+"""The second pass over a pipeline's loop, the real one: each step waits until the solver has its result."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
+from parasolver_adapters.diffusers.capture import PipelineNotParallelError, form_of_call
+from parasolver_adapters.diffusers.changes import (
+    are_same,
+    positions_of,
+    switches_of,
+    version_of,
+    was_written,
+    were_replaced,
+    what_moved,
+)
+from parasolver_adapters.diffusers.first_pass import Capture
+from parasolver_adapters.diffusers.listening import Listener
+from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun
+from parasolver_adapters.diffusers.schedulers import SchedulerRule
+from parasolver_core import ConvergenceError, NonFiniteError, Status
+from parasolver_core.solution import RoundRecord
+
+
+class Replay(Listener):
+    """The second pass: each step waits until the solver has its result."""
+
+    def __init__(self, pipe: Any, run: ParallelRun, choices: Choices, capture: Capture) -> None:
+        self._pipe, self._run, self._choices = pipe, run, choices
+        self._capture, self._rule = capture, capture.rule
+        self._batch = capture.start.shape[0]
+        self._denoiser = _denoiser(capture, self._choices)
+        max_rows, n = self._choices.max_rows, len(capture.timesteps)
+        self._solver = replace(
+            self._choices.solver,
+            step_rule=ByNode(self._rule.table),
+            max_rows=None if max_rows is None else max(max_rows // self._batch, 1) * self._choices.processes,
+        )
+        self._noise = capture.noise()
+        self._state = self._solver.init(
+            self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
+        )
+        self._step, self._plain = 0, False
+        self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._prelude = collections.deque(capture.prelude)
+        capture.prelude.clear()
+        self._history: list[RoundRecord] = []
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._plain or self._step == len(self._capture.timesteps):
+            return forward(*args, **kwargs)
+        return self._blank(module, forward, args, kwargs)
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        i, self._step = self._step, self._step + 1
+        if i == len(self._capture.timesteps) and not self._plain:
+            self._give_up("the pipeline has more than one loop, and the first is over")
+        if self._plain:
+            stats = self._state.stats
+            stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
+            self._publish()
+            output = step(**given)
+            self._run.latents = latents = tree_leaves(output)[0]
+            if self._choices.preview is not None:
+                self._choices.preview(stats.rounds, latents)
+            return output
+        if i == 0 and not torch.equal(given["sample"].to(self._capture.start.dtype), self._capture.start):
+            raise PipelineNotParallelError(
+                "two calls of the pipeline start from different latents; pass generator=..., and no function that "
+                "draws random numbers of its own"
+            )
+        target = self._until(i + 1)
+        if i == 0 and not self._solver.done(self._state):
+            self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
+        known = i in self._denoiser.outputs
+        given["model_output"] = self._denoiser.outputs.pop(i, given["model_output"])
+        output = step(**given)
+        if known and self._capture.unchanged:
+            self._check(scheduler, i, given, tree_leaves(output)[0], target)
+        self._run.latents = target
+        return _with_state(output, target)
+
+    def _check(self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor) -> None:
+        """The scheduler's own step has to lead where the table leads.
+
+        From the same state and output of the network, if a step reads no more than these; else, as the scheduler has
+        seen other states before than the solver, only about where the solver came to.
+        """
+        want, limit = target, max(self._choices.solver.tolerance, 0.1)
+        if self._rule.table.memory == 1:
+            x = given["sample"].to(target.dtype)
+            m = _correct(self._rule, i, x, None, given["model_output"].to(target.dtype))
+            z = None if self._noise is None else self._noise[i, 0]
+            want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(own.dtype).eps ** 0.5, 1e-3)
+        error = float((own.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
+        if not error <= limit:
+            raise PipelineNotParallelError(
+                f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; its steps depend on more "
+                "than the state, the network's output and its noise"
+            )
+
+    def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made.
+
+        Before the first step it is what the first pass got, as the state may begin with it, and outputs hold it.
+        """
+        key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        if self._step == 0:
+            known, output, versions = self._prelude.popleft() if self._prelude else (None, None, [])
+            written = any(map(was_written, tree_leaves(output), versions))
+            return output if known == key and not written else forward(*args, **kwargs)
+        if key not in self._blanks:
+            reference = self._capture.recorder.references.get(key)
+            if reference is None:
+                return forward(*args, **kwargs)
+            zeros = [torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for one in reference.outputs]
+            self._blanks[key] = tree_unflatten(zeros, reference.spec)
+        return self._blanks[key]
+
+    def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, with callbacks that tell us when they change what the pipeline goes on with."""
+        inputs = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
+        if inputs is not None:
+            kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
+        switches = switches_of(self._pipe)
+
+        def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
+            def watching(*args: Any) -> Any:
+                given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
+                versions = {key: (value, version_of(value)) for key, value in given.items()}
+                settings, positions = dict(vars(self._pipe)), positions_of(switches)
+                returned = callback(*args)
+                changed = isinstance(returned, dict) and were_replaced(versions, returned)
+                if not self._plain and (
+                    changed
+                    or any(was_written(value, version) for value, version in versions.values())
+                    or not are_same(settings, vars(self._pipe), "_interrupt")
+                    or what_moved(switches, positions)
+                ):
+                    self._give_up(f"{name} changed what the pipeline goes on with")
+                return returned
+
+            return watching
+
+        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
+        return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
+
+    @property
+    def status(self) -> Status | None:
+        """How the solver ended; None if it has not."""
+        status = Status.CONVERGED if self._plain else self._state.halted or self._state.statuses[0]
+        return None if status is Status.RUNNING else status
+
+    def _until(self, steps: int) -> torch.Tensor:
+        """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
+        state, window = self._state, self._state.windows
+        while state.steps[0] < steps and not self._solver.done(state):
+            self._round()
+            if getattr(self._pipe, "interrupt", False) and state.steps[0] < steps:
+                return state.estimate()[0]
+        if state.steps[0] < steps:
+            solution = self._solver.result(state)
+            error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
+            raise error(solution.message, solution)
+        kept = window[0].kept
+        assert kept is not None
+        return kept[steps].reshape(state.x_T.shape[1:]).to(state.x_T.dtype, copy=True)
+
+    def _round(self) -> None:
+        self._solver.step(self._state)
+        self._publish()
+        if self._choices.preview is not None:
+            self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
+
+    def _give_up(self, reason: str) -> None:
+        self._plain, self._run.reason = True, reason
+        warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
+
+    def _publish(self) -> None:
+        stats, batch = self._state.stats, self._batch
+        for record in stats.history[len(self._history) :]:
+            self._history.append(replace(record, evaluations=record.evaluations * batch))
+        self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
+
+
+def _denoiser(capture: Capture, choices: Choices) -> RecordedDenoiser:
+    """The recorded steps, with networks that are called here or by all processes of the group."""
+    recorded, correct = capture.recorder.references, functools.partial(_correct, capture.rule)
+    if choices.group is None:
+        return RecordedDenoiser(capture.programs, capture.first, Networks(capture.forwards, recorded), correct)
+    from parasolver_adapters.diffusers.sharing import SharedNetworks, SharedSteps, modules_of
+
+    modules = modules_of(capture.programs)
+    networks = SharedNetworks(capture.forwards, recorded, modules, choices.group, choices.timeout)
+    return SharedSteps(capture.programs, capture.first, networks, correct)
+
+
+def _correct(
+    rule: SchedulerRule, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor
+) -> torch.Tensor:
+    """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
+    if rule.clip is not None:
+        m = rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
+    if x is None:
+        return m
+    table = rule.table
+    one_step = table.memory == 1 and table.b[node, 0] != 0
+    weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
+    return m + (x.to(m.dtype) - state) * float(weight)
+
+
+def _with_state(output: Any, state: torch.Tensor) -> Any:
+    """The output of ``step`` with another ``prev_sample``, of the same dtype."""
+    if isinstance(output, tuple):
+        return type(output)((state.to(output[0].dtype), *output[1:]))
+    output["prev_sample"] = state.to(output.prev_sample.dtype)
+    return output
