@@ -138,7 +138,7 @@ def sample(
     classifier: Annotated[
         Path | None, typer.Option(help="ADM: weights of the classifier that guides.", dir_okay=False)
     ] = None,
-    classifier_scale: Annotated[float, typer.Option(help="Of its gradient.")] = 1.0,
+    classifier_scale: Annotated[float | None, typer.Option(help="Of its gradient.", show_default="1")] = None,
     vae: Annotated[
         Path | None, typer.Option(help="DiT: a diffusers folder of the autoencoder.", file_okay=False)
     ] = None,
@@ -231,7 +231,7 @@ def plan(
         ),
     ] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm or ddpm.")] = "ddim",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the sampler.")] = 50,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the sampler.")] = 50,
     tolerance: Annotated[
         float, typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample.")
     ] = 1e-2,

@@ -53,7 +53,7 @@ def processes(device: str) -> Iterator[Processes]:
 def _usable(device: str, own: str) -> str:
     device = own if device == "auto" else device
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" can be made, but holds nothing
     except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch that was built without it
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {device!r} cannot be used ({reason}); try cpu, or leave it out") from error

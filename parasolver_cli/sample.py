@@ -69,7 +69,7 @@ class Settings:
     guidance_scale: float | None
     guide_all_channels: bool
     classifier: Path | None
-    classifier_scale: float
+    classifier_scale: float | None
     vae: Path | None
     device: str
     dtype: str
@@ -154,7 +154,7 @@ def load(settings: Settings) -> Loaded:
 def _embedded(settings: Settings) -> Loaded:
     from parasolver_adapters import embedded
 
-    _refuse(settings, "the embedded model", "classifier", "vae", "guide_all_channels")
+    _refuse(settings, "the embedded model", "classifier", "classifier_scale", "vae", "guide_all_channels")
     network = embedded.load_embedded_model(_dtype(settings), settings.device)
     kind = network.dtype
 
@@ -176,6 +176,8 @@ def _embedded(settings: Settings) -> Loaded:
 
 def _guided_diffusion(settings: Settings, checkpoint: Path) -> Loaded:
     _refuse(settings, f"the preset {settings.preset}", "guidance_scale", "vae", "guide_all_channels")
+    if settings.classifier is None:
+        _refuse(settings, "sampling without a classifier", "classifier_scale")
     preset = guided_diffusion.PRESETS[settings.preset]
     if settings.dtype == "bfloat16":
         raise ValueError("dtype: these networks compute in float32 or float16, got bfloat16")
@@ -190,7 +192,7 @@ def _guided_diffusion(settings: Settings, checkpoint: Path) -> Loaded:
         preset,
         labels,
         classifier=settings.classifier,
-        classifier_scale=settings.classifier_scale,
+        classifier_scale=1.0 if settings.classifier_scale is None else settings.classifier_scale,
         use_fp16=settings.dtype == "float16",
         device=settings.device,
     )
@@ -198,7 +200,7 @@ def _guided_diffusion(settings: Settings, checkpoint: Path) -> Loaded:
 
 
 def _dit(settings: Settings, checkpoint: Path) -> Loaded:
-    _refuse(settings, f"the preset {settings.preset}", "classifier")
+    _refuse(settings, f"the preset {settings.preset}", "classifier", "classifier_scale")
     config = dit.PRESETS[settings.preset]
     labels = _labels(settings, config.num_classes, config.num_classes)
     vae = None if settings.vae is None else dit.load_vae(settings.vae, settings.device)

@@ -440,6 +440,9 @@ def test_solve_ivp_has_the_shape_of_scipys() -> None:
     assert found.nfev > 300
     with pytest.raises(ValueError, match="steps: give either"):
         solve_ivp(pendulum, (0, 6), [1.0, 0.3])
+    for t_span, y0 in [((0, 6, 7), [1.0, 0.3]), (6, [1.0, 0.3]), ((0, 6), [1.0 + 1j, 0.3])]:
+        with pytest.raises(TypeError, match="expected two times, and a state of real numbers"):
+            solve_ivp(pendulum, t_span, y0, steps=300)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,12 @@ def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> 
         (["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"], "labels: the preset lsun-cat has no classes"),
         (["--checkpoint", "x.pt"], "preset: a checkpoint needs the name of its network"),
         (["--device", "meow"], "device: 'meow' cannot be used"),
+        (["--device", "meta"], "device: 'meta' cannot be used"),
+        (["--classifier-scale", "2"], "classifier_scale: the embedded model has no use for it, got 2"),
+        (
+            ["--preset", "adm-64", "--checkpoint", "x", "--classifier-scale", "2"],
+            "sampling without a classifier has no",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, options: list[str], told: str) -> None:

@@ -206,10 +206,14 @@ def solve_ivp(
         raise ValueError("steps: give either steps, for equal ones, or t_eval, the grid; step sizes are not adapted")
     if steps is not None:
         check_count("steps", steps)
-    grid = check_times(np.linspace(*t_span, cast(int, steps) + 1) if t_eval is None else t_eval)
-    if (grid[0], grid[-1]) != tuple(t_span):
+    try:
+        first, last = map(float, t_span)
+        start = y0 if is_array(y0) else np.asarray(y0, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"t_span, y0: expected two times, and a state of real numbers; {error}") from error
+    grid = check_times(np.linspace(first, last, cast(int, steps) + 1) if t_eval is None else t_eval)
+    if (grid[0], grid[-1]) != (first, last):
         raise ValueError(f"t_eval: expected to begin and end as t_span={t_span}, got {grid[0]} to {grid[-1]}")
-    start = y0 if is_array(y0) else np.asarray(y0, dtype=np.float64)
     solution = integrate(f, start, grid, method=method, throw=False, **options)
     xp: Any = array_api_compat.array_namespace(start)
     return IVPResult(
