@@ -13,7 +13,7 @@ from parasolver_core.arrays import Array, no_grad, to_host, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.noise import NoiseSource
 from parasolver_core.recurrence import Recurrence
-from parasolver_core.step_rules import StepRule
+from parasolver_core.step_rules import StepRule, table
 from parasolver_core.validation import check_start, check_timesteps
 
 _STEPS, _SAMPLES = 4, 2  # rows tried: the first, the last and two steps in between, of two samples
@@ -80,9 +80,8 @@ def check_denoiser(
         assert report.ok, report
     """
     check_start(x_T)
-    grid = check_timesteps(timesteps)
     xp = array_api_compat.array_namespace(x_T)
-    recurrence = _no_sampler(grid) if step_rule is None else step_rule.recurrence(grid)
+    recurrence = _no_sampler(check_timesteps(timesteps)) if step_rule is None else table(step_rule, timesteps)
     with no_grad(xp), np.errstate(all="ignore"):
         trial = _Trial(xp, denoiser, x_T, recurrence)
         return trial.report()

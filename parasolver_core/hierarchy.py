@@ -293,13 +293,14 @@ class SpreadNodes:
 
         g, C = self._slope[self._level.nodes], self._level.response
         T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, picked]).astype(np.float64, copy=False)
-        move = moments.norms(T) / np.sqrt(size) / self._scale
+        moves = moments.norms(T)
         at_end = self._level.end[picked] + (self._level.end * g) @ T
-        unit = np.sqrt(size) * self._scale[-1]
         # the slope may see little of what the network will make of a move, so the move of its last input counts too
-        change, *midpoints = moments.norms(np.stack([at_end, at_end * new, T[-1] * new])) / unit
-        if not np.isfinite(change) or not np.all(np.isfinite(move)):
+        effects = moments.norms(np.stack([at_end, at_end * new, T[-1] * new]))
+        if not np.all(np.isfinite(np.append(moves, effects))):
             return self._abandon(nodes)
+        move = _relative(moves, np.sqrt(size) * self._scale)
+        change, *midpoints = _relative(effects, np.sqrt(size) * self._scale[-1])
         self._apply(T, g)
         self._moved[picked] = 0.0
         self._moved = self._moved + move
@@ -466,3 +467,9 @@ class SpreadNodes:
 
     def _column(self, values: Float64) -> Array:
         return self._asarray(values[:, None])
+
+
+def _relative(lengths: Float64, of: Float64) -> Float64:
+    """``lengths / of``; 0 is 0 of anything, also of the state 0, where many differential equations start."""
+    with np.errstate(divide="ignore"):
+        return np.divide(lengths, of, where=lengths != 0, out=np.zeros_like(lengths))

@@ -41,6 +41,8 @@ class NoiseSource:
             if shape != expected:
                 raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
             own = array_api_compat.array_namespace(noise)
+            if own.isdtype(noise.dtype, "complex floating"):
+                raise TypeError(f"noise: expected real numbers, got dtype {noise.dtype}")
             if not bool(own.all(own.isfinite(noise))):
                 raise ValueError("noise: holds NaN or infinity")
         self._noise: Any = noise
@@ -159,4 +161,4 @@ def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
 
 
 def _is_list(seed: Any) -> bool:
-    return isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)
+    return isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) and np.ndim(seed) == 1

@@ -75,7 +75,13 @@ class Solver(ABC):
         """Advance by one round; the number of rows evaluated and a record of each sample that took part."""
 
     def step(self, state: SolverState) -> None:
-        """One round."""
+        """One round.
+
+        Raises:
+            RuntimeError: the run has ended (:meth:`done`).
+        """
+        if self.done(state):
+            raise RuntimeError("state: the run has ended; step while not solver.done(state), then solver.result(state)")
         started, before = time.perf_counter(), state.evaluator.seconds
         if state.stats.rounds == 0:
             state.evaluator.begin(lambda: self._choices() | state.plan())

@@ -19,8 +19,8 @@ from parasolver_core.methods import Anderson, Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import Stats, Status
-from parasolver_core.step_rules import StepRule
-from parasolver_core.validation import check_start, check_timesteps
+from parasolver_core.step_rules import StepRule, table
+from parasolver_core.validation import check_start
 from parasolver_core.window import Forecast, Near, Plan, SampleWindow
 
 Float64 = NDArray[np.float64]
@@ -47,21 +47,13 @@ class SolverState(ABC):
     ) -> None:
         if save not in ("sample", "trajectory"):
             raise ValueError(f'save: expected "sample" or "trajectory", got {save!r}')
-        if not isinstance(step_rule, StepRule):
-            raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
         check_start(x_T)
-        grid = check_timesteps(timesteps)
-        step_rule.check_grid(grid)
         self.x_T, self.save, self._device = detach(x_T), save, array_api_compat.device(x_T)
         if state_device is not None:
             self.x_T = _moved(self.x_T, state_device)
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
-        self.recurrence: Recurrence = step_rule.recurrence(grid)
-        if len(self.recurrence) != len(grid):
-            raise ValueError(
-                f"step_rule: its table has {len(self.recurrence)} steps for {len(grid)} timesteps; one row a timestep"
-            )
+        self.recurrence: Recurrence = table(step_rule, timesteps)
         self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
         self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
         self.stats = Stats()
@@ -110,8 +102,8 @@ class SolverState(ABC):
 
     def plan(self) -> dict[str, str]:
         """What processes that share the rows must have been given alike: hashes of the arrays, by name."""
-        table = self.recurrence
-        tables = [table.timesteps, table.a, table.b, table.c, table.held, table.slope, table.identity_slope]
+        own = self.recurrence
+        tables = [own.timesteps, own.a, own.b, own.c, own.held, own.slope, own.identity_slope]
         return {
             "timesteps and step rule": _hash(*tables),
             "shape and dtype of x_T": f"{tuple(self.x_T.shape)}, {self.x_T.dtype}",
@@ -196,7 +188,7 @@ class ParallelState(SolverState):
         """The warm start as (N + 1, batch, size)."""
         expected = (len(self.recurrence) + 1, *self.x_T.shape)
         if type(start) is not type(self.x_T) or tuple(start.shape) != expected:
-            got = f"shape {tuple(start.shape)}" if is_array(start) else type(start).__name__
+            got = type(start).__name__ + (f" of shape {tuple(start.shape)}" if is_array(start) else "")
             raise ValueError(
                 f"start: expected a trajectory like x_T of shape (N + 1, batch, *event) = {expected}, got {got}"
             )

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.recurrence import Recurrence, from_sample_form
 from parasolver_core.schedules import NoiseSchedule, PredictionType
-from parasolver_core.validation import check_monotone
+from parasolver_core.validation import check_monotone, check_timesteps
 
 Float64 = NDArray[np.float64]
 
@@ -33,6 +33,20 @@ class StepRule(ABC):
     @abstractmethod
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
         """The sampler's coefficients on ``timesteps``, (N,), finite and accepted by :meth:`check_grid`."""
+
+
+def table(step_rule: StepRule, timesteps: ArrayLike) -> Recurrence:
+    """The sampler's coefficients on the timesteps, once both are known to be what they should be."""
+    if not isinstance(step_rule, StepRule):
+        raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
+    grid = check_timesteps(timesteps)
+    step_rule.check_grid(grid)
+    recurrence = step_rule.recurrence(grid)
+    if len(recurrence) != len(grid):
+        raise ValueError(
+            f"step_rule: its table has {len(recurrence)} steps for {len(grid)} timesteps; one row a timestep"
+        )
+    return recurrence
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from parasolver_core.solver import Solver
 from tests.core.problems import EPS, Mixture, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.linear()
@@ -143,6 +144,8 @@ INF = float("inf")
         bad(TypeError, "seed", seed=True),
         bad(TypeError, "seed", seed=[None, 1]),
         bad(TypeError, "seed", seed=torch.Generator()),
+        bad(TypeError, "seed", seed=np.array(3)),
+        bad(TypeError, "noise", noise=np.zeros((20, 2, 3), dtype=complex)),
     ],
 )
 def test_refused_before_the_network_is_called(error: type[Exception], name: str, arguments: dict[str, Any]) -> None:
@@ -188,6 +191,19 @@ def test_an_order_that_is_no_integer() -> None:
 def test_refused_also_where_not_used(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))}: "):
         solve(NETWORK, normal((1, 3)), GRID, RULE, method="sequential", **arguments)
+
+
+@pytest.mark.parametrize("kind", [ParallelIntegralSolver, SequentialSolver])
+def test_a_run_that_has_ended_is_not_stepped_on(kind: type[Solver]) -> None:
+    solver = kind(RULE)
+    state = solver.init(NETWORK, normal((2, 3)), GRID)
+    while not solver.done(state):
+        solver.step(state)
+    rounds = state.stats.rounds
+    with pytest.raises(RuntimeError, match="the run has ended"):
+        solver.step(state)
+    assert state.stats.rounds == rounds
+    assert solver.result(state).status is Status.CONVERGED
 
 
 def test_a_callback_that_is_not_callable() -> None:

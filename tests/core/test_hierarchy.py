@@ -242,6 +242,20 @@ def test_trajectory_starts_at_the_noise_ends_at_the_sample_and_follows_the_seque
     assert distance.max() <= 2e-2
 
 
+def test_nodes_are_spread_from_a_start_of_zero() -> None:
+    """The state 0 has no relative moves; a differential equation may start there."""
+    path = NoiseSchedule.flow_matching()
+    timesteps, start = path.timesteps(300), np.zeros((1, 4))
+
+    def field(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return x - np.cos(2 * t[:, None] + np.arange(4))
+
+    truth = solve_sequential(field, start, timesteps, Euler(path)).sample
+    solution = solve(field, start, timesteps, Euler(path), window=10, tolerance=1e-2)
+    assert np.all(relative_error(solution.sample, truth) <= 1e-2)
+    assert solution.stats.rounds <= 20  # a window sliding over 300 steps needs at least 30
+
+
 def test_nan_is_reported_with_its_timestep_and_the_other_samples_go_on() -> None:
     timesteps = SCHEDULE.timesteps(500)
     x_T = noise(3)
