@@ -60,21 +60,21 @@ class RelativeMove(Acceptance):
     """Accept the leading nodes whose input the last correction moved little, as seen from the sample.
 
     A correction is the error of the state before it, and what is left behind is smaller by the contraction of a round.
-    Later steps amplify it again, or forget it where noise is added, by about
-    :attr:`~parasolver_core.recurrence.Recurrence.influence`, and amplify it more where the network decides between two
-    modes of the data. ``factor`` stands for all this, and is chosen so that the distance to the sequential sample keeps
-    within the tolerance for at least 95 % of samples.
+    Later steps amplify it again, or forget it where noise is added, by something between 1 and
+    :attr:`~parasolver_core.recurrence.Recurrence.influence`, of which the root is taken, and amplify it more where the
+    network decides between two modes of the data. ``factor`` stands for all this, and is chosen so that the distance to
+    the sequential sample keeps within the tolerance for at least 95 % of samples.
 
     Args:
-        factor: the largest accepted move times influence, in units of the tolerance.
+        factor: the largest accepted move times the root of the influence, in units of the tolerance.
         noisy_factor: the same for samplers that add noise, whose trajectories decide again and again.
     """
 
-    factor: float = 0.2
+    factor: float = 0.15
     noisy_factor: float = 0.05
 
     def bounds(self, recurrence: Recurrence) -> Float64:
-        return (self.noisy_factor if recurrence.stochastic else self.factor) / recurrence.influence
+        return (self.noisy_factor if recurrence.stochastic else self.factor) / np.sqrt(recurrence.influence)
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         return view.leading(view.move / view.bound, tolerance)

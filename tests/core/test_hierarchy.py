@@ -217,17 +217,24 @@ class Untrained:
 @pytest.mark.parametrize("window", [5, 16])
 @pytest.mark.parametrize("rule", [DDIM, DPMSolver])
 @pytest.mark.parametrize("expansion", [1.0, 3.0])
-def test_untrained_networks_are_within_tolerance_and_take_at_most_twice_the_rounds_of_a_sliding_window(
+def test_untrained_networks_are_within_tolerance_and_cost_little_more_than_a_sliding_window(
     expansion: float, rule: type[DDIM | DPMSolver], window: int
 ) -> None:
-    """Few nodes stepped over what the network does between them: up to three times the tolerance was left."""
+    """Few nodes stepped over what the network does between them: up to three times the tolerance was left.
+
+    A sample that goes over to a sliding window has spent N / window + 16 rounds by then.
+    """
     x_T, timesteps, sampler = noise(16), SCHEDULE.timesteps(100), rule(SCHEDULE, prediction_type="sample")
     denoiser = Untrained(expansion)
     truth = solve_sequential(denoiser, x_T, timesteps, sampler).sample
     solution = solve(denoiser, x_T, timesteps, sampler, window=window, tolerance=5e-2)
     sliding = solve(denoiser, x_T, timesteps, sampler, window=window, tolerance=5e-2, method=Method(spread=False))
     assert np.mean(relative_error(solution.sample, truth) <= 5e-2) >= 15 / 16
-    assert solution.stats.rounds <= 2 * sliding.stats.rounds
+    spread, slid = (
+        np.bincount([s.sample for r in one.stats.history for s in r.samples]) for one in (solution, sliding)
+    )
+    assert spread.mean() <= 1.75 * slid.mean()
+    assert spread.max() <= 100 // window + 17 + slid.max()
 
 
 def test_trajectory_starts_at_the_noise_ends_at_the_sample_and_follows_the_sequential_one() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
+from parasolver_core.acceptance import RelativeMove
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -32,6 +33,15 @@ def test_influence_of_flow_and_diffusion() -> None:
     np.testing.assert_allclose(DDPM(SCHEDULE).recurrence(timesteps).influence, 1.0)
     np.testing.assert_allclose(DDIM(SCHEDULE, eta=0.5).recurrence(timesteps).influence, alpha**-0.75)
     assert np.all(Euler(NoiseSchedule.flow_matching()).recurrence(np.linspace(1, 0.1, 10)).influence >= 1)
+
+
+def test_accepted_moves_are_weighed_by_the_root_of_the_influence() -> None:
+    timesteps = SCHEDULE.timesteps(50)
+    alpha = np.sqrt(SCHEDULE.alphas_cumprod[timesteps])
+    accept = RelativeMove(factor=0.15, noisy_factor=0.05)
+    bounds = accept.bounds(DDIM(SCHEDULE).recurrence(timesteps))
+    np.testing.assert_allclose(bounds[alpha > 0.01], 0.15 * np.sqrt(alpha[alpha > 0.01]))
+    np.testing.assert_allclose(accept.bounds(DDPM(SCHEDULE).recurrence(timesteps)), 0.05)
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.3, 0.6, 1.0])
