@@ -243,15 +243,14 @@ class Bench:
     def _parareal(self, done: set[tuple[str, str, str, float]]) -> Iterator[Point]:
         if (self.problem.name, self.setting.name, "parareal", 0.0) in done:
             return
-        started = time.perf_counter()
+        started, points, many = time.perf_counter(), [], len(self.seeds)
         for k, one in enumerate(parareal(self.denoiser, self.x_T, self.timesteps, self.rule)):
-            many = len(self.seeds)
-            point = self._point(
-                "parareal", float(k), one.sample, [one.rounds] * many, [one.evaluations] * many, started
+            points.append(
+                self._point("parareal", float(k), one.sample, [one.rounds] * many, [one.evaluations] * many, started)
             )
-            yield point
-            if point.error < 1e-3:
-                return
+            if points[-1].error < 1e-3:
+                break
+        yield from points  # all at once: an interrupted benchmark begins its iterations anew
 
     def _few_steps(self, done: set[tuple[str, str, str, float]]) -> Iterator[Point]:
         """What a user would take instead: fewer steps of a good sequential sampler."""
