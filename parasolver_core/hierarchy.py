@@ -66,7 +66,7 @@ class Level:
         """Carry ``x_T`` and the interpolated predictions through the recurrence, in float64."""
         n = len(recurrence)
         a, b = recurrence.held_form()
-        source = interpolation(np.arange(n), nodes)
+        source = interpolation(np.arange(n), nodes, recurrence.stages)
         states = np.zeros((n + 1, len(nodes) + 1))  # last column: x_T
         states[0, -1] = 1.0
         for k in range(b.shape[1]):
@@ -79,10 +79,18 @@ class Level:
         return cls(nodes, states[nodes, -1], states[nodes, :-1], float(states[n, -1]), states[n, :-1])
 
 
-def interpolation(at: NDArray[np.int64], nodes: NDArray[np.int64]) -> Float64:
-    """Weights (len(at), len(nodes)) of linear interpolation between nodes, constant beyond their ends."""
-    place = np.interp(at, nodes, np.arange(len(nodes)))
-    return np.maximum(1 - np.abs(place[:, None] - np.arange(len(nodes))), 0.0)
+def interpolation(at: Indices, nodes: Indices, stages: int = 1) -> Float64:
+    """Weights (len(at), len(nodes)) of linear interpolation between nodes of one stage, constant beyond their ends.
+
+    Where there are none of the same stage, all nodes are used.
+    """
+    weights = np.zeros((len(at), len(nodes)))
+    for stage in range(stages):
+        rows, own = np.flatnonzero(at % stages == stage), np.flatnonzero(nodes % stages == stage)
+        own = own if len(own) else np.arange(len(nodes))
+        place = np.interp(at[rows], nodes[own], np.arange(len(own)))
+        weights[np.ix_(rows, own)] = np.maximum(1 - np.abs(place[:, None] - np.arange(len(own))), 0.0)
+    return weights
 
 
 class Levels:
@@ -94,7 +102,7 @@ class Levels:
     def of(cls, recurrence: Recurrence) -> Levels:
         """Those of an equal sampler, if this process has met it before."""
         tables = (recurrence.a, recurrence.b, recurrence.held, recurrence.signal)
-        key = tuple(None if table is None else (table.shape, table.tobytes()) for table in tables)
+        key = (recurrence.stages, *(None if table is None else (table.shape, table.tobytes()) for table in tables))
         levels = cls._known.pop(key, None) or cls(recurrence)
         cls._known[key] = levels
         for oldest in list(cls._known)[:-_MOST_KNOWN]:
@@ -114,7 +122,10 @@ class Levels:
 
     def first(self, count: int) -> Level:
         """``count`` nodes, or fewer where two would fall together."""
-        return self(np.unique(self._nearest(np.linspace(0.0, 1.0, count))))
+        stages = self._recurrence.stages
+        nodes = self._nearest(np.linspace(0.0, 1.0, max(2, count // stages)))
+        last_whole = (len(self._place) // stages - 1) * stages  # with the last node of every stage
+        return self(self._whole_steps(np.append(nodes, last_whole)))
 
     def opening(self, count: int) -> Level:
         """Those of the first nodes whose states hardly depend on the sample."""
@@ -123,9 +134,18 @@ class Levels:
 
     def finer(self, level: Level) -> Level:
         """The level with the midpoints added."""
-        left, right = level.nodes[:-1], level.nodes[1:]
+        stages = self._recurrence.stages
+        first = level.nodes[level.nodes % stages == 0]  # of each step
+        left, right = first[:-1], first[1:]
         middle = self._nearest((self._place[left] + self._place[right]) / 2)
-        return self(np.union1d(level.nodes, np.clip(middle, left + 1, np.maximum(right - 1, left))))
+        middle = np.clip(middle, left + stages, np.maximum(right - stages, left))
+        return self(np.union1d(level.nodes, self._whole_steps(middle)))
+
+    def _whole_steps(self, nodes: Indices) -> Indices:
+        """All nodes of the steps to which these belong, increasing; the last step may have fewer of them."""
+        stages = self._recurrence.stages
+        every = (nodes // stages * stages)[:, None] + np.arange(stages)
+        return np.unique(every[every < len(self._recurrence)])
 
     def _nearest(self, at: Float64) -> Indices:
         return np.round(np.interp(at, self._place, np.arange(len(self._place)))).astype(np.int64)
@@ -155,16 +175,17 @@ class Interpolated(Forecast):
     Args:
         nodes: (n,), increasing.
         predictions: (n, size), of the held quantity at the nodes.
-        held: (N, 2), as in :class:`~parasolver_core.recurrence.Recurrence`.
+        held, stages: as in :class:`~parasolver_core.recurrence.Recurrence`.
     """
 
     nodes: Indices
     predictions: Array
     held: Float64
+    stages: int = 1
 
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         p, q = self.held[i]
-        weights = interpolation(np.array([i]), self.nodes)[0]
+        weights = interpolation(np.array([i]), self.nodes, self.stages)[0]
         used = np.flatnonzero(weights)
         h = self.predictions[int(used[0]), :] * float(weights[used[0]])
         for row in used[1:]:
@@ -199,7 +220,7 @@ class SpreadNodes:
         noisy = recurrence.stochastic
         self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
         self._gain = _GAIN_NOISY if noisy else _GAIN
-        first = _FIRST_NOISY if noisy else _FIRST
+        first = (_FIRST_NOISY if noisy else _FIRST) * recurrence.stages
         self._first, self._fewest = min(first, plan.width), min(_FEWEST * first, _FEWEST_SHARE * len(recurrence))
         self._influence = recurrence.influence
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
@@ -241,9 +262,9 @@ class SpreadNodes:
         """For a sliding window: the outputs expected, and all N slopes; None if numbers ran out of range."""
         if self._wild:
             return None
-        nodes, held = self._level.nodes, self._recurrence.held
-        slope = np.interp(np.arange(len(held)), nodes, self._slope[nodes])
-        return Interpolated(nodes, self._H, held), (slope - held[:, 0]) / held[:, 1]
+        nodes, held, stages = self._level.nodes, self._recurrence.held, self._recurrence.stages
+        slope = interpolation(np.arange(len(held)), nodes, stages) @ self._slope[nodes]
+        return Interpolated(nodes, self._H, held, stages), (slope - held[:, 0]) / held[:, 1]
 
     @property
     def nodes(self) -> Indices:
@@ -397,9 +418,9 @@ class SpreadNodes:
         old = self._level.nodes
         self._level = self._levels.first(self._first) if self._opening else self._levels.finer(self._level)
         nodes = self._level.nodes
+        weights, known = interpolation(nodes, old, self._recurrence.stages), np.isin(nodes, old)
         if not self._opening:
-            self._slope[nodes] = np.interp(nodes, old, self._slope[old])
-        weights, known = interpolation(nodes, old), np.isin(nodes, old)
+            self._slope[nodes] = weights @ self._slope[old]
         self._H = self._xp.matmul(self._asarray(weights), self._H)
         self._since = self._xp.matmul(self._asarray(weights * known[:, None]), self._since)
         self._set_free()
@@ -439,7 +460,7 @@ class SpreadNodes:
     def _all_states(self) -> list[Array]:
         """Every state, by the recurrence with interpolated predictions."""
         recurrence = self._recurrence
-        weights = interpolation(np.arange(len(recurrence)), self._level.nodes)
+        weights = interpolation(np.arange(len(recurrence)), self._level.nodes, recurrence.stages)
         states, outputs = [self._start], []
         for i in range(len(recurrence)):
             h = self._xp.reshape(self._xp.matmul(self._asarray(weights[i : i + 1]), self._H), (-1,))

@@ -18,6 +18,7 @@ from parasolver_core.recurrence import Recurrence
 from parasolver_core.validation import check_count
 
 _FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's shape; fewer steps need no plan
+_NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
 
 
@@ -47,17 +48,25 @@ class Method:
     def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
 
-        Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of
-        ``20 / n`` times a margin where noise makes the trajectory rough; without noise, estimating that error safely
-        takes twice as many nodes. A window that slides takes some rounds and about ``N / window``, spread nodes as many
+        A window that slides takes some rounds and about ``N / window``, spread nodes as many
         and twice ``n / window``, which gives the factor 2. With noise about every other attempt finds that more nodes
         are needed and slides after all, some rounds later, so the gain must be worth the risk.
         """
         if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
             return False
-        if recurrence.stochastic:
-            return 2 * 20 / tolerance + _LOST_ROUNDS * window <= len(recurrence)
-        return 2 * 5.5 / math.sqrt(tolerance) <= len(recurrence)
+        lost = _LOST_ROUNDS * window if recurrence.stochastic else 0
+        return 2 * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+
+
+def needed_nodes(recurrence: Recurrence, tolerance: float) -> float:
+    """About how many nodes must be spread for a tolerance.
+
+    Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of ``20 / n``
+    times a margin where noise makes the trajectory rough; without noise, estimating that error safely takes twice as
+    many nodes. Where a step has several nodes, so many steps are needed.
+    """
+    nodes = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
+    return nodes * recurrence.stages
 
 
 @dataclass(frozen=True)

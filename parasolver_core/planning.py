@@ -3,8 +3,7 @@
 The rounds of the default method were measured on three networks (``benchmarks.planning``) and follow
 
     rounds = N / window + (1 - 1 / window) (p + q log10(1 / tolerance) (N / window)^r)      (a sliding window)
-    rounds = p + q log10(1 / tolerance) + r / (window sqrt(tolerance))                      (spread nodes)
-    rounds = p + r / (window tolerance)                                                     (spread nodes, noise)
+    rounds = p + q log10(1 / tolerance) + r n / window                                      (n spread nodes)
 
 within some 20 %, spread nodes half to twice. The first term is what a window costs that moves on by itself each round,
 the second how many rounds nodes take to settle, of which a window of 1 needs none. The seconds are those of the
@@ -22,14 +21,13 @@ import numpy as np
 
 from parasolver_core.arrays import to_host
 from parasolver_core.costs import CostTable, keep, measure, recall
-from parasolver_core.methods import Method
+from parasolver_core.methods import Method, needed_nodes
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
 _SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q and r above, checked by benchmarks.planning
-_SPREAD, _SPREAD_NOISY = (0.7, 4.0, 4.3), (8.0, 8.0)
+_SPREAD, _SPREAD_NOISY = (0.7, 4.0, 0.78), (8.0, 0.0, 0.4)  # p, q and r above
 _FINEST = 1e-6  # a smaller tolerance is the arithmetic's
-_NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
 _TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
 _MOST_MADE = 256  # choices that a process remembers
@@ -99,11 +97,8 @@ def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolera
     tolerance = max(tolerance, _FINEST)
     digits = math.log10(1 / min(tolerance, 1.0))
     if method.spreads(recurrence, window, tolerance):
-        if recurrence.stochastic:
-            p, r = _SPREAD_NOISY
-            return min(p + r / (window * tolerance), float(n))
-        p, q, r = _SPREAD
-        return min(p + q * digits + r / (window * math.sqrt(tolerance)), float(n))
+        p, q, r = _SPREAD_NOISY if recurrence.stochastic else _SPREAD
+        return min(p + q * digits + r * needed_nodes(recurrence, tolerance) / window, float(n))
     p, q, r = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
     lengths = n / window
     return min(lengths + (1 - 1 / window) * (p + q * digits * lengths**r), float(n))
@@ -115,7 +110,7 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
     if window == 1 or rounds == 1:
         return [1] * rounds
     if method.spreads(recurrence, window, tolerance):
-        needed = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
+        needed = needed_nodes(recurrence, tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
     first = min(window, recurrence.blind) if method.fill == "held" else 1
     power = _TAPER_NOISY if recurrence.stochastic else 1.0

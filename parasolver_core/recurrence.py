@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_core.validation import check_count
+
 Float64 = NDArray[np.float64]
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
@@ -43,6 +45,8 @@ class Recurrence:
         noise_share: within [0, 1], how much of the noise of a full reverse diffusion the steps add
             (:func:`added_noise_share`).
         input_scale: (N,), ``s``, what a state is multiplied with before the network sees it; None for 1.
+        stages: how many nodes make one step of the sampler, 2 for Heun's method. Outputs are alike, and change little
+            from step to step, only at nodes of equal ``i % stages``.
     """
 
     timesteps: NDArray[Any]
@@ -55,9 +59,11 @@ class Recurrence:
     signal: Float64 | None = None
     noise_share: float = 0.0
     input_scale: Float64 | None = None
+    stages: int = 1
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
+        check_count("stages", self.stages)
         shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
         shapes |= {"slope": (n,), "identity_slope": (n,)}
         shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}

@@ -1,5 +1,7 @@
 """Nodes spread over the trajectory: the answer, its cost, and when they are used."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,25 @@ def test_levels_are_remembered_for_equal_samplers_alone() -> None:
 def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:
     weights = interpolation(np.arange(6), np.array([1, 4]))
     np.testing.assert_allclose(weights @ [10.0, 40.0], [10, 10, 20, 30, 40, 40])
+
+
+def test_stages_are_interpolated_by_themselves() -> None:
+    weights = interpolation(np.arange(6), np.array([0, 1, 4, 5]), stages=2)
+    np.testing.assert_allclose(weights @ [10.0, 1.0, 30.0, 3.0], [10, 1, 20, 2, 30, 3])
+    alone = interpolation(np.arange(3), np.array([0, 2]), stages=2)  # no node of the other stage is known
+    np.testing.assert_allclose(alone @ [10.0, 20.0], [10, 15, 20])
+
+
+@pytest.mark.parametrize("steps", [99, 100])
+def test_levels_hold_whole_steps(steps: int) -> None:
+    levels = Levels(replace(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(steps)), stages=2))
+    level = levels.first(12)
+    for _ in range(5):
+        whole = np.arange(steps) // 2
+        assert set(level.nodes) == {i for i in range(steps) if whole[i] in whole[level.nodes]}
+        assert {0, steps - 1} <= set(level.nodes)
+        level = levels.finer(level)
+    assert len(level.nodes) == steps
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class ByNode(StepRule):
         tables = {
             name: getattr(table, name)[:n] for name in ("a", "b", "c", "held", "slope", "identity_slope", "signal")
         }
-        return Recurrence(timesteps=timesteps, noise_share=table.noise_share, **tables)
+        return Recurrence(timesteps=timesteps, noise_share=table.noise_share, stages=table.stages, **tables)
 
 
 @dataclass

@@ -171,6 +171,7 @@ def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Re
         signal=np.where(np.isfinite(signal), signal, 1.0),
         noise_share=added_noise_share(path.alpha, path.sigma, c),
         input_scale=None if np.all(traced.scale == 1) else traced.scale,
+        stages=getattr(loop.scheduler, "order", 1),  # network calls a step, as pipelines of diffusers count them
     )
     return recurrence, path, independent
 
