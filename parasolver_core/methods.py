@@ -19,6 +19,7 @@ from parasolver_core.validation import check_count
 
 _FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's shape; fewer steps need no plan
 _NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
 
 
@@ -48,13 +49,17 @@ class Method:
     def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
 
-        A window that slides takes some rounds and about ``N / window``, spread nodes as many
-        and twice ``n / window``, which gives the factor 2. With noise about every other attempt finds that more nodes
-        are needed and slides after all, some rounds later, so the gain must be worth the risk.
+        A window that slides takes some rounds and about ``N / window``, spread nodes as many and twice ``n / window``,
+        which gives the factor 2, and more in a window of 5 to 7, into which not even the first levels fit. With noise
+        about every other attempt finds that more nodes are needed and slides after all, some rounds later, so the gain
+        must be worth the risk.
         """
         if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
             return False
-        lost = _LOST_ROUNDS * window if recurrence.stochastic else 0
+        if recurrence.stochastic:
+            lost = _LOST_ROUNDS * window
+        else:
+            lost = _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
         return 2 * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
 
 
