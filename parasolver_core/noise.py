@@ -40,11 +40,7 @@ class NoiseSource:
             shape = tuple(getattr(noise, "shape", ()))
             if shape != expected:
                 raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
-            own = array_api_compat.array_namespace(noise)
-            if own.isdtype(noise.dtype, "complex floating"):
-                raise TypeError(f"noise: expected real numbers, got dtype {noise.dtype}")
-            if not bool(own.all(own.isfinite(noise))):
-                raise ValueError("noise: holds NaN or infinity")
+            _check_numbers("noise:", noise)
         self._noise: Any = noise
         self._keys = _sample_keys(0 if seed is None else seed, batch)
         self._streams: dict[int, _Stream] = {}
@@ -105,10 +101,17 @@ class NoiseSource:
         got = tuple(z.shape) if is_array(z) else type(z).__name__
         if got != self._event:
             raise ValueError(f"noise: noise({step}, {sample}) must return an array of shape {self._event}, got {got}")
-        xp = array_api_compat.array_namespace(z)
-        if not bool(xp.all(xp.isfinite(z))):
-            raise ValueError(f"noise: noise({step}, {sample}) holds NaN or infinity")
+        _check_numbers(f"noise: noise({step}, {sample})", z)
         return z
+
+
+def _check_numbers(name: str, z: Array) -> None:
+    """Noise is real and finite."""
+    xp: Any = array_api_compat.array_namespace(z)
+    if xp.isdtype(z.dtype, "complex floating"):
+        raise TypeError(f"{name} holds complex numbers, dtype {z.dtype}; expected real ones")
+    if not bool(xp.all(xp.isfinite(z))):
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _own(z: Array) -> np.ndarray:
@@ -161,4 +164,6 @@ def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
 
 
 def _is_list(seed: Any) -> bool:
-    return isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) and np.ndim(seed) == 1
+    if isinstance(seed, np.ndarray):
+        return seed.ndim > 0
+    return isinstance(seed, Sequence) and not isinstance(seed, str)

@@ -145,6 +145,7 @@ INF = float("inf")
         bad(TypeError, "seed", seed=[None, 1]),
         bad(TypeError, "seed", seed=torch.Generator()),
         bad(TypeError, "seed", seed=np.array(3)),
+        bad(TypeError, "seed", seed=[1, [2, 3]]),
         bad(TypeError, "noise", noise=np.zeros((20, 2, 3), dtype=complex)),
     ],
 )
@@ -223,8 +224,8 @@ def test_epsilon_of_a_sample_without_signal_names_the_step() -> None:
             assert solve(NETWORK, normal((1, 3)), [2, 1, 0], rule).success
 
 
-@pytest.mark.parametrize("returned", [np.zeros(4), None, 1.0], ids=str)
-def test_noise_function_of_the_wrong_shape(returned: Any) -> None:
+@pytest.mark.parametrize("returned", [np.zeros(4), None, 1.0, np.zeros(3, dtype=complex)], ids=str)
+def test_noise_function_of_the_wrong_shape_or_type(returned: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^noise: "):
         solve(NETWORK, normal((1, 3)), GRID, DDPM(TABLE), noise=lambda step, sample: returned)
 
