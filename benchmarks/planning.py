@@ -21,7 +21,7 @@ from rich.progress import track
 from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
 from parasolver_core import solve
-from parasolver_core.methods import get_method
+from parasolver_core.methods import get_method, needed_nodes
 from parasolver_core.planning import _SLIDING, _SLIDING_NOISY, predicted_rounds, predicted_rows
 
 SAMPLERS = ("DDIM", "2M", "DDPM")
@@ -49,7 +49,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Count:
-    """What a case took, and what was predicted; ``kind`` is one of :data:`KINDS`."""
+    """What a case took, and what was predicted.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        nodes: how many the tolerance needs where nodes are spread.
+    """
 
     case: Case
     kind: str
@@ -57,6 +62,7 @@ class Count:
     predicted: float
     evaluations: int
     predicted_evaluations: int
+    nodes: float
 
     @property
     def ratio(self) -> float:
@@ -91,19 +97,21 @@ def count(case: Case, denoiser: Denoiser, seed: int) -> Count:
     kind = KINDS[method.spreads(recurrence, case.window, case.tolerance), recurrence.stochastic]
     predicted = predicted_rounds(recurrence, method, case.window, case.tolerance)
     rows = sum(predicted_rows(recurrence, method, case.window, case.tolerance))
-    return Count(case, kind, solution.stats.rounds, predicted, solution.stats.evaluations, rows)
+    nodes = needed_nodes(recurrence, case.tolerance)
+    return Count(case, kind, solution.stats.rounds, predicted, solution.stats.evaluations, rows, nodes)
 
 
 def fit(counts: list[Count], kind: str) -> list[float]:
     """The constants of one kind of run, least squares of the relative error; runs that took all steps tell nothing."""
     own = [one for one in counts if one.kind == kind and one.rounds < one.case.steps]
-    n, window, tolerance, rounds = (
+    n, window, tolerance, rounds, nodes = (
         np.array([value(one) for one in own])
         for value in (
             lambda one: one.case.steps,
             lambda one: one.case.window,
             lambda one: one.case.tolerance,
             lambda one: one.rounds,
+            lambda one: one.nodes,
         )
     )
     digits = np.log10(1 / tolerance)
@@ -112,8 +120,8 @@ def fit(counts: list[Count], kind: str) -> list[float]:
     terms, target = {
         "sliding": sliding,
         "sliding, noise": sliding,
-        "spread": ([np.ones(len(own)), digits, 1 / (window * np.sqrt(tolerance))], rounds),
-        "spread, noise": ([np.ones(len(own)), 1 / (window * tolerance)], rounds),
+        "spread": ([np.ones(len(own)), digits, nodes / window], rounds),
+        "spread, noise": ([np.ones(len(own)), nodes / window], rounds),  # q is 0
     }[kind]
     return np.linalg.lstsq(np.stack(terms, axis=1) / rounds[:, None], target / rounds, rcond=None)[0].tolist()
 

@@ -72,7 +72,7 @@ def check_denoiser(
         A :class:`DenoiserReport`; print it, or look at ``ok`` and ``problems``.
 
     Raises:
-        ValueError, TypeError: ``x_T`` or ``timesteps`` is not as described.
+        ValueError, TypeError: ``x_T``, ``timesteps`` or ``step_rule`` is not as described.
 
     Example::
 

@@ -121,7 +121,7 @@ class Levels:
         return self._made[key]
 
     def first(self, count: int) -> Level:
-        """``count`` nodes, or fewer where two would fall together."""
+        """About ``count`` nodes of whole steps, fewer where two would fall together."""
         stages = self._recurrence.stages
         nodes = self._nearest(np.linspace(0.0, 1.0, max(2, count // stages)))
         last_whole = (len(self._place) // stages - 1) * stages  # with the last node of every stage
@@ -173,19 +173,18 @@ class Interpolated(Forecast):
     """Outputs expected by a sliding window that goes on from spread nodes.
 
     Args:
-        nodes: (n,), increasing.
+        weights: (N, n), of the nodes in each prediction (:func:`interpolation`).
         predictions: (n, size), of the held quantity at the nodes.
-        held, stages: as in :class:`~parasolver_core.recurrence.Recurrence`.
+        held: (N, 2), as in :class:`~parasolver_core.recurrence.Recurrence`.
     """
 
-    nodes: Indices
+    weights: Float64
     predictions: Array
     held: Float64
-    stages: int = 1
 
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         p, q = self.held[i]
-        weights = interpolation(np.array([i]), self.nodes, self.stages)[0]
+        weights = self.weights[i]
         used = np.flatnonzero(weights)
         h = self.predictions[int(used[0]), :] * float(weights[used[0]])
         for row in used[1:]:
@@ -262,9 +261,9 @@ class SpreadNodes:
         """For a sliding window: the outputs expected, and all N slopes; None if numbers ran out of range."""
         if self._wild:
             return None
-        nodes, held, stages = self._level.nodes, self._recurrence.held, self._recurrence.stages
-        slope = interpolation(np.arange(len(held)), nodes, stages) @ self._slope[nodes]
-        return Interpolated(nodes, self._H, held, stages), (slope - held[:, 0]) / held[:, 1]
+        nodes, held = self._level.nodes, self._recurrence.held
+        weights = interpolation(np.arange(len(held)), nodes, self._recurrence.stages)
+        return Interpolated(weights, self._H, held), (weights @ self._slope[nodes] - held[:, 0]) / held[:, 1]
 
     @property
     def nodes(self) -> Indices:

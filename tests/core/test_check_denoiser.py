@@ -125,6 +125,6 @@ def test_what_is_not_callable_is_refused() -> None:
         check_denoiser(None, normal((1, 6)), TIMESTEPS)  # type: ignore[arg-type]
 
 
-def test_a_sampler_that_is_none_is_refused() -> None:
+def test_what_is_no_step_rule_is_refused() -> None:
     with pytest.raises(TypeError, match="step_rule: expected a StepRule"):
         check_denoiser(lambda x, t: x, np.ones((1, 3)), [2, 1], step_rule="ddim")  # type: ignore[arg-type]

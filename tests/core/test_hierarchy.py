@@ -197,10 +197,10 @@ def test_trajectory_of_a_sampler_with_noise_follows_the_sequential_one() -> None
 
 def test_expected_outputs_of_a_sliding_window_are_the_interpolated_predictions() -> None:
     recurrence = DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(9))
-    nodes, predictions = np.array([0, 4, 8]), np.array([[1.0], [3.0], [2.0]])
+    weights, predictions = interpolation(np.arange(9), np.array([0, 4, 8])), np.array([[1.0], [3.0], [2.0]])
     x = np.array([0.7])
     for i, expected in ((0, 1.0), (1, 1.5), (4, 3.0), (6, 2.5), (8, 2.0)):
-        m = Interpolated(nodes, predictions, recurrence.held)(i, x, 0.0)
+        m = Interpolated(weights, predictions, recurrence.held)(i, x, 0.0)
         p, q = recurrence.held[i]
         np.testing.assert_allclose(p * x + q * m, [expected], rtol=1e-12)
 
@@ -241,12 +241,12 @@ class Untrained:
 @pytest.mark.parametrize("window", [5, 16])
 @pytest.mark.parametrize("rule", [DDIM, DPMSolver])
 @pytest.mark.parametrize("expansion", [1.0, 3.0])
-def test_untrained_networks_are_within_tolerance_and_cost_little_more_than_a_sliding_window(
+def test_untrained_networks_are_within_tolerance_and_take_at_most_twice_the_rounds_of_a_sliding_window(
     expansion: float, rule: type[DDIM | DPMSolver], window: int
 ) -> None:
     """Few nodes stepped over what the network does between them: up to three times the tolerance was left.
 
-    A sample that goes over to a sliding window has spent N / window + 16 rounds by then.
+    One sample of 16 may take more: when it goes over to a sliding window it has spent N / window + 16 rounds.
     """
     x_T, timesteps, sampler = noise(16), SCHEDULE.timesteps(100), rule(SCHEDULE, prediction_type="sample")
     denoiser = Untrained(expansion)
@@ -258,6 +258,7 @@ def test_untrained_networks_are_within_tolerance_and_cost_little_more_than_a_sli
         np.bincount([s.sample for r in one.stats.history for s in r.samples]) for one in (solution, sliding)
     )
     assert spread.mean() <= 1.75 * slid.mean()
+    assert np.sum(spread > 2 * slid.max()) <= 1
     assert spread.max() <= 100 // window + 17 + slid.max()
 
 

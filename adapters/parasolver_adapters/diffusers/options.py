@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class ByNode(StepRule):
         tables = {
             name: getattr(table, name)[:n] for name in ("a", "b", "c", "held", "slope", "identity_slope", "signal")
         }
-        return Recurrence(timesteps=timesteps, noise_share=table.noise_share, stages=table.stages, **tables)
+        return replace(table, timesteps=timesteps, input_scale=None, **tables)
 
 
 @dataclass
