@@ -40,6 +40,12 @@ class RoundView:
         return count, float(np.max(effect[:count]))
 
 
+def shares(lengths: Float64, of: Float64) -> Float64:
+    """``lengths / of``; 0 is 0 of anything, also of the state 0, where many differential equations start."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.divide(lengths, of, where=lengths != 0, out=np.zeros_like(lengths))
+
+
 class Acceptance(ABC):
     """Decides how many nodes of a window are final."""
 
@@ -109,5 +115,4 @@ class StepVariance(Acceptance):
         return np.sqrt((1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after))
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return view.leading(view.move * view.size / view.bound, tolerance)
+        return view.leading(shares(view.move * view.size, view.bound), tolerance)

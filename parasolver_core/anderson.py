@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, finite_rows
 from parasolver_core.methods import Anderson
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
@@ -109,7 +109,7 @@ class AndersonWindow:
         nodes, size, m, n = self.nodes, self._X.shape[1], len(self._changes), len(self.nodes)
         first, high, squared, *products = sums.reshape(-1, n)
         if not np.all(np.isfinite(sums)):
-            return self._fail(D)
+            return self._first_alone(D)
         residual = np.sqrt(first / size)
         settled = residual <= self._plan.tolerance * np.maximum(self._plan.bound[nodes], self._method.floor)
         # the first state that has not settled is final too: all before it are
@@ -157,13 +157,19 @@ class AndersonWindow:
         states, residuals = after.states - before.states, after.residuals - before.residuals
         return Iterate(states * there, residuals * there, known)
 
-    def _fail(self, D: Array) -> SampleRecord:
-        """Numbers ran out of range: by the network, or by the acceleration."""
-        ok = self._xp.all(self._xp.isfinite(D))
-        self.status = Status.NONFINITE_SOLVER if bool(ok) else Status.NONFINITE_MODEL
+    def _first_alone(self, D: Array) -> SampleRecord:
+        """Numbers ran out of range. Only the first node has its true input: its step is final, all else begins anew."""
+        xp, nodes, recurrence, nothing = self._xp, self.nodes, self._plan.recurrence, np.full(len(self.nodes), np.nan)
+        m, z = xp.astype(D[0, :], self._X.dtype), self._noise(self.lo) if recurrence.c[self.lo] != 0 else None
+        x = recurrence.advance(self.lo, [self._X[0, :]], [m], z)
+        output_ok, state_ok = finite_rows(xp, xp.stack([m, x]))
+        if output_ok and state_ok:
+            self._past = []
+            self._slide(xp.stack([x] * len(nodes)), 1)
+            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+        self.status = Status.NONFINITE_SOLVER if output_ok else Status.NONFINITE_MODEL
         self.failed_node = self.lo
-        nothing = np.full(len(self.nodes), np.nan)
-        return SampleRecord(self.index, self.nodes, 0, nothing, nothing, self.error)
+        return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
 
     def _asarray(self, table: Float64) -> Array:
         return self._xp.asarray(table, dtype=self._X.dtype, device=device(self._X))

@@ -75,6 +75,20 @@ class Moments:
         gram, cross, moved, size = np.split(packed, [n * n, n * n + n, n * n + 2 * n])
         return cls(gram.reshape(n, n), cross, moved, size)
 
+    @property
+    def packed(self) -> Float64:
+        """What :meth:`unpack` takes apart."""
+        return np.concatenate([self.gram.ravel(), self.cross, self.moved, self.size])
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """(n,), whether state and defect are finite, and their squares."""
+        return np.isfinite(self.size) & np.isfinite(np.diag(self.gram))
+
+    def of(self, rows: NDArray[Any]) -> Moments:
+        """Those of some of the nodes."""
+        return Moments(self.gram[np.ix_(rows, rows)], self.cross[rows], self.moved[rows], self.size[rows])
+
 
 def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
     """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
@@ -169,6 +183,10 @@ class Correction(ABC):
         """What :meth:`compare` found, brought to the host."""
 
     @abstractmethod
+    def leading(self, compared: Float64, count: int) -> Float64:
+        """What :meth:`compare` would have found for the first ``count`` nodes alone."""
+
+    @abstractmethod
     def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
         """``X += dX``; ``M = D + g dX``.
 
@@ -177,7 +195,8 @@ class Correction(ABC):
             slope: (n,).
 
         Returns:
-            RMS of the moves, (n,). Not finite where the state, or the output of that node or the one before, is not.
+            RMS of the moves, (n,). Where an output, or its square, is not finite, that of this node or of a later one
+            is not.
         """
 
     @abstractmethod
@@ -220,15 +239,18 @@ class MatrixCorrection(Correction):
         return inner_products(self._xp, self.X[at], self._dX[at], r)
 
     def tell(self, compared: Float64, lo: int) -> Told:
-        n = math.isqrt(len(compared) + 2) - 1  # of n^2 + 3 n
-        moments, size = Moments.unpack(compared, n), self.X.shape[1]
+        moments, size = self._moments(compared), self.X.shape[1]
         return Told(moments.cross / size, moments.moved / size, moments.size / size, np.diag(moments.gram) / size)
 
+    def leading(self, compared: Float64, count: int) -> Float64:
+        return self._moments(compared).of(np.arange(count)).packed
+
+    @staticmethod
+    def _moments(compared: Float64) -> Moments:
+        return Moments.unpack(compared, math.isqrt(len(compared) + 2) - 1)  # of n^2 + 3 n
+
     def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
-        n, size = D.shape
-        moments = Moments.unpack(compared, n)
-        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
-            return np.full(n, np.nan)
+        (n, size), moments = D.shape, self._moments(compared)
         T = propagation(self._recurrence, slope, lo)
         like = {"dtype": self.X.dtype, "device": device(self.X)}
         at = (self.rows(lo, lo + n), slice(None))
@@ -305,6 +327,9 @@ class SweepCorrection(Correction):
         cross, defect, nodes = compared[:n], compared[n:], slice(lo, lo + n)
         return Told(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
 
+    def leading(self, compared: Float64, count: int) -> Float64:
+        return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))
+
     def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
@@ -316,7 +341,7 @@ class SweepCorrection(Correction):
         moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
         self._moved[lo : lo + n] = moved / self._dX[0].size
         move = np.sqrt(squares / size)
-        for j in np.flatnonzero(move > _CHANGED * np.sqrt(self._size[lo : lo + n])).tolist():
+        for j in np.flatnonzero(~(move <= _CHANGED * np.sqrt(self._size[lo : lo + n]))).tolist():
             self._measure(lo + j, self.X[lo + j - base])
         return move
 

@@ -18,6 +18,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from parasolver_core.acceptance import shares
 from parasolver_core.arrays import Array, host_view
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.recurrence import UNDECIDED, Recurrence
@@ -37,6 +38,7 @@ _UNMEASURED = 0.067  # the interpolation error of the first level, until it is m
 _SETTLED = 0.2  # the last sweep's change of the sample, in units of the tolerance
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
+_MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _MOST_KNOWN = 4  # samplers whose levels a process remembers
@@ -224,7 +226,7 @@ class SpreadNodes:
         self._influence = recurrence.influence
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
-        self._rounds, self._lost, self._wild = 0, False, False
+        self._rounds, self._dropped, self._lost, self._wild = 0, 0, False, False
 
         # rows of the level's nodes: states, predictions, moves of the states since their last evaluation
         self._opening = True  # nodes that need no prediction of the sample come first
@@ -300,27 +302,33 @@ class SpreadNodes:
 
     def correct(self, D: Array, products: Float64) -> SampleRecord:
         """Second half: update the slopes, move all states, and decide how to go on."""
-        picked, nodes, size = self._picked, self.nodes, self._X.shape[1]
+        evaluated, nodes, size = self._picked, self.nodes, self._X.shape[1]
         moments = Moments.unpack(products, len(nodes))
         self._rounds += 1
-        if not np.all(np.isfinite(np.concatenate([moments.size, np.diag(moments.gram)]))):
+        finite = moments.finite
+        if not finite.all() and not self._drop(finite):
             return self._abandon(nodes)  # a sliding window will find out whose fault it was, if it comes across it
+        moments, picked, nodes = moments.of(np.flatnonzero(finite)), self._picked, self.nodes
         new = ~np.isfinite(self._moved[picked])
         moved = np.where(new, 0.0, moments.moved)
         slope = self._plan.method.linearization.update(self._slope[nodes], moved, moments.cross)
         self._slope[nodes] = np.where(np.isfinite(slope), slope, self._slope[nodes])
         self._scale[picked] = np.sqrt(moments.size / size)
 
-        g, C = self._slope[self._level.nodes], self._level.response
-        T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, picked]).astype(np.float64, copy=False)
+        level = self._level
+        g, C = self._slope[level.nodes], level.response
+        try:
+            T = np.linalg.solve(np.eye(len(g)) - C * g, C[:, picked]).astype(np.float64, copy=False)
+        except np.linalg.LinAlgError:
+            return self._abandon(self._level.nodes[evaluated])
         moves = moments.norms(T)
         at_end = self._level.end[picked] + (self._level.end * g) @ T
         # the slope may see little of what the network will make of a move, so the move of its last input counts too
         effects = moments.norms(np.stack([at_end, at_end * new, T[-1] * new]))
         if not np.all(np.isfinite(np.append(moves, effects))):
-            return self._abandon(nodes)
-        move = _relative(moves, np.sqrt(size) * self._scale)
-        change, *midpoints = _relative(effects, np.sqrt(size) * self._scale[-1])
+            return self._abandon(self._level.nodes[evaluated])
+        move = shares(moves, np.sqrt(size) * self._scale)
+        change, *midpoints = shares(effects, np.full(3, np.sqrt(size) * self._scale[-1]))
         self._apply(T, g)
         self._moved[picked] = 0.0
         self._moved = self._moved + move
@@ -328,9 +336,20 @@ class SpreadNodes:
         self._change = float(np.hypot(self._change, change))
         self._midpoints = float(np.hypot(self._midpoints, max(midpoints)))
         self._continue()
-        defects = np.sqrt(np.diag(moments.gram) / size)
         accepted = len(self._recurrence) if self.status is Status.CONVERGED else 0
-        return SampleRecord(self.index, nodes, accepted, move[picked], defects, self.error)
+        moved, defects = np.full((2, len(finite)), np.nan)
+        moved[finite], defects[finite] = move[picked], np.sqrt(np.diag(moments.gram) / size)
+        return SampleRecord(self.index, level.nodes[evaluated], accepted, moved, defects, self.error)
+
+    def _drop(self, finite: NDArray[np.bool_]) -> bool:
+        """Go on without outputs that are not finite, which come of guesses; they stay due. False: it makes no sense."""
+        self._dropped += 1
+        if not np.any(finite) or not np.all(finite[self._picked == 0]):  # node 0 has its true input
+            return False
+        rows = np.flatnonzero(finite)
+        self._R, self._picked = self._take(self._R, rows), self._picked[rows]
+        self._lost = self._dropped > _MOST_DROPPED
+        return True
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -366,7 +385,7 @@ class SpreadNodes:
     def _due(self) -> NDArray[np.bool_]:
         """The rows whose input has moved since they were evaluated, as seen from the sample."""
         moved = self._moved * self._influence[self._level.nodes]
-        due = moved > _SKIP * self._tolerance
+        due = ~(moved <= _SKIP * self._tolerance)
         if due.sum() > self._plan.width:
             due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)
         return due
@@ -404,7 +423,8 @@ class SpreadNodes:
     def _growth(self) -> float:
         """By what the midpoints' effect grew after their first sweep: slopes underestimate an expansive network."""
         first, later = self._changes[0], sum(self._changes[1:])
-        return max(1.0, later / first) if self._measured and first > 0 else 1.0
+        growth = later / first if self._measured and 0 < first < np.inf else 1.0
+        return growth if not growth <= 1.0 else 1.0
 
     def _worth_refining(self) -> bool:
         """Whether the nodes that the tolerance needs take fewer rounds than a window that slides over the steps."""
@@ -487,9 +507,3 @@ class SpreadNodes:
 
     def _column(self, values: Float64) -> Array:
         return self._asarray(values[:, None])
-
-
-def _relative(lengths: Float64, of: Float64) -> Float64:
-    """``lengths / of``; 0 is 0 of anything, also of the state 0, where many differential equations start."""
-    with np.errstate(divide="ignore"):
-        return np.divide(lengths, of, where=lengths != 0, out=np.zeros_like(lengths))

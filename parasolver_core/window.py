@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.acceptance import RoundView
+from parasolver_core.acceptance import RoundView, shares
 from parasolver_core.arrays import Array, finite_rows, host_view
 from parasolver_core.correction import Correction, SweepCorrection
 from parasolver_core.methods import Method
@@ -175,32 +175,40 @@ class SampleWindow:
         return self._correction.compare(self._take(D), self.lo)
 
     def correct(self, D: Array, compared: Float64) -> SampleRecord:
-        """Second half: update the slopes, move the states, accept what is final, slide and fill in."""
+        """Second half: update the slopes, move the states, accept what is final, slide and fill in.
+
+        Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
+        """
         D, nodes, told = self._take(D), self.nodes, self._correction.tell(compared, self.lo)
-        if not np.all(np.isfinite(np.concatenate([told.size, told.defect]))):
-            return self._salvage(D)
-        known = self._evaluated[nodes] & (told.moved > (self._eps**2) * told.size)
-        old = self._slope[nodes]
+        defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
+        if count == 0:
+            return self._first_alone(D)
+        if count < len(nodes):
+            D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
+            told = self._correction.tell(compared, self.lo)
+        known = self._evaluated[self.nodes] & (told.moved > (self._eps**2) * told.size)
+        old = self._slope[self.nodes]
         slope = self._method.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
         move = self._correction.move(D, compared, slope, self.lo)
-        if not (np.all(np.isfinite(move)) or np.all(finite_rows(self._xp, D))):
-            return self._salvage(D)
-        self._slope[nodes], self._evaluated[nodes] = slope, True
+        sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
+        if sound == 0:
+            return self._first_alone(D)
+        move[0] = 0.0  # not a number where the sum of squares of the last output overflows
+        self._slope[self.nodes], self._evaluated[self.nodes] = slope, True
 
         size = np.sqrt(told.size)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(move > 0, move / size, 0.0)
+        relative = shares(move, size)
         view = RoundView(
-            lo=self.lo, move=relative, size=size, bound=self._plan.bound[nodes], rounding=_ROUNDING * self._eps
+            lo=self.lo, move=relative, size=size, bound=self._plan.bound[self.nodes], rounding=_ROUNDING * self._eps
         )
-        wild = ~(relative <= _WILD)
-        sound = int(np.argmax(wild)) if wild.any() else len(wild)
+        sound = min(sound, _leading(relative <= _WILD))
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
         self.error = max(self.error, error)
         self._slide(accepted, sound)
-        return SampleRecord(self.index, nodes, accepted, relative, np.sqrt(told.defect), self.error)
+        dropped = np.full(len(nodes) - count, np.nan)
+        return SampleRecord(self.index, nodes, accepted, np.append(relative, dropped), defects, self.error)
 
     def estimate(self) -> Array:
         """The sample, or the best estimate of it so far, (size,)."""
@@ -347,19 +355,21 @@ class SampleWindow:
             yield x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
 
-    def _salvage(self, D: Array) -> SampleRecord:
-        """The round's sums are not finite: whose fault is it, and what of the round can be kept?"""
+    def _first_alone(self, D: Array) -> SampleRecord:
+        """The first node's sums are not finite: whose fault is it, or were only the squares too large?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
-        inputs_ok, outputs_ok = (finite_rows(self._xp, rows) for rows in (self._window_states, D))
-        model = inputs_ok & ~outputs_ok
-        if model.any() or not inputs_ok[0]:
-            self.status = Status.NONFINITE_MODEL if model.any() else Status.NONFINITE_SOLVER
-            self.failed_node = self.lo + (int(np.argmax(model)) if model.any() else 0)
-            while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
-                self.lo -= 1  # the last state that is good
-            return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
-        # the network is well, but a correction or a sum of squares overflowed: keep the first node, drop the others
-        self._correction.write("M", self.lo, D[0, :])
-        self._evaluated[nodes] = True
-        self._slide(1, 1)
-        return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+        input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
+        if input_ok and output_ok:
+            self._correction.write("M", self.lo, D[0, :])
+            self._evaluated[self.lo] = True
+            self._slide(1, 1)
+            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+        self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
+        while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
+            self.lo -= 1  # the last state that is good
+        return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+
+
+def _leading(good: NDArray[np.bool_]) -> int:
+    """How many come before the first that is not good."""
+    return len(good) if good.all() else int(np.argmin(good))

@@ -1,0 +1,102 @@
+"""Only the first node of a window has its true input: what a network says to a guess ends no sample."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import pytest
+import torch
+
+from parasolver_core import DDIM, Euler, NoiseSchedule, Status, solve, solve_sequential
+from tests.arrays import to_numpy
+from tests.core.problems import normal, relative
+
+TABLE = NoiseSchedule.linear()
+GRID = TABLE.timesteps(20)
+NAN, INF = float("nan"), float("inf")
+
+
+def bounded(limit: float) -> Callable[[Any, Any], Any]:
+    """Finite as far as ``limit``, and NaN beyond."""
+
+    def network(x: Any, t: Any) -> Any:
+        xp = array_api_compat.array_namespace(x)
+        y = 0.9 * x + 0.5 * xp.sin(6 * x)
+        return xp.where(xp.abs(x) > limit, xp.asarray(NAN, dtype=x.dtype), y)
+
+    return network
+
+
+@pytest.mark.parametrize("method", ["secant", "identity", "paradigms", "parasolver", "parataa"])
+@pytest.mark.parametrize(("steps", "window", "tolerance"), [(20, 8, 0.0), (20, 20, 0.05), (40, 12, 0.03)])
+def test_what_a_network_says_to_a_guess_ends_no_sample(
+    xp: ModuleType, method: str, steps: int, window: int, tolerance: float
+) -> None:
+    x_T, grid, rule = normal((2, 6), xp, seed=3), NoiseSchedule.linear().timesteps(steps), DDIM(NoiseSchedule.linear())
+    way = solve_sequential(bounded(INF), x_T, grid, rule, save="trajectory")
+    network = bounded(1.2 * float(np.max(np.abs(to_numpy(way.trajectory)))))
+    got = solve(network, x_T, grid, rule, window, tolerance=tolerance, method=method)
+    assert got.stats.rounds <= steps
+    assert np.all(np.isfinite(got.error_estimate))
+    if method in ("secant", "identity"):
+        assert relative(got.sample, way.sample) <= max(tolerance, 1e-10)
+
+
+def test_outputs_that_are_not_finite_are_left_out_where_nodes_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes go on without them: no window that slides over all steps."""
+    x_T, grid, rule = normal((1, 6), seed=3), NoiseSchedule.linear().timesteps(400), DDIM(NoiseSchedule.linear())
+    calls = 0
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return np.where((calls == 3) & (t[:, None] < 500), NAN, x / (1 + x * x))
+
+    got = solve(network, x_T, grid, rule, 20, check=False)
+    expected = solve_sequential(lambda x, t: x / (1 + x * x), x_T, grid, rule).sample
+    assert relative(got.sample, expected) <= 1e-2
+    assert got.stats.rounds < 15
+    assert np.isnan(got.stats.history[2].samples[0].defects[-1])
+
+
+@pytest.mark.parametrize("steps", [20, 60])
+def test_a_guess_beyond_the_range_of_float16_ends_no_sample(steps: int) -> None:
+    """States are float32: cast for the network, a guess may become infinite."""
+    schedule = NoiseSchedule.karras(1.0, 80.0)
+    x_T = torch.asarray(80 * normal((2, 6)), dtype=torch.float16)
+    network = lambda x, t: x - torch.clamp(x, -3, 3) * 350 * torch.sin(x / 10)  # noqa: E731
+    grid, rule = schedule.timesteps(steps), Euler(schedule)
+    expected = solve_sequential(network, x_T, grid, rule, throw=False)
+    got = solve(network, x_T, grid, rule, 16, tolerance=0, check=False, throw=False)
+    assert got.statuses == expected.statuses
+
+
+def test_nan_in_an_element_that_stands_for_no_other_is_seen() -> None:
+    """Of a large state on a CPU only stripes are compared with belief; the sums of the moves see all of it."""
+    x_T, rule = normal((1, 9000)), DDIM(TABLE)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        out = x / (1 + x * x)
+        out[t == GRID[7], 4000] = NAN
+        return out
+
+    got = solve(network, x_T, GRID, rule, 6, throw=False)
+    assert (got.status, got.steps) == (Status.NONFINITE_MODEL, (7,))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_move_that_is_no_number_is_not_small(seed: int) -> None:
+    """Outputs near 1e19, whose squares overflow in float32, and a start that is near: never wrong and "Converged"."""
+    rng = np.random.default_rng(seed)
+    schedule, steps = NoiseSchedule.karras(0.02, 80.0), int(rng.integers(2, 6))
+    x_T = (80 * rng.standard_normal((1, 6))).astype(np.float32)
+    network = lambda x, t: x - x * x * x  # noqa: E731
+    grid, rule = schedule.timesteps(steps), Euler(schedule)
+    expected = solve_sequential(network, x_T, grid, rule, save="trajectory", throw=False)
+    if expected.success:
+        start = expected.trajectory * (1 + 0.01 * rng.standard_normal(expected.trajectory.shape))
+        got = solve(network, x_T, grid, rule, steps, tolerance=0, start=start.astype(np.float32), throw=False)
+        assert not got.success or relative(got.sample, expected.sample) < 1e-3
