@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import stat
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from parasolver_core.introspection import reachable
 _REPEATS = 15  # timed calls of each size at most
 _LINEAR = 1.9  # twice the rows cost so many times as much: larger calls gain nothing more
 _DAYS = 30  # how long tables are kept
+_MOST_BYTES, _MOST_ROWS = 10**6, 2**31  # of a file of tables, and in a table; what is larger is none of ours
 _DAY = 86400.0
 
 
@@ -155,39 +157,54 @@ def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def recall(key: str) -> dict[str, CostTable] | None:
-    """The tables kept under a key; None if there are none, or they are old or damaged."""
-    file = cache_folder() / f"{key}.json"
+def recall(key: str, names: Sequence[str]) -> dict[str, CostTable] | None:
+    """The tables of these names kept under a key; None if there are none, or they are old or damaged."""
     try:
-        if time.time() - file.stat().st_mtime > _DAY * _DAYS:
+        file = cache_folder() / f"{key}.json"
+        about = file.stat()
+        fresh = time.time() - about.st_mtime <= _DAY * _DAYS
+        if not (fresh and stat.S_ISREG(about.st_mode) and about.st_size <= _MOST_BYTES):
             return None
-        return {
-            name: CostTable.of({int(rows): seconds for rows, seconds in table.items()})
-            for name, table in json.loads(file.read_text()).items()
-        }
-    except (OSError, TypeError, ValueError, AttributeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        tables = {name: CostTable.of({int(rows): one for rows, one in kept[name].items()}) for name in names}
+        return tables if all(table.rows[-1] <= _MOST_ROWS for table in tables.values()) else None
+    except Exception:  # whatever the file holds, the run goes on: what is not there is measured
         return None
 
 
 def keep(key: str, tables: Mapping[str, CostTable]) -> None:
     """Keep tables for later runs of this user; silently not, where nothing can be written."""
-    folder, entry = cache_folder(), {name: dict(zip(t.rows, t.seconds, strict=True)) for name, t in tables.items()}
+    entry = {name: dict(zip(t.rows, t.seconds, strict=True)) for name, t in tables.items()}
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
-            json.dump(entry, part)
-        os.replace(part.name, folder / f"{key}.json")  # other processes see the old file or the new one
+        part = _written(folder, json.dumps(entry))
+        try:
+            part.replace(folder / f"{key}.json")  # other processes see the old file or the new one
+        except OSError:
+            part.unlink()
         for file in folder.iterdir():
             if time.time() - file.stat().st_mtime > _DAY * _DAYS:
                 file.unlink(missing_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return
 
 
+def _written(folder: Path, text: str) -> Path:
+    """A new file with this text."""
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as part:
+        part.write(text)
+    return Path(part.name)
+
+
 def cache_folder() -> Path:
-    """Where costs are kept, a file a key: ``parasolver/costs`` in the user's cache. It may be deleted at any time."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(folder) / "parasolver" / "costs"
+    """Where costs are kept, a file a key: ``parasolver/costs`` in the user's cache. It may be deleted at any time.
+
+    A relative path in a variable of the environment is not used: it would be another folder in each working directory.
+    """
+    told = (os.environ.get(name, "") for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"))
+    folder = next((Path(one) for one in told if os.path.isabs(one)), None)
+    return (folder or Path.home() / ".cache") / "parasolver" / "costs"
 
 
 def _has_parameters(thing: Any) -> bool:

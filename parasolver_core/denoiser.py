@@ -25,8 +25,8 @@ class DenoiserFn(Protocol):
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).
 
-    A denoiser whose attribute ``takes_rows`` is true is called ``denoiser(x, t, rows)`` with :class:`Rows`, which tell
-    the samples of the batch apart: each may have its own class label or prompt.
+    A denoiser whose attribute ``takes_rows`` is ``True`` is called ``denoiser(x, t, rows)`` with :class:`Rows`, which
+    tell the samples of the batch apart: each may have its own class label or prompt.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
@@ -57,7 +57,7 @@ class Rows:
 
 def takes_rows(denoiser: Any) -> bool:
     """Whether a denoiser is called ``denoiser(x, t, rows)``; those that wrap another pass it on."""
-    return bool(getattr(denoiser, "takes_rows", False))
+    return getattr(denoiser, "takes_rows", False) is True
 
 
 class SharedDenoiser(ABC):

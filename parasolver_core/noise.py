@@ -11,6 +11,7 @@ import array_api_compat
 import numpy as np
 
 from parasolver_core.arrays import Array, host_view, is_array, to_host
+from parasolver_core.validation import check_plain, check_width
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
@@ -26,7 +27,8 @@ class NoiseSource:
         dtype: dtype of the noise handed out.
         steps: number of steps of the recurrence.
         seed: one integer, or one for each sample; see :func:`draw`.
-        noise: instead of a seed, an array ``(steps, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
+        noise: instead of a seed, an array ``(steps, batch, *event)`` or a function ``noise(step, sample) -> (*event)``,
+            which may be called in any order and gives the same numbers each time.
     """
 
     def __init__(self, like: Array, dtype: Any, steps: int, seed: Seed | None, noise: Array | NoiseFn | None) -> None:
@@ -36,12 +38,15 @@ class NoiseSource:
         if seed is not None and noise is not None:
             raise ValueError("noise: give either seed or noise, not both; noise already fixes every draw")
         if noise is not None and not callable(noise):
+            check_plain("noise", noise, native=False)
             expected = (steps, batch, *like.shape[1:])
             shape = tuple(getattr(noise, "shape", ()))
             if shape != expected:
                 raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
             _check_numbers("noise:", noise)
         self._noise: Any = noise
+        self._first: tuple[tuple[int, int], Array] | None = None  # what a function gave first, until it is asked again
+        self._asked_again = False
         self._keys = _sample_keys(0 if seed is None else seed, batch)
         self._streams: dict[int, _Stream] = {}
         self._event, self._device = tuple(like.shape[1:]), array_api_compat.device(like)
@@ -86,21 +91,46 @@ class NoiseSource:
             if seed not in self._streams:
                 self._streams[seed] = _Stream(seed)
             z = self._streams[seed].draw(stream, step, (self._size,))
-            if isinstance(self._host, np.ndarray):
-                return z.astype(self._host.dtype)
-        else:
-            z = self._checked(z(step, sample), step, sample) if callable(z) else z[step, sample, ...]
+            return z.astype(self._host.dtype) if isinstance(self._host, np.ndarray) else self._converted(z)
+        return self._asked(step, sample) if callable(z) else self._converted(z[step, sample, ...])
+
+    def _converted(self, z: Array) -> Array:
+        """A copy, (size,), as the solver reads it."""
         if type(z) is type(self._like):
             z = array_api_compat.to_device(self._xp.astype(z, self._dtype), self._device)
         else:
             z = self._xp.asarray(_own(z), dtype=self._dtype, device=self._device)
         return host_view(self._xp.reshape(z, (-1,)))
 
-    def _checked(self, z: Any, step: int, sample: int) -> Array:
-        """What the user's function returned, if it is noise."""
+    def _asked(self, step: int, sample: int) -> Array:
+        """What the user's function gives; the first is asked for again after the second, and has to be the same."""
+        z = self._converted(self._called(step, sample))
+        if self._first is None:
+            self._first = (step, sample), z
+        elif not self._asked_again:
+            self._asked_again, (at, known) = True, self._first
+            xp: Any = array_api_compat.array_namespace(known)
+            if not bool(xp.all(self._converted(self._called(*at)) == known)):
+                raise ValueError(
+                    f"noise: noise{at} gave other numbers when it was called again. It has to depend on (step, sample) "
+                    "alone, as it is called in another order than in the plain loop; for example "
+                    "np.random.default_rng((seed, step, sample)).standard_normal(shape)"
+                )
+        return z
+
+    def _called(self, step: int, sample: int) -> Array:
+        """What the user's function returns, if it is noise."""
+        try:
+            z = self._noise(step, sample)
+        except StopIteration as error:  # it would end a loop of ours in silence
+            raise RuntimeError(
+                f"noise: noise({step}, {sample}) raised StopIteration. It is called once or more for any step and "
+                "sample in any order; give a function of (step, sample), or the array of all noise"
+            ) from error
         got = tuple(z.shape) if is_array(z) else type(z).__name__
         if got != self._event:
             raise ValueError(f"noise: noise({step}, {sample}) must return an array of shape {self._event}, got {got}")
+        check_plain(f"noise: noise({step}, {sample})", z, native=False)
         _check_numbers(f"noise: noise({step}, {sample})", z)
         return z
 
@@ -110,6 +140,10 @@ def _check_numbers(name: str, z: Array) -> None:
     xp: Any = array_api_compat.array_namespace(z)
     if xp.isdtype(z.dtype, "complex floating"):
         raise TypeError(f"{name} holds complex numbers, dtype {z.dtype}; expected real ones")
+    if not xp.isdtype(z.dtype, ("bool", "integral", "real floating")):
+        raise TypeError(f"{name} holds {z.dtype}; expected real numbers")
+    if xp.isdtype(z.dtype, "real floating"):
+        check_width(name, z)
     if not bool(xp.all(xp.isfinite(z))):
         raise ValueError(f"{name} holds NaN or infinity")
 

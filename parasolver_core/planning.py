@@ -35,6 +35,7 @@ _WIDEST = 64  # rows of each sample that are measured at most; larger rounds are
 _BUDGET, _LEAST_SECONDS = 0.5, 0.2  # for measuring: a share of a sequential run, and seconds
 _GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
 _SPLIT, _WIDER = 1.05, 1.01  # timings are no better: calls are not split for less, nor more nodes evaluated
+_TABLES = ("network", "own")
 _FITTED = 16  # the largest window whose own time is measured
 
 
@@ -224,7 +225,7 @@ def measured_costs(state: SequentialState, key: str, own: Callable[[int], float]
     steps, agree = len(state.recurrence), state.evaluator.agree
     most, devices = min(steps, _WIDEST), state.evaluator.devices
     key = f"{key}-{most}-{state.recurrence.memory}-{state.recurrence.stochastic}-{devices}"
-    kept = recall(key)
+    kept = recall(key, _TABLES)
     number = -1.0 if kept is None else float(int(hashlib.sha256(repr(kept).encode()).hexdigest()[:12], 16))
     same = agree([number, -number]) == [number, -number]  # in all processes that share the rows
     if kept is None or not same:

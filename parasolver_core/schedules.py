@@ -8,16 +8,26 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.validation import check_count
+from parasolver_core.arrays import is_array, to_host
+from parasolver_core.validation import check_count, check_plain
 
 Float64 = NDArray[np.float64]
 Spacing = Literal["trailing", "leading", "linspace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
+
+_MEANT = {
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "v": "v_prediction",
+    "velocity": "flow",
+    "x0": "sample",
+    "x_0": "sample",
+}
 
 
 class NoiseSchedule(ABC):
@@ -38,6 +48,19 @@ class NoiseSchedule(ABC):
     default_prediction_type: PredictionType
     sigma_data: float
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if cls is NoiseSchedule:
+            raise TypeError(
+                "NoiseSchedule: build one with a class method, such as NoiseSchedule.linear(), .scaled_linear(), "
+                ".from_alphas_cumprod(table), .karras() or .flow_matching()"
+            )
+        return super().__new__(cls)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What standard normal noise is multiplied with to become ``x_T``; 1 unless the path says otherwise."""
+        return 1.0
+
     @abstractmethod
     def timesteps(self, num_inference_steps: int) -> NDArray[Any]:
         """The times of ``num_inference_steps`` network calls, from noise to data, shape (num_inference_steps,)."""
@@ -51,6 +74,7 @@ class NoiseSchedule(ABC):
         beta_start: float = 1e-4, beta_end: float = 0.02, train_steps: int = 1000, **options: Any
     ) -> DiscreteSchedule:
         """Betas linear in t (Ho et al., 2020, section 4)."""
+        _check_betas(beta_start, beta_end, train_steps)
         return DiscreteSchedule.from_betas(np.linspace(beta_start, beta_end, train_steps), **options)
 
     @staticmethod
@@ -58,29 +82,31 @@ class NoiseSchedule(ABC):
         beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000, **options: Any
     ) -> DiscreteSchedule:
         """Square roots of the betas linear in t (Rombach et al., 2022: latent and Stable Diffusion)."""
+        _check_betas(beta_start, beta_end, train_steps)
         return DiscreteSchedule.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2, **options)
 
     @staticmethod
     def squared_cosine(train_steps: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteSchedule:
         """``alphas_cumprod`` follows a squared cosine (Nichol and Dhariwal, 2021, equation 17)."""
+        check_count("train_steps", train_steps)
         t = np.arange(train_steps + 1) / train_steps
         bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return DiscreteSchedule.from_betas(np.minimum(1 - bar[1:] / bar[:-1], max_beta), **options)
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: ArrayLike, **options: Any) -> DiscreteSchedule:
-        """Any variance preserving table, index 0 the cleanest; ``options`` as in :class:`DiscreteSchedule`."""
-        return DiscreteSchedule(np.asarray(alphas_cumprod, dtype=np.float64), **options)
+        """Any variance preserving table, index 0 the cleanest, copied; ``options`` as in :class:`DiscreteSchedule`."""
+        return DiscreteSchedule(alphas_cumprod, **_of_a_schedule(options))  # type: ignore[arg-type]
 
     @staticmethod
     def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, **options: Any) -> KarrasSchedule:
         """Continuous noise levels of EDM (Karras et al., 2022, equation 5)."""
-        return KarrasSchedule(sigma_min, sigma_max, rho, **options)
+        return KarrasSchedule(sigma_min, sigma_max, rho, **_of_a_schedule(options))
 
     @staticmethod
     def flow_matching(shift: float = 1.0, **options: Any) -> FlowSchedule:
         """The linear path of flow matching and rectified flow (Lipman et al., 2023; Liu et al., 2023)."""
-        return FlowSchedule(shift, **options)
+        return FlowSchedule(shift, **_of_a_schedule(options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +114,7 @@ class DiscreteSchedule(NoiseSchedule):
     """A variance preserving table: ``alpha = sqrt(alphas_cumprod)``, ``sigma = sqrt(1 - alphas_cumprod)``.
 
     Args:
-        alphas_cumprod: shape (train_steps,), strictly decreasing, within (0, 1); the last entry may be 0.
+        alphas_cumprod: shape (train_steps,), strictly decreasing, within (0, 1); the last entry may be 0. Copied.
         final_alpha_cumprod: the value after the last step. 1 (a clean sample) by default; ``alphas_cumprod[0]`` is
             what diffusers takes with ``set_alpha_to_one=False``.
         sigma_data: standard deviation of the data, used only as a first guess of the network's slope.
@@ -100,7 +126,11 @@ class DiscreteSchedule(NoiseSchedule):
     default_prediction_type: PredictionType = field(default="epsilon", repr=False)
 
     def __post_init__(self) -> None:
-        table = self.alphas_cumprod
+        check_plain("alphas_cumprod", self.alphas_cumprod, native=False)
+        given = to_host(self.alphas_cumprod) if is_array(self.alphas_cumprod) else self.alphas_cumprod
+        table = np.array(given, dtype=np.float64)  # the user's own may change later
+        table.flags.writeable = False
+        object.__setattr__(self, "alphas_cumprod", table)
         if table.ndim != 1 or table.size == 0:
             raise ValueError(f"alphas_cumprod: expected a non-empty 1-D table, got shape {table.shape}")
         valid = np.all(np.isfinite(table)) and np.all(np.diff(table) < 0) and table[-1] >= 0 and table[0] < 1
@@ -114,6 +144,7 @@ class DiscreteSchedule(NoiseSchedule):
                 f"final_alpha_cumprod: expected a value in [alphas_cumprod[0], 1], got {self.final_alpha_cumprod}"
             )
         _check_positive("sigma_data", self.sigma_data)
+        check_prediction_type("default_prediction_type", self.default_prediction_type)
 
     def __repr__(self) -> str:
         table = f"{self.train_steps} alphas_cumprod from {self.alphas_cumprod[0]:.6g} to {self.alphas_cumprod[-1]:.6g}"
@@ -122,7 +153,7 @@ class DiscreteSchedule(NoiseSchedule):
     @classmethod
     def from_betas(cls, betas: NDArray[Any], **options: Any) -> DiscreteSchedule:
         """``alphas_cumprod = cumprod(1 - betas)``."""
-        return cls(np.cumprod(1.0 - np.asarray(betas), dtype=np.float64), **options)
+        return cls(np.cumprod(1.0 - np.asarray(betas), dtype=np.float64), **_of_a_schedule(options))
 
     @property
     def train_steps(self) -> int:
@@ -172,12 +203,13 @@ class DiscreteSchedule(NoiseSchedule):
 class KarrasSchedule(NoiseSchedule):
     """Variance exploding path, ``alpha = 1``; the network is given ``sigma`` (Karras et al., 2022, section 3).
 
-    ``x_T`` is noise of standard deviation ``sigma_max``, not 1.
+    ``x_T`` is noise of standard deviation ``sigma_max``, not 1: ``noise * schedule.init_noise_sigma``.
 
     Args:
         sigma_min, sigma_max: ends of the default grid, ``0 < sigma_min < sigma_max``.
         rho: curvature of the grid, equation 5; 7 in the paper.
         sigma_data: standard deviation of the data.
+        final_sigma: the noise level after the last step, in [0, sigma_min]; 0 is a clean sample.
     """
 
     sigma_min: float = 0.002
@@ -185,12 +217,22 @@ class KarrasSchedule(NoiseSchedule):
     rho: float = 7.0
     sigma_data: float = 0.5
     default_prediction_type: PredictionType = field(default="sample", repr=False)
+    final_sigma: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "rho", "sigma_data"):
             _check_positive(name, getattr(self, name))
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min: expected less than sigma_max={self.sigma_max}, got {self.sigma_min}")
+        if not 0 <= self.final_sigma <= self.sigma_min:
+            raise ValueError(
+                f"final_sigma: expected a value in [0, sigma_min={self.sigma_min}], got {self.final_sigma}"
+            )
+        check_prediction_type("default_prediction_type", self.default_prediction_type)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return self.sigma_max
 
     def timesteps(self, num_inference_steps: int) -> Float64:
         """``sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho``."""
@@ -198,10 +240,10 @@ class KarrasSchedule(NoiseSchedule):
         return np.linspace(*ends, _check_steps(num_inference_steps)) ** self.rho
 
     def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
-        sigma = np.append(np.asarray(timesteps, dtype=np.float64), 0.0)
+        sigma = np.append(np.asarray(timesteps, dtype=np.float64), self.final_sigma)
         if np.any(sigma[:-1] <= 0):
             raise ValueError(
-                "timesteps: noise levels must be > 0 (the step to 0 is implied by the last), "
+                f"timesteps: noise levels must be > 0 (the step to {self.final_sigma:g} is implied by the last), "
                 f"got {_first(sigma[:-1] <= 0, sigma)}"
             )
         return np.ones_like(sigma), sigma
@@ -214,31 +256,67 @@ class FlowSchedule(NoiseSchedule):
     Args:
         shift: moves the grid towards noise, ``t <- shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, section 5.3.2).
         sigma_data: standard deviation of the data.
+        final_sigma: the t, shifted, at which the last step ends, in [0, 1); 0 is a clean sample.
     """
 
     shift: float = 1.0
     sigma_data: float = 1.0
     default_prediction_type: PredictionType = field(default="flow", repr=False)
+    final_sigma: float = 0.0
 
     def __post_init__(self) -> None:
         _check_positive("shift", self.shift)
         _check_positive("sigma_data", self.sigma_data)
+        if not 0 <= self.final_sigma < 1:
+            raise ValueError(f"final_sigma: expected a value in [0, 1), got {self.final_sigma}")
+        check_prediction_type("default_prediction_type", self.default_prediction_type)
 
     def timesteps(self, num_inference_steps: int) -> Float64:
-        """A uniform grid on (0, 1], shifted; the step from the last of them to 0 is implied."""
+        """A uniform grid on (end, 1], shifted; the step from the last of them to ``final_sigma`` is implied."""
         n = _check_steps(num_inference_steps)
         t = np.arange(n, 0, -1) / n
+        if self.final_sigma > 0:
+            end = self.final_sigma / (self.shift - (self.shift - 1) * self.final_sigma)  # before it is shifted
+            t = end + (1 - end) * t
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:
-        t = np.append(np.asarray(timesteps, dtype=np.float64), 0.0)
+        t = np.append(np.asarray(timesteps, dtype=np.float64), self.final_sigma)
         outside = (t[:-1] <= 0) | (t[:-1] > 1)
         if np.any(outside):
             raise ValueError(
-                f"timesteps: expected values in (0, 1] (the step to 0 is implied), got {_first(outside, t[:-1])}; "
+                f"timesteps: expected values in (0, 1] (the step to {self.final_sigma:g} is implied), got "
+                f"{_first(outside, t[:-1])}; "
                 "for a network trained on 0..1000, divide the timesteps and multiply t in the denoiser"
             )
         return 1 - t, t
+
+
+def check_prediction_type(name: str, value: Any) -> None:
+    """One of the kinds of prediction."""
+    known = get_args(PredictionType)
+    if not isinstance(value, str) or value not in known:
+        meant = f"; did you mean {_MEANT[value]!r}?" if isinstance(value, str) and value in _MEANT else ""
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}{meant}")
+
+
+def _of_a_schedule(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a schedule; what a network predicts is told to the step rule."""
+    if "prediction_type" in options:
+        raise TypeError(
+            "prediction_type: an argument of the step rule, as in DDIM(schedule, "
+            f"prediction_type={options['prediction_type']!r}), not of the schedule"
+        )
+    return options
+
+
+def _check_betas(beta_start: Any, beta_end: Any, train_steps: Any) -> None:
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not (isinstance(beta, (int, float, np.number)) and 0 < beta < 1):
+            count = isinstance(beta, (int, np.integer)) and beta > 1
+            meant = f"; did you mean train_steps={beta}?" if count else ""
+            raise ValueError(f"{name}: expected a number in (0, 1), got {beta!r}{meant}")
+    check_count("train_steps", train_steps)
 
 
 def _first(wrong: NDArray[np.bool_], values: NDArray[Any]) -> str:

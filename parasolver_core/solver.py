@@ -397,7 +397,8 @@ def solve(
             instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
-        noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
+        noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``, called in any
+            order; it gives the same numbers each time.
         max_rounds: the most rounds; by default unlimited, as N suffice (N / window + 16 more where nodes are spread).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
             the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.

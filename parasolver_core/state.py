@@ -20,7 +20,7 @@ from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import Stats, Status
 from parasolver_core.step_rules import StepRule, table
-from parasolver_core.validation import check_start
+from parasolver_core.validation import check_plain, check_start
 from parasolver_core.window import Forecast, Near, Plan, SampleWindow
 
 Float64 = NDArray[np.float64]
@@ -186,6 +186,7 @@ class ParallelState(SolverState):
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""
+        check_plain("start", start)
         expected = (len(self.recurrence) + 1, *self.x_T.shape)
         if type(start) is not type(self.x_T) or tuple(start.shape) != expected:
             got = type(start).__name__ + (f" of shape {tuple(start.shape)}" if is_array(start) else "")

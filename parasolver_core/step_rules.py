@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.recurrence import Recurrence, from_sample_form
-from parasolver_core.schedules import NoiseSchedule, PredictionType
+from parasolver_core.schedules import NoiseSchedule, PredictionType, check_prediction_type
 from parasolver_core.validation import check_monotone, check_timesteps
 
 Float64 = NDArray[np.float64]
@@ -67,6 +67,8 @@ class _DiffusionRule(StepRule):
             raise TypeError(
                 f"schedule: expected a NoiseSchedule such as NoiseSchedule.linear(), got {type(self.schedule).__name__}"
             )
+        if self.prediction_type is not None:
+            check_prediction_type("prediction_type", self.prediction_type)
 
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
         alpha, sigma = self.schedule.levels(timesteps)

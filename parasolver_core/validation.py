@@ -15,11 +15,13 @@ from parasolver_core.arrays import Array, is_array, to_host
 
 def check_start(x_T: Array) -> None:
     """``x_T`` is a floating-point array ``(batch, *event)`` with at least one sample, all finite."""
+    check_plain("x_T", x_T)
     if not is_array(x_T):
         raise TypeError(f"x_T: expected an array (NumPy, torch, ...), got {type(x_T).__name__}")
     xp: Any = array_api_compat.array_namespace(x_T)
     if not xp.isdtype(x_T.dtype, "real floating"):
         raise TypeError(f"x_T: expected a floating-point array, got dtype {x_T.dtype}; convert it first")
+    check_width("x_T:", x_T)
     if x_T.ndim < 1 or 0 in x_T.shape:
         raise ValueError(
             f"x_T: expected shape (batch, *event) with no empty axis, got {tuple(x_T.shape)}; "
@@ -29,8 +31,65 @@ def check_start(x_T: Array) -> None:
         raise ValueError("x_T: holds NaN or infinity; start from finite noise")
 
 
+def check_plain(name: str, value: Any, *, native: bool = True) -> None:
+    """An array whose numbers lie in memory as they are: nothing masked, sparse, nested or without data.
+
+    Anything else than an array of NumPy or PyTorch passes.
+
+    Args:
+        name: of the argument.
+        value: to be looked at.
+        native: refuse other byte orders than the machine's.
+    """
+    if isinstance(value, np.ndarray):
+        _check_plain_numpy(name, value, native)
+    elif array_api_compat.is_torch_array(value):
+        _check_plain_torch(name, value)
+
+
+def _check_plain_numpy(name: str, value: NDArray[Any], native: bool) -> None:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected a plain array, got a masked one, and the solver would not see its mask; give "
+            "masked.filled(value)"
+        )
+    if type(value) not in (np.ndarray, np.memmap):  # others have an arithmetic of their own, such as np.matrix
+        raise TypeError(
+            f"{name}: expected a plain array, got the subclass {type(value).__name__}, whose own arithmetic the solver "
+            "does not follow; give np.asarray(array)"
+        )
+    if native and not value.dtype.isnative:
+        raise TypeError(
+            f"{name}: expected numbers in this machine's byte order, got dtype {value.dtype}; give "
+            "array.astype(array.dtype.newbyteorder('='))"
+        )
+
+
+def _check_plain_torch(name: str, value: Any) -> None:
+    kind, module = type(value).__name__, type(value).__module__.partition(".")[0]
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a plain tensor, got a nested one; give tensor.to_padded_tensor(value)")
+    if str(value.layout) != "torch.strided":
+        raise TypeError(f"{name}: expected a plain tensor, got the layout {value.layout}; give tensor.to_dense()")
+    if value.device.type == "meta":
+        raise TypeError(f"{name}: expected a tensor with numbers, got one on the device meta, which holds none")
+    if module != "torch" or kind not in ("Tensor", "Parameter", "Buffer"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got the subclass {kind}, whose own arithmetic the solver does not "
+            "follow; give tensor.as_subclass(torch.Tensor), or what it holds as a tensor"
+        )
+
+
+def check_width(name: str, array: Array) -> None:
+    """Floating-point numbers that can be calculated with: 16 bits and more."""
+    xp: Any = array_api_compat.array_namespace(array)
+    if xp.finfo(array.dtype).bits < 16:
+        raise TypeError(f"{name} expected at least 16 bits, got dtype {array.dtype}; convert it to float32 first")
+
+
 def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     """Timesteps as a host array: 1-D, not empty, real, finite. Which orders make sense, the step rule knows."""
+    check_plain("timesteps", timesteps, native=False)
     try:
         grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
     except TypeError as error:  # bfloat16, which NumPy does not have and which cannot tell timesteps apart
@@ -87,3 +146,8 @@ def check_tolerance(tolerance: Any) -> None:
         raise TypeError(f"tolerance: expected a number of at least 0, got {tolerance!r}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance: expected a finite number of at least 0 (0 means exact), got {tolerance}")
+    if tolerance >= 1:
+        raise ValueError(
+            f"tolerance: expected less than 1, which is a sample as far off as it is large, got {tolerance}; for "
+            f"{tolerance:g} % give {tolerance / 100:g}"
+        )

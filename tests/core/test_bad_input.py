@@ -56,6 +56,17 @@ NAN = float("nan")
 INF = float("inf")
 
 
+class Doubled(np.ndarray):
+    """With an arithmetic of its own."""
+
+    def __mul__(self, other: Any) -> Any:
+        return 2 * super().__mul__(other)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass, as libraries of pictures have it."""
+
+
 @pytest.mark.parametrize(
     ("error", "name", "arguments"),
     [
@@ -71,6 +82,20 @@ INF = float("inf")
         bad(ValueError, "x_T", x_T=np.ones((2, 0))),
         bad(ValueError, "x_T", x_T=np.array([[1.0, NAN]])),
         bad(ValueError, "x_T", x_T=torch.tensor([[1.0, INF]])),
+        bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)), mask=[[1, 0, 0], [0, 0, 0]])),
+        bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)))),
+        bad(TypeError, "x_T", x_T=np.matrix(np.ones((2, 3)))),
+        bad(TypeError, "x_T", x_T=np.ones((2, 3)).view(Doubled)),
+        bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=">f8" if sys.byteorder == "little" else "<f8")),
+        bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=object)),
+        bad(TypeError, "x_T", x_T=torch.ones((2, 3)).to_sparse()),
+        bad(TypeError, "x_T", x_T=torch.ones((2, 3), device="meta")),
+        bad(TypeError, "x_T", x_T=torch.ones((2, 3)).to(torch.float8_e4m3fn)),
+        bad(TypeError, "x_T", x_T=torch.ones((2, 3)).to(torch.float8_e5m2)),
+        bad(TypeError, "x_T", x_T=torch.ones((2, 3)).as_subclass(Wrapped)),
+        bad(TypeError, "start", start=np.ma.array(np.ones((21, 2, 3)))),
+        bad(TypeError, "timesteps", timesteps=np.ma.array([9, 5, 1], mask=[0, 1, 0])),
+        bad(TypeError, "timesteps", timesteps=torch.tensor([9, 5, 1], device="meta")),
         bad(ValueError, "timesteps", timesteps=[]),
         bad(ValueError, "timesteps", timesteps=None),
         bad(ValueError, "timesteps", timesteps=50),
@@ -107,6 +132,8 @@ INF = float("inf")
         bad(ValueError, "tolerance", tolerance=-1e-9),
         bad(ValueError, "tolerance", tolerance=NAN),
         bad(ValueError, "tolerance", tolerance=INF),
+        bad(ValueError, "tolerance", tolerance=1.0),
+        bad(ValueError, "tolerance", tolerance=5),
         bad(TypeError, "tolerance", tolerance="1e-2"),
         bad(TypeError, "tolerance", tolerance=None),
         bad(TypeError, "tolerance", tolerance=True),
@@ -147,6 +174,11 @@ INF = float("inf")
         bad(TypeError, "seed", seed=np.array(3)),
         bad(TypeError, "seed", seed=[1, [2, 3]]),
         bad(TypeError, "noise", noise=np.zeros((20, 2, 3), dtype=complex)),
+        bad(TypeError, "noise", noise=np.zeros((20, 2, 3), dtype=object)),
+        bad(TypeError, "noise", noise=np.full((20, 2, 3), "a")),
+        bad(TypeError, "noise", noise=np.ma.array(np.zeros((20, 2, 3)))),
+        bad(TypeError, "noise", noise=torch.zeros((20, 2, 3)).to_sparse()),
+        bad(TypeError, "noise", noise=torch.zeros((20, 2, 3)).to(torch.float8_e5m2)),
     ],
 )
 def test_refused_before_the_network_is_called(error: type[Exception], name: str, arguments: dict[str, Any]) -> None:
@@ -177,10 +209,35 @@ def test_refused_when_made(error: type[Exception], name: str, make: Any) -> None
         make()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_start() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
+    with pytest.raises(TypeError, match=r"^x_T: .*nested.*to_padded_tensor"):
+        solve(never, nested, GRID, RULE)
+
+
+def test_a_masked_start_is_told_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"masked\.filled"):
+        solve(never, np.ma.array(np.ones((2, 3))), GRID, RULE)
+
+
+def test_a_memory_map_is_a_plain_array(tmp_path: Path) -> None:
+    x_T = np.memmap(tmp_path / "x", dtype=np.float64, mode="w+", shape=(2, 3))
+    x_T[:] = normal((2, 3))
+    np.testing.assert_array_equal(
+        solve(NETWORK, x_T, GRID, RULE).sample, solve(NETWORK, normal((2, 3)), GRID, RULE).sample
+    )
+
+
+def test_a_tolerance_in_percent_is_understood() -> None:
+    with pytest.raises(ValueError, match=r"for 5 % give 0\.05"):
+        solve(never, normal((1, 3)), GRID, RULE, tolerance=5)
+
+
 @pytest.mark.parametrize("rule", [DDIM, DDPM, DPMSolver, Euler])
 def test_unknown_prediction_type(rule: Any) -> None:
-    with pytest.raises(ValueError, match=r"^prediction_type: .*'eps'"):
-        solve(never, normal((1, 3)), GRID, rule(TABLE, prediction_type="eps"))
+    with pytest.raises(ValueError, match=r"^prediction_type: .*'eps'; did you mean 'epsilon'\?"):
+        rule(TABLE, prediction_type="eps")
 
 
 def test_an_order_that_is_no_integer() -> None:
@@ -222,6 +279,46 @@ def test_epsilon_of_a_sample_without_signal_names_the_step() -> None:
         for stochastic in (False, True):
             rule = DPMSolver(schedule, prediction_type="sample", order=order, stochastic=stochastic)
             assert solve(NETWORK, normal((1, 3)), [2, 1, 0], rule).success
+
+
+class InOrder:
+    """Noise that depends on how often it was asked for."""
+
+    def __init__(self, numbers: int) -> None:
+        self.draws = iter(np.random.default_rng(0).standard_normal((numbers, 3)))
+
+    def __call__(self, step: int, sample: int) -> np.ndarray:
+        return next(self.draws)
+
+
+@pytest.mark.parametrize("method", ["secant", "parataa", "paradigms", "sequential"])
+def test_noise_that_depends_on_the_order_of_calls_is_told(method: str) -> None:
+    with pytest.raises(ValueError, match=r"^noise: noise\(\d+, 0\) gave other numbers when it was called again"):
+        solve(NETWORK, normal((2, 3)), GRID, DDPM(TABLE), 6, method=method, noise=InOrder(1000))
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 2])
+@pytest.mark.parametrize("method", ["secant", "identity", "parataa", "paradigms", "sequential"])
+def test_noise_that_runs_out_is_told(method: str, numbers: int) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=r"^noise: noise\(\d+, \d\) (raised StopIteration|gave other)"):
+        solve(NETWORK, normal((2, 3)), GRID, DDPM(TABLE), 6, method=method, noise=InOrder(numbers))
+
+
+def test_noise_written_into_the_same_memory_is_read_in_time() -> None:
+    z, buffer = normal((20, 2, 3), seed=4), np.empty(3)
+
+    def noise(step: int, sample: int) -> np.ndarray:
+        buffer[:] = z[step, sample]
+        return buffer
+
+    got, expected = (solve(NETWORK, normal((2, 3)), GRID, DDPM(TABLE), 6, noise=one) for one in (noise, z))
+    np.testing.assert_array_equal(got.sample, expected.sample)
+
+
+@pytest.mark.parametrize("returned", [np.ma.zeros(3), np.zeros(3, dtype=object)], ids=["masked", "object"])
+def test_noise_function_of_no_plain_numbers(returned: Any) -> None:
+    with pytest.raises(TypeError, match=r"^noise: noise\(\d+, \d\)"):
+        solve(NETWORK, normal((2, 3)), GRID, DDPM(TABLE), noise=lambda step, sample: returned)
 
 
 @pytest.mark.parametrize("returned", [np.zeros(4), None, 1.0, np.zeros(3, dtype=complex)], ids=str)

@@ -180,7 +180,8 @@ def test_sampler_with_noise_is_within_tolerance_at_a_fraction_of_the_cost(noise_
     drawn.clear()
     solution = solve(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), window=50, tolerance=0.1, **options)
     assert np.all(relative_error(solution.sample, truth) <= 0.1)
-    assert set(drawn.values()) <= {1}  # a function may not be able to give the same twice
+    assert sorted(drawn.values())[:-1] == [1] * (len(drawn) - 1) or not drawn  # once each; the first again, to compare
+    assert max(drawn.values(), default=1) <= 2
     sliding = Method(spread=False)
     plain = solve(mixture_denoiser, x_T, timesteps, DDPM(SCHEDULE), 50, tolerance=0.1, method=sliding, **options)
     assert solution.stats.evaluations <= 0.8 * plain.stats.evaluations

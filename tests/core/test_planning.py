@@ -174,24 +174,81 @@ def test_measuring_doubles_the_rows_until_it_does_not_pay(monkeypatch: pytest.Mo
     assert hurried.rows == (1,)
 
 
+GOOD = b'{"network": {"1": 0.1}, "own": {"1": 0.1}}'
+DAMAGED = [
+    b"",
+    b"[]",
+    b"{",
+    b"null",
+    b'{"network": 3}',
+    b'{"network": {}}',
+    b'{"network": {"1": "much"}}',
+    b'{"network": {"1": 0.1}}',  # a table is missing
+    GOOD.replace(b'"own": {"1": 0.1}', b'"own": [[1, 0.1]]'),
+    GOOD.replace(b"0.1", b"NaN"),
+    GOOD.replace(b"0.1", b"-1"),
+    GOOD.replace(b"0.1", b"null"),
+    GOOD.replace(b"0.1", b"1" + b"0" * 400),  # no float is so large
+    GOOD.replace(b'"1"', b'"1' + b"0" * 400 + b'"'),
+    GOOD + b" " * 2_000_000,
+    b"[" * 200_000,  # deeper than Python goes
+    b"\xff\xfe" + GOOD,
+    GOOD.decode().encode("utf-16"),
+    b"\x00" * 100,
+]
+
+
 def test_the_cache_survives_damage_and_age(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {"network": CostTable.of({1: 0.1, 2: 0.15}), "own": CostTable.of({1: 0.01})}
-    assert recall("key") is None
+    names = ("network", "own")
+    assert recall("key", names) is None
     keep("key", tables)
-    assert recall("key") == tables
+    assert recall("key", names) == tables
     file = cache / "key.json"
-    for damaged in ("", "[]", "{", '{"network": 3}', '{"network": {}}', '{"network": {"1": "much"}}'):
-        file.write_text(damaged)
-        assert recall("key") is None
+    for damaged in DAMAGED:
+        file.write_bytes(damaged)
+        assert recall("key", names) is None, damaged[:50]
         keep("key", tables)
-        assert recall("key") == tables
+        assert recall("key", names) == tables
     month = time.time() - 31 * 86400
     os.utime(file, (month, month))
-    assert recall("key") is None
+    assert recall("key", names) is None
     keep("other", tables)
     assert [one.name for one in cache.iterdir()] == ["other.json"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     keep("key", tables)  # nothing can be written there
+
+
+def test_something_else_in_the_place_of_a_cached_file(cache: Path) -> None:
+    tables, names = {"network": CostTable.of({1: 0.1})}, ("network",)
+    (cache / "folder.json" / "inner").mkdir(parents=True)
+    os.mkfifo(cache / "pipe.json")  # reading it would wait for ever
+    for key in ("folder", "pipe"):
+        assert recall(key, names) is None
+        keep(key, tables)
+    assert recall("pipe", names) == tables
+    assert sorted(one.name for one in cache.iterdir()) == ["folder.json", "pipe.json"]
+
+
+def test_a_relative_cache_folder_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    for relative in ("cache", "./cache", "~/cache", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert cache_folder() == tmp_path / ".cache" / "parasolver" / "costs"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine" / "parasolver" / "costs"
+
+
+def test_costs_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert recall("key", ("network",)) is None
+    keep("key", {"network": CostTable.of({1: 0.1})})
 
 
 def test_what_costs_depend_on() -> None:

@@ -1,10 +1,15 @@
 """Schedules against diffusers' tables and grids, against their formulas, and what they refuse."""
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from parasolver_core import DDIM, NoiseSchedule, solve
+from parasolver_core import DDIM, Euler, NoiseSchedule, solve, solve_sequential
+from parasolver_core.schedules import DiscreteSchedule
 
 # diffusers computes betas and their product in float32: 1000 factors of relative error 6e-8 / sqrt(3) each, and the
 # squared cosine's betas near 1 cancel in 1 - beta, which is why the error is taken relative to 1.
@@ -129,8 +134,8 @@ REFUSED = {
     "table from 1": ("alphas_cumprod", lambda: NoiseSchedule.from_alphas_cumprod([1.0, 0.5])),
     "table above 1": ("alphas_cumprod", lambda: NoiseSchedule.from_alphas_cumprod([1.5, 0.5])),
     "table below 0": ("alphas_cumprod", lambda: NoiseSchedule.from_alphas_cumprod([0.5, -0.1])),
-    "betas negative": ("alphas_cumprod", lambda: NoiseSchedule.linear(-1e-4, 0.02)),
-    "betas above 1": ("alphas_cumprod", lambda: NoiseSchedule.linear(1e-4, 1.5)),
+    "betas negative": ("beta_start", lambda: NoiseSchedule.linear(-1e-4, 0.02)),
+    "betas above 1": ("beta_end", lambda: NoiseSchedule.linear(1e-4, 1.5)),
     "final below the table": (
         "final_alpha_cumprod",
         lambda: NoiseSchedule.from_alphas_cumprod([0.9, 0.5], final_alpha_cumprod=0.7),
@@ -155,6 +160,16 @@ REFUSED = {
     "level below the table": ("timesteps", lambda: NoiseSchedule.linear().levels(np.array([3, -1]))),
     "level of noise 0": ("timesteps", lambda: NoiseSchedule.karras().levels(np.array([3.0, 0.0]))),
     "flow time 0": ("timesteps", lambda: NoiseSchedule.flow_matching().levels(np.array([0.5, 0.0]))),
+    "final_sigma above sigma_min": ("final_sigma", lambda: NoiseSchedule.karras(0.1, final_sigma=0.2)),
+    "final_sigma below 0": ("final_sigma", lambda: NoiseSchedule.karras(final_sigma=-0.1)),
+    "final_sigma NaN": ("final_sigma", lambda: NoiseSchedule.flow_matching(final_sigma=float("nan"))),
+    "final_sigma 1": ("final_sigma", lambda: NoiseSchedule.flow_matching(final_sigma=1.0)),
+    "steps in the place of a beta": ("beta_start", lambda: NoiseSchedule.linear(1000)),
+    "no schedule at all": ("NoiseSchedule", lambda: NoiseSchedule()),
+    "half a training step": ("train_steps", lambda: NoiseSchedule.squared_cosine(10.5)),
+    "prediction type of a schedule": ("prediction_type", lambda: NoiseSchedule.linear(prediction_type="epsilon")),
+    "unknown default": ("default_prediction_type", lambda: NoiseSchedule.karras(default_prediction_type="x0")),
+    "masked table": ("alphas_cumprod", lambda: NoiseSchedule.from_alphas_cumprod(np.ma.array([0.9, 0.5]))),
     "flow time 999": ("timesteps", lambda: NoiseSchedule.flow_matching().levels(np.array([999.0, 500.0]))),
 }
 
@@ -185,3 +200,72 @@ def test_a_schedule_and_what_holds_it_are_printed_in_a_line() -> None:
     assert repr(schedule) in repr(DDIM(schedule))
     solution = solve(lambda x, t: 0.5 * x, np.ones((1, 3)), schedule.timesteps(20), DDIM(schedule), save="trajectory")
     assert len(repr(solution)) < 500
+
+
+def test_a_schedule_keeps_its_own_table() -> None:
+    table = np.array([0.9, 0.5, 0.1])
+    schedules = [NoiseSchedule.from_alphas_cumprod(table), DiscreteSchedule(table)]
+    table[:] = 0.2
+    for schedule in schedules:
+        np.testing.assert_array_equal(schedule.alphas_cumprod, [0.9, 0.5, 0.1])
+        with pytest.raises(ValueError, match="read-only"):
+            schedule.alphas_cumprod[0] = 0.3
+
+
+def test_a_table_of_torch() -> None:
+    schedule = NoiseSchedule.from_alphas_cumprod(torch.tensor([0.9, 0.5], dtype=torch.float64))
+    np.testing.assert_array_equal(schedule.alphas_cumprod, [0.9, 0.5])
+
+
+def test_a_count_in_the_place_of_a_beta_is_understood() -> None:
+    with pytest.raises(ValueError, match=r"did you mean train_steps=1000\?"):
+        NoiseSchedule.linear(1000)
+
+
+def test_what_noise_is_multiplied_with() -> None:
+    assert NoiseSchedule.karras(0.03, 14.6).init_noise_sigma == 14.6
+    assert NoiseSchedule.linear().init_noise_sigma == NoiseSchedule.flow_matching().init_noise_sigma == 1.0
+
+
+def denoised(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    return np.tanh(x / (1 + t[:, None]))
+
+
+@pytest.mark.parametrize("options", [{"method": "sequential"}, {"window": 6, "tolerance": 1e-9}], ids=str)
+def test_noise_levels_that_end_above_0_are_those_of_the_plain_loop(options: dict[str, Any]) -> None:
+    """Algorithm 1 of EDM without its second stage, over levels whose last one is not 0."""
+    schedule = NoiseSchedule.karras(0.4, 10.0, final_sigma=0.3)
+    x = x_T = 10.0 * np.random.default_rng(0).standard_normal((2, 5))
+    grid = schedule.timesteps(12)
+    for sigma, after in itertools.pairwise([*grid, 0.3]):
+        x = x + (after - sigma) * (x - denoised(x, np.full(2, sigma))) / sigma
+    got = solve(denoised, x_T, grid, Euler(schedule), **options)
+    np.testing.assert_allclose(got.sample, x, rtol=1e-9)
+    to_zero = solve(denoised, x_T, grid, Euler(NoiseSchedule.karras(0.4, 10.0)), **options)
+    assert np.linalg.norm(to_zero.sample - x) > 1e-2 * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_that_ends_above_0_is_that_of_the_plain_loop(shift: float) -> None:
+    schedule = NoiseSchedule.flow_matching(shift, final_sigma=0.02)
+    grid = schedule.timesteps(10)
+    unshifted = np.append(grid, 0.02) / (shift - (shift - 1) * np.append(grid, 0.02))
+    np.testing.assert_allclose(np.diff(unshifted), np.full(10, -(1 - unshifted[-1]) / 10), rtol=1e-12)
+    x = x_T = np.random.default_rng(0).standard_normal((2, 5))
+    for t, after in itertools.pairwise([*grid, 0.02]):
+        x = x + (after - t) * denoised(x, np.full(2, t))
+    got = solve(denoised, x_T, grid, Euler(schedule), 6, tolerance=1e-9)
+    np.testing.assert_allclose(got.sample, x, rtol=1e-9)
+
+
+def test_a_last_level_that_the_grid_has_reached_is_a_step_of_length_0() -> None:
+    schedule = NoiseSchedule.karras(0.4, 10.0, final_sigma=0.4)
+    x_T = 10.0 * np.random.default_rng(0).standard_normal((1, 5))
+    got = solve_sequential(denoised, x_T, schedule.timesteps(12), Euler(schedule), save="trajectory")
+    np.testing.assert_allclose(got.trajectory[-1], got.trajectory[-2], rtol=1e-15)
+
+
+def test_a_final_level_above_the_last_timestep_is_refused() -> None:
+    schedule = NoiseSchedule.flow_matching(final_sigma=0.3)
+    with pytest.raises(ValueError, match=r"^timesteps: .*the noise level must fall"):
+        solve(denoised, np.ones((1, 5)), [1.0, 0.5, 0.2], Euler(schedule))
