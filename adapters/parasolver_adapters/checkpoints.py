@@ -12,7 +12,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ StateDict = Mapping[str, Tensor]
 _SHOWN = 3  # offending keys that an error names
 _WRAPPERS = ("module.", "_orig_mod.")  # put before each key by data-parallel training and by torch.compile
 _DEEPEST = 4  # nested so often at most: a dictionary may hold itself
-_NESTED = ("ema", "state_dict", "model")  # where training scripts keep the weights, the averaged ones first
+_USUAL = ("state_dict", "model")  # where training scripts keep the weights, if there are several
+# words in names: of averaged weights, of others beside them, and of what holds tensors named like weights
+_AVERAGED = {"ema", "averaged", "average", "avg", "swa", "shadow", "polyak", "smoothed"}
+_RAW = {"online", "raw", "current"}
+_OPTIMIZER = {"opt", "optim", "optimizer", "optimizers", "exp", "sq", "grad"}
+_A_FEW = 0.1  # of the weights' numbers: less are no weights
 
 
 class CheckpointError(ValueError):
@@ -38,20 +43,19 @@ def read_state_dict(path: str | Path) -> StateDict:
 
     Args:
         path: a ``.safetensors`` file, or a file of ``torch.save`` that holds tensors in plain containers: a state dict,
-            or a dictionary with one under "ema", "state_dict" or "model" (the first of these that is there).
+            or dictionaries with one inside. Averaged weights are preferred, under any usual name ("ema", "model_ema",
+            "ema_state_dict", "swa_model", "shadow_params" and so on); what was not averaged is taken from the others.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, holds code (none of which has been run), or no state dict.
+        CheckpointError: it is damaged, holds code (none of which has been run), no state dict, or several of which it
+            cannot be known which is wanted.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
-    state = _find_state_dict(_read_safetensors(path) if _is_safetensors(path) else _read_pickle(path), path)
-    for prefix in _WRAPPERS * 2:  # in either order
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    return _find_state_dict(content, path)
 
 
 def check_weights(network: nn.Module, state: StateDict, source: str) -> None:
@@ -144,16 +148,132 @@ def _read_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason}); it may be truncated") from error
 
 
-def _find_state_dict(content: Any, path: Path, deepest: int = _DEEPEST) -> StateDict:
-    if isinstance(content, Mapping) and content:
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-            return dict(content)
-        for name in _NESTED:
-            if isinstance(content.get(name), Mapping) and deepest:
-                return _find_state_dict(content[name], path, deepest - 1)
-    got = f"keys {_first(list(content))}" if isinstance(content, Mapping) and content else type(content).__name__
-    names = ", ".join(map(repr, _NESTED))
-    raise CheckpointError(f"{path}: expected a dictionary of tensors, or one under {names}; got {got}")
+def _find_state_dict(content: Any, path: Path) -> StateDict:
+    found = list(_weights(content, ()))
+    raw = {_name(place): state for place, state in found if not _is_averaged(place) and isinstance(state, dict)}
+    averaged = {_name(place): state for place, state in found if _is_averaged(place)}
+    most = max((_numbers(state) for state in raw.values()), default=0)
+    averaged = {name: state for name, state in averaged.items() if _numbers(state) > _A_FEW * most}
+    if averaged:
+        return _only(path, {name: _completed(path, name, state, raw) for name, state in averaged.items()})
+    if not raw:
+        got = f"keys {_first(list(content))}" if isinstance(content, Mapping) and content else type(content).__name__
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, or one inside of dictionaries; got {got}")
+    usual = [state for name in _USUAL for place, state in raw.items() if place.split("/")[-1] == name]
+    return _only(path, {name: one for name, one in raw.items() if not usual or one.keys() == usual[0].keys()})
+
+
+def _weights(content: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Where in a file there are tensors by name, or averaged ones in a list, as ``(place, them)``."""
+    if isinstance(content, (list, tuple)) and content and all(isinstance(one, Tensor) for one in content):
+        if _is_averaged(place):
+            yield place, list(content)
+        return
+    if isinstance(content, (list, tuple)):
+        content = {str(number): one for number, one in enumerate(content)}
+    if not isinstance(content, Mapping) or "param_groups" in content:  # of an optimizer
+        return
+    tensors = {key: one for key, one in content.items() if isinstance(key, str) and isinstance(one, Tensor)}
+    if tensors and (_is_averaged(place) or (len(tensors) == len(content) and not _is_optimizer(place))):
+        yield from ((place + part, state) for part, state in _parts(_unwrapped(tensors)))
+    for key, one in content.items():
+        if len(place) < _DEEPEST and not isinstance(one, Tensor):
+            yield from _weights(one, (*place, str(key)))
+
+
+def _parts(state: StateDict) -> Iterator[tuple[tuple[str, ...], StateDict]]:
+    """A state dict; or the two of a network that was saved together with its average, which has the same names."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        first, _, rest = key.partition(".")
+        groups.setdefault(first, {})[rest] = value
+    for name in groups:
+        if _words(name) & _AVERAGED:
+            others = {key: value for key, value in state.items() if key.partition(".")[0] != name}
+            pairs = {"the others": others, **groups}
+            beside = [one for one in pairs if one != name and _fitted(groups[name], pairs[one]) is not None]
+            if beside:
+                yield (name,), groups[name]
+                yield (beside[0],), pairs[beside[0]]
+                return
+    yield (), state
+
+
+def _completed(path: Path, name: str, averaged: Any, raw: Mapping[str, StateDict]) -> StateDict:
+    """Averaged weights, with what was not averaged (buffers, for example)."""
+    fitted = [found for state in raw.values() if (found := _fitted(averaged, state)) is not None]
+    if fitted:
+        return max(fitted, key=len)
+    if raw or not isinstance(averaged, dict):
+        others = f"those under {_first(list(raw))}" if raw else "others that have names"
+        raise CheckpointError(
+            f"{path}: holds averaged weights under {name}, which cannot be matched with {others}; save those that you "
+            "want, by name, in a file of their own"
+        )
+    return averaged
+
+
+def _fitted(averaged: Any, raw: StateDict) -> StateDict | None:
+    """``raw`` with averaged weights in place of those that were averaged; None if they are not of the same network."""
+    if isinstance(averaged, list):
+        averaged = dict(zip(raw, averaged, strict=True)) if len(averaged) == len(raw) else {"": averaged[0]}
+    without_dots = {key.replace(".", ""): key for key in raw}  # some libraries cannot have dots in names
+    names: dict[str, str] = {key: key if key in raw else without_dots.get(key, key) for key in averaged}
+    counted = {names[key]: value for key, value in averaged.items() if names[key] in raw or value.numel() > 1}
+    if not counted or any(key not in raw or raw[key].shape != value.shape for key, value in counted.items()):
+        return None
+    return {**raw, **counted}
+
+
+def _only(path: Path, states: Mapping[str, StateDict]) -> StateDict:
+    """The one that there is, perhaps under several names."""
+    first, *others = states.values()
+    if any(other.keys() != first.keys() or not all(_same(first[key], other[key]) for key in first) for other in others):
+        raise CheckpointError(
+            f"{path}: holds several sets of weights, under {_first(list(states))}, and which of them is wanted cannot "
+            "be known; save that one in a file of its own"
+        )
+    return first
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether they are one tensor in the file; a small file may hold a huge one, so nothing is compared."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _unwrapped(state: StateDict) -> StateDict:
+    """Without what data-parallel training, torch.compile and averaging put before each key."""
+    state = {key: value for key, value in state.items() if key != "n_averaged"}
+    for prefix in _WRAPPERS * 2:  # in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _words(name: str) -> set[str]:
+    """In lower case: of "model_ema", "modelEMA", "EMAModel"."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+def _is_averaged(place: tuple[str, ...]) -> bool:
+    """What the innermost name that says anything says."""
+    known = {"ema"} if _is_optimizer(place) else _AVERAGED  # optimizers average gradients, too
+    for name in reversed(place):
+        if _words(name) & (known | _RAW):
+            return not _words(name) & _RAW
+    return False
+
+
+def _is_optimizer(place: tuple[str, ...]) -> bool:
+    return any(_words(name) & _OPTIMIZER for name in place)
+
+
+def _numbers(state: Any) -> int:
+    return sum(one.numel() for one in (state if isinstance(state, list) else state.values()))
+
+
+def _name(place: tuple[str, ...]) -> str:
+    return "/".join(place) or "the top"
 
 
 def _is_real(value: Tensor) -> bool:

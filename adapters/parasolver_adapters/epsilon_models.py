@@ -29,6 +29,11 @@ from parasolver_core.validation import check_count
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Labels = int | Sequence[int]
 
+NEEDS_ROWS = (
+    "call with rows, which name each row's sample (a function around this denoiser needs takes_rows = True and an "
+    "argument rows, to be passed on)"
+)
+
 
 def space_timesteps(train_steps: int, spacing: int | str) -> NDArray[np.int64]:
     """The timesteps that a sampler visits, from noise to data, as the published code chooses them.
@@ -222,9 +227,7 @@ class EpsilonModel:
                 )
             labels = labels[rows.samples]
         elif len(labels) != len(x):
-            raise ValueError(
-                f"labels: got {len(labels)} for {len(x)} rows; call with rows, which name each row's sample"
-            )
+            raise ValueError(f"labels: got {len(labels)} for {len(x)} rows; {NEEDS_ROWS}")
         return torch.as_tensor(labels, device=x.device)
 
     def _check_labels(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parasolver_adapters.epsilon_models import check_scale, guided
+from parasolver_adapters.epsilon_models import NEEDS_ROWS, check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
 from parasolver_core.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule, PredictionType
 
@@ -178,7 +178,7 @@ def _of_rows(value: Any, samples: Tensor | None, rows: int, name: str) -> Any:
         return value.expand(rows, *value.shape[1:])
     if samples is None:
         if len(value) != rows:
-            raise ValueError(f"{name}: got {len(value)} for {rows} rows; call with rows, which name each row's sample")
+            raise ValueError(f"{name}: got {len(value)} for {rows} rows; {NEEDS_ROWS}")
         return value
     if int(samples.max()) >= len(value):
         raise ValueError(

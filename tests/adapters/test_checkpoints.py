@@ -64,6 +64,137 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path, state:
     assert torch.equal(read_state_dict(saved(content, path))["0.weight"], state["0.weight"])
 
 
+def one_more(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value + 1 for key, value in state.items()}
+
+
+def without_dots(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace(".", ""): value for key, value in state.items()}
+
+
+def under(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in state.items()}
+
+
+NUMBERS = {"decay": torch.tensor(0.999), "num_updates": torch.tensor(7)}
+WITH_AVERAGES: dict[str, Callable[[Any, Any], Any]] = {
+    "ema": lambda raw, mean: {"model": raw, "ema": mean},
+    "the other order": lambda raw, mean: {"model_ema": mean, "model": raw},
+    "timm": lambda raw, mean: {"state_dict": raw, "state_dict_ema": mean},
+    "model_ema": lambda raw, mean: {"model": raw, "model_ema": mean},
+    "ema_state_dict": lambda raw, mean: {"model_state_dict": raw, "ema_state_dict": mean},
+    "ema_model": lambda raw, mean: {"model": raw, "ema_model": under("module", mean)},
+    "model_averaged": lambda raw, mean: {"model": raw, "model_averaged": mean},
+    "EMAModel": lambda raw, mean: {"net": raw, "EMAModel": mean},
+    "netEMA": lambda raw, mean: {"net": raw, "netEMA": mean},
+    "ema_0.9999": lambda raw, mean: {"model": raw, "ema_0.9999": mean},
+    "swa_utils": lambda raw, mean: {
+        "model": raw,
+        "swa_model": {"n_averaged": torch.tensor(3), **under("module", mean)},
+    },
+    "alone": lambda raw, mean: {"ema": mean},
+    "alone, with numbers": lambda raw, mean: {"ema": {"decay": 0.999, "shadow": mean}},
+    "deeper": lambda raw, mean: {"checkpoint": {"network": raw, "ema": {"decay": 0.9, "state": mean}}, "epoch": 3},
+    "without names": lambda raw, mean: {"model": raw, "ema": {**NUMBERS, "shadow_params": list(mean.values())}},
+    "beside numbers": lambda raw, mean: {"model": raw, "ema": {"decay": 0.999, **mean}},
+    "in one network": lambda raw, mean: {
+        **under("online_model", raw),
+        **under("ema_model", mean),
+        "step": NUMBERS["decay"],
+    },
+    "of a trainer": lambda raw, mean: {"model": raw, "ema": {**under("online_model", raw), **under("ema_model", mean)}},
+    "beside its own": lambda raw, mean: {**raw, **under("ema", mean)},
+    "names without dots": lambda raw, mean: {
+        **under("model", raw),
+        **under("model_ema", {**without_dots(mean), **NUMBERS}),
+    },
+    "in an optimizer": lambda raw, mean: {"state_dict": raw, "optimizer_states": [{"ema": tuple(mean.values())}]},
+    "compiled": lambda raw, mean: {"model": under("_orig_mod", raw), "ema": under("module", mean)},
+    "a step's average": lambda raw, mean: {"model": raw, "ema": mean, "avg_loss": {"train": torch.tensor(0.1)}},
+}
+
+
+@pytest.mark.parametrize("layout", WITH_AVERAGES)
+def test_averaged_weights_are_found_under_any_usual_name(tmp_path: Path, state: dict[str, Any], layout: str) -> None:
+    averaged = one_more(state)
+    read = read_state_dict(saved(WITH_AVERAGES[layout](state, averaged), tmp_path / "weights.pt"))
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], averaged[key]) for key in state)
+
+
+def test_what_was_not_averaged_comes_from_the_others(tmp_path: Path, state: dict[str, Any]) -> None:
+    averaged = {key: value for key, value in one_more(state).items() if "bias" not in key}
+    read = read_state_dict(saved({"model": state, "ema": averaged}, tmp_path / "weights.pt"))
+    assert all(torch.equal(read[key], averaged.get(key, state[key])) for key in state)
+
+
+def moments(state: dict[str, Any]) -> dict[str, Any]:
+    network_ = network()
+    optimizer = torch.optim.Adam(network_.parameters())
+    network_(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    by_name = {"exp_avg": one_more(state)}
+    return {
+        "optimizer": optimizer.state_dict(),
+        "adam": optimizer.state_dict(),
+        "opt": {"avg": by_name},
+        "mine": by_name,
+    }
+
+
+WITHOUT_AVERAGES: dict[str, Callable[[Any], Any]] = {
+    "an optimizer": lambda raw: {"model": raw, **moments(raw)},
+    "another network": lambda raw: {"discriminator": {"0.weight": torch.zeros(9)}, "model": raw},
+    "any name": lambda raw: {"generator": raw, "epoch": 3},
+    "two names for one": lambda raw: {"model": raw, "best": dict(raw)},
+    "no average yet": lambda raw: {
+        "model": raw,
+        "ema": None,
+        "ema_decay": 0.999,
+        "ema_statistics": {"loss": torch.zeros(2)},
+    },
+    "a layer of that name": lambda raw: {**raw, "ema.weight": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("layout", WITHOUT_AVERAGES)
+def test_what_only_looks_like_averaged_weights(tmp_path: Path, state: dict[str, Any], layout: str) -> None:
+    read = read_state_dict(saved(WITHOUT_AVERAGES[layout](state), tmp_path / "weights.pt"))
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "two rates": (
+        lambda raw, mean: {"model": raw, "ema_0.99": mean, "ema_0.9999": one_more(mean)},
+        r"several sets of weights, under ema_0\.99, ema_0\.9999, .* in a file of its own",
+    ),
+    "a name that says nothing": (
+        lambda raw, mean: {"model": raw, "target_model": mean},
+        "several sets of weights, under model, target_model",
+    ),
+    "a list of both": (lambda raw, mean: [raw, 3, mean], "several sets of weights, under 0, 2"),
+    "other names": (
+        lambda raw, mean: {"model": raw, "ema": under("inner", mean)},
+        "averaged weights under ema, which cannot be matched with those under model; save those",
+    ),
+    "a list that does not fit": (
+        lambda raw, mean: {"model": raw, "ema": list(mean.values())[1:]},
+        "averaged weights under ema, which cannot be matched with those under model",
+    ),
+    "a list alone": (
+        lambda raw, mean: {"ema": list(mean.values())},
+        "averaged weights under ema, which cannot be matched with others that have names",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", UNKNOWN)
+def test_weights_of_which_it_is_not_known_which_are_wanted(tmp_path: Path, state: dict[str, Any], layout: str) -> None:
+    content, said = UNKNOWN[layout]
+    with pytest.raises(CheckpointError, match=r"weights\.pt: holds .*" + said):
+        read_state_dict(saved(content(state, one_more(state)), tmp_path / "weights.pt"))
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path: Path, state: dict[str, Any], prefix: str) -> None:
     path = saved({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pt")

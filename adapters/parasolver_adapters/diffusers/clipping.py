@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from parasolver_adapters.diffusers.probing import Network, Path, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
-from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.denoiser import DenoiserFn, Rows, takes_rows
 from parasolver_core.recurrence import Recurrence
 
 OPTIONS = ("clip_sample", "clip_denoised", "thresholding")
@@ -50,19 +50,31 @@ class Clip:
         h = x * float(self.p[i]) + m * float(self.q[i])
         return m + (self.function(h) - h) * float(self.w[i])
 
-    def wrap(self, denoiser: DenoiserFn) -> DenoiserFn:
-        """The denoiser with outputs ``m'``."""
-        tables = np.stack([self.p / self.scale, self.q, self.w])
 
-        def clipping_denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            m = denoiser(x, t)
-            grid = torch.as_tensor(self.timesteps, device=x.device).to(t.dtype)
-            node = (t[:, None] == grid).to(torch.int8).argmax(dim=1)
-            p, q, w = torch.as_tensor(tables, device=x.device).to(x.dtype)[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
-            h = p * x + q * m
-            return m + w * (self.function(h) - h)
+@dataclass(frozen=True, eq=False)
+class ClippingDenoiser:
+    """A denoiser with outputs ``m'``.
 
-        return clipping_denoiser
+    Args:
+        denoiser: the network.
+        clip: how its scheduler clips.
+    """
+
+    denoiser: DenoiserFn
+    clip: Clip
+
+    @property
+    def takes_rows(self) -> bool:
+        return takes_rows(self.denoiser)
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, /, *rows: Rows) -> torch.Tensor:
+        clip, m = self.clip, self.denoiser(x, t, *rows)
+        grid = torch.as_tensor(clip.timesteps, dtype=t.dtype, device=x.device)
+        node = (t[:, None] == grid).to(torch.int8).argmax(dim=1)
+        tables = torch.as_tensor(np.stack([clip.p / clip.scale, clip.q, clip.w]), dtype=x.dtype, device=x.device)
+        p, q, w = tables[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
+        h = p * x + q * m
+        return m + w * (clip.function(h) - h)
 
 
 def clips(scheduler: Any) -> list[str]:

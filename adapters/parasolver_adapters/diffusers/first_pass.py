@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -176,10 +175,10 @@ def _options(given: dict[str, Any], scheduler: Any, defaults: Mapping[str, Any])
 
 def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
     """The scheduler's steps; kept for the next call with the same schedule."""
-    tables = [
-        np.asarray(value.cpu()).tobytes() for value in vars(scheduler).values() if isinstance(value, torch.Tensor)
-    ]
-    key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, begin, repr(options))
+    own = vars(scheduler)
+    tables = [_bytes(value) for value in own.values() if isinstance(value, torch.Tensor) and _is_table(value)]
+    counted = own.get("num_inference_steps"), own.get("custom_timesteps")
+    key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, counted, begin, repr(options))
     rule = _RULES.get(key)
     if rule is None:
         rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
@@ -187,6 +186,15 @@ def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
             _RULES.pop(next(iter(_RULES)), None)
         _RULES[key] = rule
     return rule
+
+
+def _is_table(value: torch.Tensor) -> bool:
+    """Whether it is of the schedule, and not a state that an earlier run has left behind (Heun, PNDM, SASolver)."""
+    return value.ndim <= 1
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    return bytes(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
 
 
 class Streams:

@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
-from parasolver_adapters.diffusers.clipping import Clip, clip_of, clips, switch_off
+from parasolver_adapters.diffusers.clipping import Clip, ClippingDenoiser, clip_of, clips, switch_off
 from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate
 from parasolver_adapters.diffusers.stepping import (
     ENDS_WITH_ZERO,
@@ -134,7 +134,7 @@ class SchedulerRule(StepRule):
 
     def wrap_denoiser(self, denoiser: DenoiserFn) -> DenoiserFn:
         """The denoiser that this rule expects: with the clipping of the scheduler, if it has any, done inside."""
-        return denoiser if self.clip is None else self.clip.wrap(denoiser)
+        return denoiser if self.clip is None else ClippingDenoiser(denoiser, self.clip)
 
 
 def step_rule_from_scheduler(
