@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from parasolver_adapters.vector_field.grid import Grid
-from parasolver_core.arrays import Array, detach, no_grad, to_host
+from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
 
 Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop"]
 Signature = Literal["ty", "yt"]
@@ -56,7 +56,7 @@ class Field:
             raise ValueError(f'batching: "merged" needs a state (batch, *rest), got shape {tuple(y0.shape)}')
         self.shape = tuple(y0.shape)
         self._type, self._dtype = _array_type(y0), y0.dtype
-        self._f = f if signature == "ty" else lambda t, y: f(y, t)
+        self._f = _with_own_memory(f if signature == "ty" else lambda t, y: f(y, t))
         self.batching: Batching = batching
         self._vmapped: Any = None
         self.calls = 0
@@ -217,15 +217,32 @@ class Field:
     def _checked(self, out: Any, shape: tuple[int, ...]) -> Array:
         if isinstance(out, (list, tuple)) and self._numpy:  # as SciPy's fields may
             out = np.asarray(out, dtype=cast(Any, self._dtype))
-        if not isinstance(out, self._type) and not (self._numpy and np.isscalar(out)):
+        elif self._numpy and np.isscalar(out):
+            out = np.asarray(out)
+        if not isinstance(out, self._type):
             raise TypeError(f"f: expected {self._type.__name__} of shape {shape}, got {type(out).__name__}")
-        out = np.array(out) if self._numpy else out  # its own memory: f may write the next into the same array
         if tuple(out.shape) != shape or out.dtype != self._dtype:
             raise ValueError(
                 f"f: expected the derivative as shape {shape}, dtype {self._dtype}, got shape {tuple(out.shape)}, "
                 f"dtype {out.dtype}; return one derivative for each element of the state, in the state's dtype"
             )
         return out
+
+
+def _with_own_memory(f: Callable[..., Any]) -> Callable[[Array, Array], Any]:
+    """f, which may then work in place on what it is given and write all that it returns into the same array."""
+    return lambda t, y: own_memory(f(own_memory(t), own_memory(y)))
+
+
+def own_memory(values: Any) -> Any:
+    """A copy of an array, with its history of gradients; what is no array as it is."""
+    if array_api_compat.is_torch_array(values):
+        return values.clone()
+    if isinstance(values, np.ndarray):
+        return np.array(values)
+    if is_array(values):
+        return array_api_compat.array_namespace(values).asarray(values, copy=True)
+    return values
 
 
 def _array_type(y0: Array) -> type:

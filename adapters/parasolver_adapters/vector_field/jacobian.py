@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array
 
+from parasolver_adapters.vector_field.field import own_memory
 from parasolver_adapters.vector_field.methods import ExponentialRungeKutta
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
@@ -163,7 +164,7 @@ def _diagonal(problem: Problem, t: Array, y: Array) -> Array:
 
 def _given(problem: Problem, jacobian: Any, t: Array, y: Array, dense: bool) -> Array:
     xp, n, d = problem.xp, y.shape[0], problem.size
-    J = jacobian(xp.reshape(t, (n, *(1,) * len(problem.field.shape))), y)
+    J = own_memory(jacobian(xp.reshape(own_memory(t), (n, *(1,) * len(problem.field.shape))), own_memory(y)))
     expected = (n, *problem.field.shape[: problem.batch_dims], *((d, d) if dense else (d,)))
     if tuple(J.shape) != expected or J.dtype != y.dtype:
         raise ValueError(
