@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BENCH ?= overhead
+SEED ?= 0
+SECONDS ?= 1200
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check docs bench clean
+.PHONY: help demo test test-all fuzz check docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +23,11 @@ test: $(VENV)/.dev ## run the tests, except the slow ones
 
 test-all: $(VENV)/.dev ## run all tests, with many more random examples
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=thorough
+
+fuzz: $(VENV)/.dev ## hold random programs against the plain loop: make fuzz SEED=0 SECONDS=1200
+	@failed=0; for part in solve odeint; do \
+	  PYTHONPATH=.:adapters $(BIN)/python -m tests.fuzz.$$part --seed $(SEED) --seconds $(SECONDS) || failed=1; \
+	done; exit $$failed
 
 check: $(VENV)/.dev ## lint, formatting, types, import contracts, documentation
 	$(BIN)/ruff check

@@ -115,4 +115,5 @@ class StepVariance(Acceptance):
         return np.sqrt((1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after))
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        return view.leading(shares(view.move * view.size, view.bound), tolerance)
+        still = np.where(view.move <= view.rounding, 0.0, np.inf)  # a step without noise allows no move at all
+        return view.leading(np.divide(view.move * view.size, view.bound, out=still, where=view.bound > 0), tolerance)

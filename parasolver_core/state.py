@@ -145,9 +145,11 @@ class ParallelState(SolverState):
         self._start = None if start is None else self._check_guess(start)
         spread = start is None and method.spreads(self.recurrence, width, tolerance)
         levels = Levels.of(self.recurrence) if spread else None
-        self.windows: list[SampleRun] = [
-            self._sliding(sample) if levels is None else self._spread(levels, sample) for sample in range(self.batch)
-        ]
+        with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
+            self.windows: list[SampleRun] = [
+                self._sliding(sample) if levels is None else self._spread(levels, sample)
+                for sample in range(self.batch)
+            ]
         self.first_prediction: Array | None = None
 
     def slide_exhausted(self) -> None:

@@ -1,0 +1,43 @@
+"""A few of the random programs of `make fuzz`, and that a broken promise is noticed and told."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parasolver_core import Solution, Status, solve
+from tests.fuzz import solve as fuzz
+
+FIRST = 380  # of the programs that are run in every test
+
+
+@pytest.mark.parametrize("number", range(FIRST, FIRST + 30))
+def test_random_programs_keep_the_promises(number: int) -> None:
+    assert fuzz.guarded(fuzz.run, number).complaints == []
+
+
+def changed(solution: Solution, fault: str) -> Solution:
+    faults: dict[str, Any] = {
+        "sample": {"sample": solution.sample * 1.001},
+        "hole": {"sample": solution.sample * np.nan},
+        "status": {"status": Status.MAX_ROUNDS},
+        "steps": {"steps": tuple(steps - 1 for steps in solution.steps)},
+        "estimate": {"error_estimate": solution.error_estimate * np.nan},
+    }
+    return replace(solution, **faults[fault])
+
+
+@pytest.mark.parametrize("fault", ["sample", "hole", "status", "steps", "estimate"])
+def test_a_broken_promise_is_told_with_the_way_to_repeat_it(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "solve", lambda *args, **options: changed(solve(*args, **options), fault))
+    assert fuzz.main(["--seed", str(FIRST), "--count", "4"]) == 1
+    assert re.search(r"^python -m tests.fuzz.solve --seed 38\d --count 1$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--count", "5", "--seconds", "-1"]) == 0
+    assert "0 programs" in capsys.readouterr().out
