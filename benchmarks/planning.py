@@ -21,8 +21,8 @@ from rich.progress import track
 from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
 from parasolver_core import solve
-from parasolver_core.methods import get_method, needed_nodes
-from parasolver_core.planning import _SLIDING, _SLIDING_NOISY, predicted_rounds, predicted_rows
+from parasolver_core.methods import _SLIDING, _SLIDING_NOISY, get_method, needed_nodes
+from parasolver_core.planning import predicted_rounds, predicted_rows
 
 SAMPLERS = ("DDIM", "2M", "DDPM")
 STEPS = (10, 20, 50, 100, 200, 1000)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from parasolver_core.acceptance import shares
 from parasolver_core.arrays import Array, host_view
 from parasolver_core.correction import Moments, inner_products
+from parasolver_core.methods import sliding_rounds
 from parasolver_core.recurrence import UNDECIDED, Recurrence
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Forecast, Plan
@@ -39,6 +40,7 @@ _SETTLED = 0.2  # the last sweep's change of the sample, in units of the toleran
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
+_ASTRAY = 2.0  # a sample that the k-th sweep over a level, from the second on, still changes by more than 2 / k is lost
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _MOST_KNOWN = 4  # samplers whose levels a process remembers
@@ -227,6 +229,7 @@ class SpreadNodes:
         p, q = recurrence.held[:, 0], recurrence.held[:, 1]
         self._slope = p + q * plan.method.linearization.initial(recurrence)  # of the held quantity
         self._rounds, self._dropped, self._lost, self._wild = 0, 0, False, False
+        self._sliding_rounds = sliding_rounds(recurrence, plan.width, plan.tolerance)
 
         # rows of the level's nodes: states, predictions, moves of the states since their last evaluation
         self._opening = True  # nodes that need no prediction of the sample come first
@@ -255,13 +258,22 @@ class SpreadNodes:
 
     @property
     def exhausted(self) -> bool:
-        """Whether a sliding window should go on: too many nodes are needed, or it takes too long."""
-        slow = len(self._changes) > _MOST_SWEEPS or self._rounds > len(self._recurrence) // self._plan.width + 16
-        return self._lost or slow
+        """Whether a sliding window should go on: too many nodes are needed, or it would be done by now."""
+        slow = len(self._changes) > _MOST_SWEEPS or self._rounds >= self._sliding_rounds
+        return self._lost or self._astray or slow
+
+    @property
+    def _astray(self) -> bool:
+        """Whether the sample is as far from settling as networks are that expand everywhere."""
+        sweeps = len(self._changes)
+        return sweeps > 1 and self._changes[-1] > _ASTRAY / sweeps
 
     def handover(self) -> tuple[Forecast, Float64] | None:
-        """For a sliding window: the outputs expected, and all N slopes; None if numbers ran out of range."""
-        if self._wild:
+        """For a sliding window: the outputs expected, and all N slopes.
+
+        None where they are worse than nothing: numbers ran out of range, or very few nodes went astray.
+        """
+        if self._wild or (self._astray and self._plan.width < _FIRST):
             return None
         nodes, held = self._level.nodes, self._recurrence.held
         weights = interpolation(np.arange(len(held)), nodes, self._recurrence.stages)

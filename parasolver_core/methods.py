@@ -17,10 +17,14 @@ from parasolver_core.linearization import Identity, Linearization, Secant
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.validation import check_count
 
-_FEWEST_NODES, _FEWEST_STEPS = 5, 20  # fewer nodes do not show a trajectory's shape; fewer steps need no plan
+_FEWEST_NODES = 5  # fewer do not show a trajectory's shape
+_FEWEST_STEPS = 64  # a window slides over fewer in as few rounds
 _NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_SHARE, _SHARE_NOISY = 3, 2  # how many times as many steps there must be before nodes are spread
 _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
+FINEST = 1e-6  # a smaller tolerance is the arithmetic's
+_SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q, r of sliding_rounds; by benchmarks.planning
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,19 @@ class Method:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
 
         A window that slides takes some rounds and about ``N / window``, spread nodes as many and twice ``n / window``,
-        which gives the factor 2, and more in a window of 5 to 7, into which not even the first levels fit. With noise
+        and some more where they end up sliding, which gives the factor 3 (so nothing is lost at a looser tolerance);
+        more steps are asked for in a window of 5 to 7, into which not even the first levels fit. With noise
         about every other attempt finds that more nodes are needed and slides after all, some rounds later, so the gain
         must be worth the risk.
         """
-        if not self.spread or tolerance <= 0 or window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS:
+        few = window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS * recurrence.stages
+        if few or tolerance <= 0 or not self.spread:
             return False
         if recurrence.stochastic:
-            lost = _LOST_ROUNDS * window
+            share, lost = _SHARE_NOISY, _LOST_ROUNDS * window
         else:
-            lost = _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
-        return 2 * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+            share, lost = _SHARE, _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
+        return share * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
 
 
 def needed_nodes(recurrence: Recurrence, tolerance: float) -> float:
@@ -72,6 +78,18 @@ def needed_nodes(recurrence: Recurrence, tolerance: float) -> float:
     """
     nodes = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
     return nodes * recurrence.stages
+
+
+def sliding_rounds(recurrence: Recurrence, window: int, tolerance: float) -> float:
+    """About how many rounds a sliding window takes with the default slopes and acceptance.
+
+    ``N / window + (1 - 1 / window) (p + q log10(1 / tolerance) (N / window)^r)``: what a window costs that moves on by
+    itself each round, and how many rounds nodes take to settle, of which a window of 1 needs none. Within some 20 % of
+    what ``benchmarks.planning`` counts.
+    """
+    p, q, r = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
+    lengths, digits = len(recurrence) / window, math.log10(1 / min(max(tolerance, FINEST), 1.0))
+    return min(lengths + (1 - 1 / window) * (p + q * digits * lengths**r), float(len(recurrence)))
 
 
 @dataclass(frozen=True)

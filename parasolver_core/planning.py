@@ -1,13 +1,12 @@
 """A window that chooses itself: predicted rounds times measured costs.
 
-The rounds of the default method were measured on three networks (``benchmarks.planning``) and follow
+The rounds of the default method were measured on three networks (``benchmarks.planning``). A sliding window follows
+:func:`~parasolver_core.methods.sliding_rounds` within some 20 %, n spread nodes
 
-    rounds = N / window + (1 - 1 / window) (p + q log10(1 / tolerance) (N / window)^r)      (a sliding window)
-    rounds = p + q log10(1 / tolerance) + r n / window                                      (n spread nodes)
+    rounds = p + q log10(1 / tolerance) + r n / window
 
-within some 20 %, spread nodes half to twice. The first term is what a window costs that moves on by itself each round,
-the second how many rounds nodes take to settle, of which a window of 1 needs none. The seconds are those of the
-network's calls, with fewer rows in the first round and in the last, and the solver's own time.
+within half to twice. The seconds are those of the network's calls, with fewer rows in the first round and in the last,
+and the solver's own time.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ import numpy as np
 
 from parasolver_core.arrays import to_host
 from parasolver_core.costs import CostTable, keep, measure, recall
-from parasolver_core.methods import Method, needed_nodes
+from parasolver_core.methods import FINEST, Method, needed_nodes, sliding_rounds
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
-_SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q and r above, checked by benchmarks.planning
 _SPREAD, _SPREAD_NOISY = (0.7, 4.0, 0.78), (8.0, 0.0, 0.4)  # p, q and r above
-_FINEST = 1e-6  # a smaller tolerance is the arithmetic's
 _TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
 _MOST_MADE = 256  # choices that a process remembers
@@ -92,17 +89,12 @@ class Costs:
 
 def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
     """How many rounds the default method takes, one sample; see the top of this file."""
-    n = len(recurrence)
-    if window == 1:
-        return float(n)
-    tolerance = max(tolerance, _FINEST)
-    digits = math.log10(1 / min(tolerance, 1.0))
-    if method.spreads(recurrence, window, tolerance):
+    if window > 1 and method.spreads(recurrence, window, tolerance):
+        tolerance = max(tolerance, FINEST)
         p, q, r = _SPREAD_NOISY if recurrence.stochastic else _SPREAD
-        return min(p + q * digits + r * needed_nodes(recurrence, tolerance) / window, float(n))
-    p, q, r = _SLIDING_NOISY if recurrence.stochastic else _SLIDING
-    lengths = n / window
-    return min(lengths + (1 - 1 / window) * (p + q * digits * lengths**r), float(n))
+        digits = math.log10(1 / min(tolerance, 1.0))
+        return min(p + q * digits + r * needed_nodes(recurrence, tolerance) / window, float(len(recurrence)))
+    return sliding_rounds(recurrence, window, tolerance)
 
 
 def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:

@@ -1,5 +1,6 @@
 """Nodes spread over the trajectory: the answer, its cost, and when they are used."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +18,10 @@ from parasolver_core import (
     solve_sequential,
 )
 from parasolver_core.hierarchy import Interpolated, Level, Levels, interpolation, placement
+from parasolver_core.methods import sliding_rounds
 
 SCHEDULE = NoiseSchedule.linear()
+Denoiser = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def mixture_denoiser(x: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -48,18 +51,6 @@ def test_error_is_within_tolerance_at_a_fraction_of_the_cost(rule: DDIM | DPMSol
     assert np.all(solution.error_estimate <= tolerance)
     assert solution.stats.rounds <= 20  # a window sliding over 500 steps needs at least 25
     assert solution.stats.evaluations <= 4 * 250  # sequential: 500 for each of the 4 samples
-
-
-@pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DPMSolver(SCHEDULE)], ids=repr)
-def test_few_steps_at_a_loose_tolerance_need_not_all_be_nodes(rule: DDIM | DPMSolver) -> None:
-    """The fewest nodes that many steps need may be nearly all of a few steps, which a sliding window is better at."""
-    x_T, timesteps = noise(), SCHEDULE.timesteps(25)
-    truth = solve_sequential(mixture_denoiser, x_T, timesteps, rule).sample
-    spread = solve(mixture_denoiser, x_T, timesteps, rule, window=8, tolerance=0.2)
-    assert np.all(relative_error(spread.sample, truth) <= 0.2)
-    slid = solve(mixture_denoiser, x_T, timesteps, rule, window=8, tolerance=0.2, method=Method(spread=False))
-    assert spread.stats.rounds <= slid.stats.rounds
-    assert spread.stats.evaluations < slid.stats.evaluations
 
 
 def test_level_with_every_node_is_the_sampler_itself() -> None:
@@ -116,12 +107,15 @@ def test_levels_hold_whole_steps(steps: int) -> None:
     ("rule", "steps", "window", "tolerance", "spread"),
     [
         (DDIM(SCHEDULE), 500, 20, 1e-2, True),
-        (DDIM(SCHEDULE), 50, 16, 5e-2, True),
-        (DDIM(SCHEDULE), 50, 16, 1e-2, False),
+        (DDIM(SCHEDULE), 100, 16, 5e-2, True),
+        (DDIM(SCHEDULE), 100, 16, 1e-2, False),
+        (DDIM(SCHEDULE), 64, 16, 5e-2, False),
+        (DDIM(SCHEDULE), 50, 16, 5e-2, False),
+        (DDIM(SCHEDULE), 50, 16, 2e-1, False),
         (DDIM(SCHEDULE), 500, 20, 0.0, False),
         (DDIM(SCHEDULE), 500, 4, 1e-2, False),
         (DDIM(SCHEDULE), 60, 5, 5e-2, False),
-        (DDIM(SCHEDULE), 60, 8, 5e-2, True),
+        (DDIM(SCHEDULE), 80, 8, 5e-2, True),
         (DDIM(SCHEDULE), 100, 5, 5e-2, True),
         (DPMSolver(SCHEDULE), 25, 8, 1e-2, False),
         (DDPM(SCHEDULE), 1000, 100, 1e-2, False),
@@ -247,7 +241,7 @@ def test_untrained_networks_are_within_tolerance_and_take_at_most_twice_the_roun
 ) -> None:
     """Few nodes stepped over what the network does between them: up to three times the tolerance was left.
 
-    One sample of 16 may take more: when it goes over to a sliding window it has spent N / window + 16 rounds.
+    One sample of 16 may take more: it may have spent as many rounds as a sliding window when it goes over to one.
     """
     x_T, timesteps, sampler = noise(16), SCHEDULE.timesteps(100), rule(SCHEDULE, prediction_type="sample")
     denoiser = Untrained(expansion)
@@ -258,9 +252,26 @@ def test_untrained_networks_are_within_tolerance_and_take_at_most_twice_the_roun
     spread, slid = (
         np.bincount([s.sample for r in one.stats.history for s in r.samples]) for one in (solution, sliding)
     )
-    assert spread.mean() <= 1.75 * slid.mean()
+    assert spread.mean() <= 1.25 * slid.mean()
     assert np.sum(spread > 2 * slid.max()) <= 1
-    assert spread.max() <= 100 // window + 17 + slid.max()
+    assert spread.max() <= sliding_rounds(sampler.recurrence(timesteps), window, 5e-2) + 1 + slid.max()
+
+
+@pytest.mark.parametrize("window", [5, 8, 16])
+@pytest.mark.parametrize("rule", [DDIM, DPMSolver])
+@pytest.mark.parametrize("network", [mixture_denoiser, Untrained(1.0), Untrained(5.0)], ids=["mixture", "one", "five"])
+@pytest.mark.parametrize("steps", [50, 100])
+def test_a_looser_tolerance_never_costs_more_rounds_beyond_one(
+    steps: int, network: Denoiser, rule: type[DDIM | DPMSolver], window: int
+) -> None:
+    """Spread nodes were tried where they lose: 18 rounds at 5 % on a network that took 11 at 1 %."""
+    kind = "sample" if isinstance(network, Untrained) else "epsilon"
+    arguments = (network, noise(8), SCHEDULE.timesteps(steps), rule(SCHEDULE, prediction_type=kind), window)
+    rounds = []
+    for tolerance in (0.2, 0.1, 0.05, 0.02, 0.01):
+        history = solve(*arguments, tolerance=tolerance).stats.history
+        rounds.append(np.bincount([one.sample for part in history for one in part.samples]).mean())
+    assert all(loose <= min(rounds[i + 1 :]) + 1 for i, loose in enumerate(rounds[:-1])), rounds
 
 
 def test_trajectory_starts_at_the_noise_ends_at_the_sample_and_follows_the_sequential_one() -> None:
