@@ -1,9 +1,9 @@
 """diffusers: pipelines and schedulers as they are. Importing this package imports PyTorch and diffusers."""
 
-from parasolver_adapters.diffusers.capture import PipelineNotParallelError
 from parasolver_adapters.diffusers.denoisers import TransformerDenoiser, UNetDenoiser
 from parasolver_adapters.diffusers.options import ParallelRun
 from parasolver_adapters.diffusers.pipelines import parallel_sampling
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import (
     SchedulerRule,
     UnsupportedSchedulerError,

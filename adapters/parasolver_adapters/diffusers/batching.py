@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from parasolver_adapters.diffusers.capture import Call, PipelineNotParallelError, Program, Reference
+from parasolver_adapters.diffusers.capture import Reference
+from parasolver_adapters.diffusers.programs import Call, Program
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
+from parasolver_adapters.diffusers.standins import dense
 from parasolver_core import SolverError
 
 Forward = Callable[..., Any]
@@ -80,13 +83,13 @@ class Networks:
         forward = self._forwards[id(call.module)]
         if len(nodes) == 1:
             args, kwargs = tree_unflatten(nodes[0], call.spec)
-            return [tree_flatten(forward(*args, **kwargs))[0]]
+            return [[dense(one) for one in tree_flatten(forward(*args, **kwargs))[0]]]
         leaves = [
             self._rows(call, [node[at] for node in nodes]) if by_rows else nodes[0][at]
             for at, by_rows in enumerate(call.batched)
         ]
         args, kwargs = tree_unflatten(leaves, call.spec)
-        outputs = tree_flatten(forward(*args, **kwargs))[0]
+        outputs = [dense(one) for one in tree_flatten(forward(*args, **kwargs))[0]]
         return [list(parts) for parts in zip(*(_split(call, one, len(nodes)) for one in outputs), strict=True)]
 
     def _rows(self, call: Call, values: list[torch.Tensor]) -> torch.Tensor:

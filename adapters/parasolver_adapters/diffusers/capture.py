@@ -10,9 +10,9 @@ recorded step is a :class:`Program`; running it repeats the pipeline's own opera
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,112 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from parasolver_adapters.diffusers.leaving import Exits
+from parasolver_adapters.diffusers.programs import Call, Operation, Program, Ref, indices_of
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
+from parasolver_adapters.diffusers.standins import dense, place_of, stand_in
+
 MOST_OPERATIONS = 2000  # of one step outside the networks; more means that a network is being recorded
 UNBATCHED = ("img_ids", "txt_ids", "rotary")  # arguments of these names hold one row a token, never one a sample
 FRAMED = ("encoder_hidden_states", "residual")  # those may hold a row for each frame of each sample, as AnimateDiff's
-
-
-class PipelineNotParallelError(RuntimeError):
-    """The pipeline cannot be sampled in parallel as it is called; the message says why."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for a value that a program computes."""
-
-    index: int
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """``results = function(*args, **kwargs)``, with :class:`Ref` for values that depend on the state."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: tuple[int, ...]
-    results: int | list[int | None] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A call of a network.
-
-    Args:
-        module: the network.
-        leaves: its arguments, flattened, with :class:`Ref` for values that depend on the state.
-        spec: how to put them together again.
-        rows: the number of rows of the batch that it was given.
-        batched: which of the leaves hold one row for each of those.
-        signature: equal for calls that can be made as one.
-        reads: the values among the arguments.
-        results: numbers of the tensors in its output.
-    """
-
-    module: torch.nn.Module
-    leaves: list[Any]
-    spec: TreeSpec
-    rows: int
-    batched: tuple[bool, ...]
-    signature: tuple[Any, ...]
-    reads: tuple[int, ...]
-    results: list[int]
-
-
-@dataclass(eq=False)
-class Program:
-    """One step of a loop: from the state to ``(x, m)``, the ``sample`` and ``model_output`` of ``scheduler.step``.
-
-    ``x`` is the state itself (number 0) unless the loop changes it between two steps, as inpainting does. ``dtype`` is
-    that of the state, which need not be that of the first: some schedulers return their network's.
-    """
-
-    operations: list[Operation | Call] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
-    size: int = 1
-    x: int = 0
-    m: int = -1
-    mutates: bool = False
-
-    def new(self) -> int:
-        """A number for one more value; 0 is the state."""
-        self.size += 1
-        return self.size - 1
-
-    def run(self, state: torch.Tensor) -> Generator[tuple[Call, list[Any]], list[Any], tuple[Any, Any]]:
-        """Repeat the step from another state: yields each network call with its arguments, and is sent the output.
-
-        Returns ``(x, m)``; None for x where it is the state.
-        """
-        values: list[Any] = [None] * self.size
-        values[0] = state.to(self.dtype, copy=self.mutates)
-        for operation in self.operations:
-            if isinstance(operation, Call):
-                leaves = [values[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in operation.leaves]
-                outputs = yield operation, leaves
-                for index, output in zip(operation.results, outputs, strict=True):
-                    values[index] = output
-                continue
-            result = operation.function(*_resolve(operation.args, values), **_resolve(operation.kwargs, values))
-            if isinstance(operation.results, int):
-                values[operation.results] = result
-            elif operation.results is not None:
-                for index, one in zip(operation.results, result, strict=True):
-                    if index is not None:
-                        values[index] = one
-        return values[self.x] if self.x else None, values[self.m]
-
-    def prune(self) -> None:
-        """Forget operations whose results nobody reads, unless some are done in place."""
-        if self.mutates:
-            return
-        needed, kept = {self.x, self.m}, []
-        for operation in reversed(self.operations):
-            if needed.isdisjoint(_indices(operation.results)):
-                continue
-            kept.append(operation)
-            needed.update(operation.reads)
-        self.operations = kept[::-1]
+USED_AGAIN = "a step of the loop uses what an earlier step computed, besides the state "
+PREDICTED = USED_AGAIN + "(momentum, or a cache of what a network gave)"
+SCHEDULED = USED_AGAIN + "(the predicted clean sample, or what else scheduler.step returns)"
+KEPT = USED_AGAIN + (
+    "(it carries a part of the previous state over, as image-to-video of LTX and Sana does with the first frame and "
+    "inpainting of IF with the masked part)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,28 +59,33 @@ class Recorder(TorchDispatchMode):
         self.references: dict[tuple[Any, ...], Reference] = {}
         self.extra_calls = 0
         self._own: dict[int, tuple[torch.Tensor, int]] = {}  # this step's values by their id, with their numbers
-        self._earlier: Any = WeakTensorKeyDictionary()  # those of earlier steps that the loop still holds
+        self._places: dict[Any, int] = {}  # and by where they lie, as autograd and ``.data`` make others of them
+        self._predicted: set[int] = set()  # those of them that depend on a network's output
+        self._earlier: Any = WeakTensorKeyDictionary()  # those of earlier steps that the loop still holds, and what of
         self._constants: dict[tuple[Any, ...], Any] = {}
+        self._exits: Exits | None = None
 
     def begin(self, state: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
         """Record from here: a step has returned ``state``, and ``others`` that only the next step may use."""
         self.program = Program(dtype=state.dtype)
-        self._own = {id(state): (state, 0)}
+        self._own, self._places, self._predicted = {id(state): (state, 0)}, {place_of(state): 0}, set()
         for other in others:
             if other is not state:
-                self._earlier[other] = True
-        self.__enter__()
+                self._earlier[other] = SCHEDULED
+        self._exits = Exits(lambda value: self._number_of(value) is not None)
+        self._resume()
 
     def finish(self, x: torch.Tensor, m: torch.Tensor) -> Program:
         """Stop: the loop calls the next step with these. What was recorded since :meth:`begin`."""
         program = self.program
         assert program is not None
-        for name, value in (("sample", x), ("model_output", m)):
-            if id(value) not in self._own:
+        numbers = [self._number_of(value) for value in (x, m)]
+        for name, number in zip(("sample", "model_output"), numbers, strict=True):
+            if number is None:
                 raise PipelineNotParallelError(
                     f"the {name} given to scheduler.step is not computed from the state by tensor operations"
                 )
-        program.x, program.m = self._own[id(x)][1], self._own[id(m)][1]
+        program.x, program.m = numbers  # type: ignore[assignment]
         self.close()
         program.prune()
         return program
@@ -181,10 +95,22 @@ class Recorder(TorchDispatchMode):
         if self.program is None:
             return
         self.program = None
+        self._pause()
+        values = [(weakref.ref(tensor), number in self._predicted) for tensor, number in self._own.values()]
+        self._own, self._places = {}, {}  # held until here, as an id is another tensor's as soon as it is free
+        left = [(value(), PREDICTED if predicted else KEPT) for value, predicted in values]
+        self._earlier.update((tensor, what) for tensor, what in left if tensor is not None)
+        self._exits = None  # which refers to this
+
+    def _resume(self) -> None:
+        self.__enter__()
+        if self._exits is not None:
+            self._exits.start()
+
+    def _pause(self) -> None:
+        if self._exits is not None:
+            self._exits.stop()
         self.__exit__(None, None, None)
-        values = [weakref.ref(tensor) for tensor, _ in self._own.values()]
-        self._own = {}  # held until here, as an id is another tensor's as soon as it is free
-        self._earlier.update((tensor, True) for value in values if (tensor := value()) is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -208,6 +134,8 @@ class Recorder(TorchDispatchMode):
             results = self._number(result)
         elif isinstance(result, (tuple, list)):
             results = [self._number(one) if isinstance(one, torch.Tensor) else None for one in result]
+        if not self._predicted.isdisjoint(reads):
+            self._predicted |= indices_of(results)
         program.operations.append(Operation(func, own_args, own_kwargs, tuple(reads), results))
         return result
 
@@ -223,7 +151,8 @@ class Recorder(TorchDispatchMode):
             self.extra_calls += self.program is not None
             with self._outside():
                 output = forward(*args, **kwargs)
-            self.references[key] = Reference(leaves, *tree_flatten(output))
+            outputs, form = tree_flatten(output)
+            self.references[key] = Reference(leaves, [dense(one) for one in outputs], form)
             if not reads:
                 return output
         elif not reads:
@@ -236,11 +165,11 @@ class Recorder(TorchDispatchMode):
         if self.program is None:
             yield
             return
-        self.__exit__(None, None, None)
+        self._pause()
         try:
             yield
         finally:
-            self.__enter__()
+            self._resume()
 
     def _record_call(
         self,
@@ -265,8 +194,9 @@ class Recorder(TorchDispatchMode):
                 rest.append(None if by_rows else id(constant))
             else:
                 rest.append(leaf if _hashable(leaf) else id(leaf))
-        outputs = [_zeros(leaf) for leaf in reference.outputs]
+        outputs = [stand_in(leaf, leaves) for leaf in reference.outputs]
         results = [self._number(one) if isinstance(one, torch.Tensor) else program.new() for one in outputs]
+        self._predicted.update(results)
         program.operations.append(Call(module, own, spec, rows, batched, (key, *rest), reads, results))
         return tree_unflatten(outputs, reference.spec)
 
@@ -283,21 +213,25 @@ class Recorder(TorchDispatchMode):
     def _number(self, tensor: torch.Tensor) -> int:
         assert self.program is not None
         index = self.program.new()
-        self._own[id(tensor)] = tensor, index
+        self._own[id(tensor)], self._places[place_of(tensor)] = (tensor, index), index
         return index
+
+    def _number_of(self, value: Any) -> int | None:
+        """The number of a value that depends on the state."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        own = self._own.get(id(value))
+        return own[1] if own is not None else self._places.get(place_of(value) or ())
 
     def _refs(self, value: Any, reads: list[int]) -> Any:
         """The argument with :class:`Ref` in place of values that depend on the state, whose numbers join ``reads``."""
         if isinstance(value, torch.Tensor):
-            own = self._own.get(id(value))
-            if own is not None:
-                reads.append(own[1])
-                return Ref(own[1])
+            number = self._number_of(value)
+            if number is not None:
+                reads.append(number)
+                return Ref(number)
             if value in self._earlier:
-                raise PipelineNotParallelError(
-                    "a step of the loop uses what an earlier step computed, besides the state (momentum, a cache, or "
-                    "the predicted clean sample)"
-                )
+                raise PipelineNotParallelError(self._earlier[value])
         elif type(value) is tuple or type(value) is list:
             return type(value)([self._refs(one, reads) for one in value])
         elif type(value) is dict:
@@ -315,28 +249,10 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             target = args[at] if at < len(args) else kwargs.get(argument.name)
-            if isinstance(target, torch.Tensor) and id(target) not in self._own:
+            if isinstance(target, torch.Tensor) and self._number_of(target) is None:
                 raise PipelineNotParallelError(f"the loop writes the state into a tensor made before ({func})")
             mutates = True
         return mutates
-
-
-_NESTED = (Ref, tuple, list, dict)
-
-
-def _resolve(value: Any, values: Sequence[Any]) -> Any:
-    kind = type(value)
-    if kind is Ref:
-        return values[value.index]
-    if kind is tuple or kind is list:
-        return kind([_resolve(one, values) if type(one) in _NESTED else one for one in value])
-    if kind is dict:
-        return {key: _resolve(one, values) for key, one in value.items()}
-    return value
-
-
-def _indices(results: Any) -> set[int]:
-    return {results} if isinstance(results, int) else {one for one in results or () if one is not None}
 
 
 def form_of_call(module: torch.nn.Module, kwargs: dict[str, Any], leaves: Iterable[Any]) -> tuple[Any, ...]:
@@ -349,10 +265,6 @@ def _form(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return tuple(leaf.shape), leaf.dtype
     return leaf if isinstance(leaf, (bool, str)) else type(leaf)
-
-
-def _zeros(leaf: Any) -> Any:
-    return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _hashable(leaf: Any) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.capture import PipelineNotParallelError, Program, Recorder, form_of_call
+from parasolver_adapters.diffusers.capture import Recorder, form_of_call
 from parasolver_adapters.diffusers.changes import are_same, positions_of, switches_of, version_of, what_moved
-from parasolver_adapters.diffusers.listening import Listener, processors_of
+from parasolver_adapters.diffusers.listening import Listener, processors_of, with_state
+from parasolver_adapters.diffusers.programs import Program
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
 from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
 
@@ -86,6 +88,8 @@ class Capture(Listener):
         if len(self.timesteps) == self.expected:
             raise CaptureDone
         state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if not state.is_contiguous():
+            output = with_state(output, state := state.contiguous())
         self.start = self.start.to(torch.promote_types(self.start.dtype, state.dtype))
         self.recorder.begin(state, others)
         return output

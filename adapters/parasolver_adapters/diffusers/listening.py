@@ -100,6 +100,14 @@ def subclass(own: type, members: dict[str, Any]) -> type:
     return passing(own.__name__, (own,), names | members)
 
 
+def with_state(output: Any, state: torch.Tensor) -> Any:
+    """The output of ``step`` with another ``prev_sample``, of the same dtype."""
+    if isinstance(output, tuple):
+        return type(output)((state.to(output[0].dtype), *output[1:]))
+    output["prev_sample"] = state.to(output.prev_sample.dtype)
+    return output
+
+
 def is_a(value: Any, name: str) -> bool:
     """Whether a class of diffusers is among the value's; importing those would take seconds that few need."""
     return any(one.__name__ == name and one.__module__.startswith("diffusers.") for one in type(value).__mro__)

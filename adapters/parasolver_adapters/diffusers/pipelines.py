@@ -20,7 +20,6 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.capture import PipelineNotParallelError
 from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Streams
 from parasolver_adapters.diffusers.listening import (
     Listener,
@@ -34,6 +33,7 @@ from parasolver_adapters.diffusers.listening import (
     subclass,
 )
 from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
 from parasolver_adapters.diffusers.second_pass import Replay
 from parasolver_core import Status

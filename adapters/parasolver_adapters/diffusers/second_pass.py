@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
-from parasolver_adapters.diffusers.capture import PipelineNotParallelError, form_of_call
+from parasolver_adapters.diffusers.capture import form_of_call
 from parasolver_adapters.diffusers.changes import (
     are_same,
     positions_of,
@@ -25,9 +25,11 @@ from parasolver_adapters.diffusers.changes import (
     what_moved,
 )
 from parasolver_adapters.diffusers.first_pass import Capture
-from parasolver_adapters.diffusers.listening import Listener
+from parasolver_adapters.diffusers.listening import Listener, with_state
 from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
+from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
 from parasolver_core.solution import RoundRecord
 
@@ -88,7 +90,7 @@ class Replay(Listener):
         if known and self._capture.unchanged:
             self._check(scheduler, i, given, tree_leaves(output)[0], target)
         self._run.latents = target
-        return _with_state(output, target)
+        return with_state(output, target)
 
     def _check(self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor) -> None:
         """The scheduler's own step has to lead where the table leads.
@@ -123,8 +125,7 @@ class Replay(Listener):
             reference = self._capture.recorder.references.get(key)
             if reference is None:
                 return forward(*args, **kwargs)
-            zeros = [torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for one in reference.outputs]
-            self._blanks[key] = tree_unflatten(zeros, reference.spec)
+            self._blanks[key] = tree_unflatten([zeros(one) for one in reference.outputs], reference.spec)
         return self._blanks[key]
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -217,11 +218,3 @@ def _correct(
     one_step = table.memory == 1 and table.b[node, 0] != 0
     weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
     return m + (x.to(m.dtype) - state) * float(weight)
-
-
-def _with_state(output: Any, state: torch.Tensor) -> Any:
-    """The output of ``step`` with another ``prev_sample``, of the same dtype."""
-    if isinstance(output, tuple):
-        return type(output)((state.to(output[0].dtype), *output[1:]))
-    output["prev_sample"] = state.to(output.prev_sample.dtype)
-    return output

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.batching import Forward, Networks, RecordedDenoiser
-from parasolver_adapters.diffusers.capture import Call, Program, Reference
+from parasolver_adapters.diffusers.capture import Reference
+from parasolver_adapters.diffusers.programs import Call, Program
 from parasolver_adapters.distributed import DistributedDenoiser, sampled_bytes
 from parasolver_core.denoiser import SharedDenoiser
 
