@@ -14,15 +14,16 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
+from parasolver_adapters.bands import noise_terms
 from parasolver_adapters.diffusers.clipping import Clip, clip_of, clips, switch_off
-from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate
+from parasolver_adapters.diffusers.probing import check_replay, tabulate
 from parasolver_adapters.diffusers.stepping import (
     ENDS_WITH_ZERO,
     SPECIAL_ARGUMENTS,
-    Listener,
     Loop,
     UnsupportedSchedulerError,
 )
+from parasolver_adapters.draws import Listener
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.step_rules import StepRule
