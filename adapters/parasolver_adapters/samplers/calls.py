@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.draws import Draw
-
 Reply = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 DRAWS = ("noise_sampler", "randn_like")  # arguments by which samplers are told where their noise comes from
@@ -95,11 +93,11 @@ class SamplerCall:
             return self.run(model, x, **(_SILENT | replaced))
 
 
-def sources(draw: Draw, x: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """Arguments by which a sampler takes its noise, like ``x``, from ``draw``."""
+def sources(x: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Arguments that let a sampler draw its noise, like ``x``, by an ordinary function, which can be listened to."""
 
     def like_x(*args: Any, **kwargs: Any) -> Tensor:
-        return draw(torch.randn_like, (x,), {})
+        return torch.randn_like(x)
 
     return dict.fromkeys(DRAWS, like_x)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parasolver_adapters.arguments import StepArguments
 from parasolver_adapters.multi_device import MultiDeviceDenoiser
-from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, same_draws
+from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, same_draws, time_of
 from parasolver_adapters.samplers.rules import Draft, SamplerRule, path_of, read
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_adapters.wrapping import prediction_of
@@ -112,6 +112,11 @@ class _Live:
         elif i == len(table):
             raise UnsupportedSamplerError(
                 f"sampler: it calls its network more often than the {len(table)} times when it was read"
+            )
+        if (time := time_of(args, kwargs, i)) != rule.timesteps[i]:
+            raise UnsupportedSamplerError(
+                f"sampler: call {i} is at time {time:.6g}, and was at {rule.timesteps[i]:.6g} when the sampler was "
+                "read; its steps depend on more than its arguments"
             )
         after, self._calls = self._run.after(i + 1), i + 1
         self._check(i, x, self._run.after(i))

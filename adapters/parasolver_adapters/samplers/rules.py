@@ -301,7 +301,7 @@ class _Run:
 
         try:
             with Float64(draw):
-                end = call.silent(Stub(reply, model), begin.clone(), **sources(draw, begin))
+                end = call.silent(Stub(reply, model), begin.clone(), **sources(begin))
         except UnsupportedSamplerError:
             raise
         except Exception as error:
