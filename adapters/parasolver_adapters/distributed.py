@@ -141,19 +141,19 @@ class DistributedDenoiser(SharedDenoiser):
         ):  # called by something other than the solver, or wrapped: at least the shapes are compared
             self.begin({"shape and dtype of x": f"{tuple(x.shape)}, {x.dtype}"})
         self._calls += 1
-        shares = _shares(x.shape[0], self._size)
-        mine, part, error = shares[self._rank], None, None
+        parts = shares(x.shape[0], self._size)
+        mine, part, error = parts[self._rank], None, None
         if mine.stop > mine.start:
             try:
                 part = self._local(x[mine], t[mine], None if rows is None else rows[mine])
             except Exception as raised:
                 error = raised
-        most = max(share.stop - share.start for share in shares)
+        most = max(share.stop - share.start for share in parts)
         packets = self._gather(_Packet.pack(part, error, self._calls, x, most))
         headers = packets[:, :_HEADER].cpu()  # waits for the device
         self._raise_for([_Packet.read(_bytes(header)) for header in headers], x.shape[0], error)
         values = packets[:, _HEADER : _HEADER + most * _row_bytes(x)].to(x.device).view(x.dtype)
-        rows_of = zip(values.unflatten(1, (most, -1)).unbind(), shares, strict=True)
+        rows_of = zip(values.unflatten(1, (most, -1)).unbind(), parts, strict=True)
         return torch.cat([own[: share.stop - share.start] for own, share in rows_of]).view(x.shape)
 
     def _raise_for(self, told: list[_Packet], rows: int, error: Exception | None) -> None:
@@ -270,7 +270,7 @@ def _row_bytes(x: Tensor) -> int:
     return x.element_size() * x[0].numel()
 
 
-def _shares(rows: int, size: int) -> list[slice]:
+def shares(rows: int, size: int) -> list[slice]:
     """Which rows each process takes: as evenly as can be."""
     ends = [rank * rows // size for rank in range(size + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]

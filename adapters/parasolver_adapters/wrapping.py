@@ -101,10 +101,10 @@ class ModelDenoiser:
         times = self._time(t)
         conditions = _of_rows(self.conditions, samples, len(x), "conditions")
         if self.guidance_scale is None or self.null_conditions is None:
-            return _tensor(self.model(given, times, **conditions)).to(x.dtype)
+            return prediction_of(self.model(given, times, **conditions)).to(x.dtype)
         null = conditions | _of_rows(self.null_conditions, samples, len(x), "null_conditions")
         pairs = {name: _joined(conditions[name], null[name], f"null_conditions[{name!r}]") for name in conditions}
-        out = _tensor(self.model(torch.cat([given, given]), torch.cat([times, times]), **pairs)).to(x.dtype)
+        out = prediction_of(self.model(torch.cat([given, given]), torch.cat([times, times]), **pairs)).to(x.dtype)
         with_conditions, without = out.chunk(2)
         return guided(without, with_conditions, self.guidance_scale)
 
@@ -205,7 +205,7 @@ def _kind(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _tensor(output: Any) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     prediction = output[0] if isinstance(output, tuple) and output else getattr(output, "sample", None)

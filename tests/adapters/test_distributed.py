@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from parasolver_adapters.distributed import DistributedDenoiser, WorkerLostError, _shares, fingerprint, process_group
+from parasolver_adapters.distributed import DistributedDenoiser, WorkerLostError, fingerprint, process_group, shares
 from tests.adapters import workers
 from tests.adapters.workers import launch
 
@@ -178,12 +178,12 @@ def test_a_script_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", range(10))
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_are_even_and_complete(rows: int, size: int) -> None:
-    shares = _shares(rows, size)
-    counts = [share.stop - share.start for share in shares]
+    parts = shares(rows, size)
+    counts = [part.stop - part.start for part in parts]
     assert sum(counts) == rows
     assert len(counts) == size
     assert max(counts) - min(counts) <= 1
-    assert [i for share in shares for i in range(share.start, share.stop)] == list(range(rows))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
 
 
 def test_fingerprint_sees_the_network_inside() -> None:

@@ -84,7 +84,6 @@ class Wrapped(torch.Tensor):
         bad(ValueError, "x_T", x_T=torch.tensor([[1.0, INF]])),
         bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)), mask=[[1, 0, 0], [0, 0, 0]])),
         bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)))),
-        bad(TypeError, "x_T", x_T=np.matrix(np.ones((2, 3)))),
         bad(TypeError, "x_T", x_T=np.ones((2, 3)).view(Doubled)),
         bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=">f8" if sys.byteorder == "little" else "<f8")),
         bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=object)),

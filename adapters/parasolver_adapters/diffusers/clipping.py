@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_adapters.diffusers.probing import Network, Path, check_replay, run_nonlinear
+from parasolver_adapters.bands import Path
+from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_core.denoiser import DenoiserFn, Rows, takes_rows
 from parasolver_core.recurrence import Recurrence

@@ -12,20 +12,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from numpy.typing import NDArray
 
+from parasolver_adapters.bands import noise_terms
 from parasolver_adapters.diffusers.clipping import Clip, ClippingDenoiser, clip_of, clips, switch_off
-from parasolver_adapters.diffusers.probing import check_replay, noise_terms, tabulate
+from parasolver_adapters.diffusers.probing import check_replay, tabulate
 from parasolver_adapters.diffusers.stepping import (
     ENDS_WITH_ZERO,
     SPECIAL_ARGUMENTS,
-    Listener,
     Loop,
     UnsupportedSchedulerError,
 )
+from parasolver_adapters.draws import Listener
+from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.recurrence import Recurrence
-from parasolver_core.step_rules import StepRule
 
 __all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
 
@@ -44,7 +43,7 @@ UNSUPPORTED = {
 
 
 @dataclass(frozen=True, eq=False)
-class SchedulerRule(StepRule):
+class SchedulerRule(FixedRule):
     """The steps of a diffusers scheduler; made by :func:`step_rule_from_scheduler`.
 
     States are the scheduler's own ``sample``; what ``scale_model_input`` does is part of the rule, so the
@@ -58,34 +57,15 @@ class SchedulerRule(StepRule):
         clip: how the predicted clean sample is clipped, if it is; see :meth:`wrap_denoiser`.
     """
 
-    table: Recurrence = field(repr=False)
     init_noise_sigma: float
     independent_noise: bool
     clip: Clip | None = field(repr=False)
     _loop: Loop = field(repr=False)
 
     @property
-    def timesteps(self) -> NDArray[Any]:
-        """The timesteps of the network calls, (N,); with several calls a step they may repeat."""
-        return self.table.timesteps
-
-    @property
     def band(self) -> tuple[int, int]:
         """How many states and how many network outputs a step reads."""
         return self.table.a.shape[1], self.table.b.shape[1]
-
-    def check_grid(self, timesteps: NDArray[Any]) -> None:
-        """Refuse timesteps other than the scheduler's."""
-        if not np.array_equal(timesteps, self.timesteps):
-            raise ValueError(
-                f"timesteps: this rule holds the steps of {self._loop.name} on {len(self.timesteps)} timesteps of its "
-                f"own, got {len(timesteps)} others; pass rule.timesteps, or make another rule"
-            )
-
-    def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
-        """The scheduler's table; ``timesteps`` have to be its own."""
-        self.check_grid(timesteps)
-        return self.table
 
     def noise(
         self,

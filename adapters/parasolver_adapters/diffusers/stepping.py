@@ -1,4 +1,4 @@
-"""Running a scheduler's own loop, as pipelines do, in float64 and with its draws of noise in our hands."""
+"""Running a scheduler's own loop, as pipelines do."""
 
 from __future__ import annotations
 
@@ -11,89 +11,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-Draw = Callable[[Callable[..., torch.Tensor], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 Network = Callable[["Node"], torch.Tensor]
 
 
 class UnsupportedSchedulerError(ValueError):
     """The scheduler, as configured, is not a linear recurrence around the network; the message says what to change."""
-
-
-class Float64(TorchFunctionMode):
-    """While active, on this thread only: casts to float32 keep float64, and normal draws come from ``draw``.
-
-    Several schedulers cast the sample to float32 inside ``step``; their coefficients could then be read to seven digits
-    only. Tables of the scheduler (sigmas, alphas_cumprod) stay as they are, so the coefficients are its own.
-
-    Args:
-        draw: ``draw(function, args, kwargs)`` replaces ``torch.randn(...)`` and ``torch.randn_like(...)``.
-    """
-
-    def __init__(self, draw: Draw) -> None:
-        super().__init__()
-        self._draw = draw
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.randn or func is torch.randn_like:
-            return self._draw(func, args, kwargs).double()
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func is torch.Tensor.to:
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def no_noise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Zeros in place of a draw."""
-    if function is torch.randn_like:
-        return torch.zeros_like(args[0])
-    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-    return torch.zeros(tuple(size), device=kwargs.get("device"))
-
-
-class Recorder:
-    """Independent normal draws in place of the scheduler's, kept until they are taken."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._draws: list[torch.Tensor] = []
-
-    def __call__(
-        self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        shape = no_noise(function, args, kwargs).shape
-        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        self._draws.append(drawn)
-        return drawn
-
-    def take(self) -> list[torch.Tensor]:
-        """The draws since the last time, in their order."""
-        taken, self._draws = self._draws, []
-        return taken
-
-
-class Listener(TorchFunctionMode):
-    """While active, on this thread only: keeps the normal draws that are made, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.draws: list[torch.Tensor] = []
-        self.global_stream = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = func(*args, **(kwargs or {}))
-        if func is torch.randn or func is torch.randn_like:
-            self.draws.append(drawn)
-            self.global_stream |= (kwargs or {}).get("generator") is None
-        return drawn
-
-    def playback(self) -> Float64:
-        """The same draws once more, in float64."""
-        draws = iter(self.draws)
-        return Float64(lambda function, args, kwargs: next(draws))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""What a network is called with besides x, dealt out to the rows of a batch that mixes steps and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parasolver_core import Rows
+
+_Pick = Callable[[Tensor, Tensor], Any]  # of steps and samples, both (rows,)
+
+
+class StepArguments:
+    """The arguments that a sequential loop gave its network at each step, for any rows of any steps.
+
+    A tensor that has one entry for each sample of the batch along its first axis gives each row its sample's, and one
+    of length 1 the same to all; another is for all rows as it is. What changes from step to step is each row's step's.
+    Dictionaries, lists and tuples may hold tensors.
+
+    Args:
+        calls: one structure a step, all alike.
+        batch: number of samples.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError: something that cannot be dealt out changes from step to step.
+    """
+
+    def __init__(self, calls: Sequence[Any], batch: int, name: str) -> None:
+        self._pick = _picker(list(calls), batch, name)
+
+    def __call__(self, rows: Rows, device: Any) -> Any:
+        """The structure for these rows, its dealt-out tensors on the device."""
+        steps = torch.as_tensor(rows.steps, device=device)
+        return self._pick(steps, torch.as_tensor(rows.samples, device=device))
+
+
+def _picker(values: list[Any], batch: int, name: str) -> _Pick:
+    first = values[0]
+    if any(type(one) is not type(first) for one in values):
+        raise ValueError(f"{name}: expected the same kind of value in every call, got {_kinds(values)}")
+    if isinstance(first, Mapping):
+        if any(one.keys() != first.keys() for one in values):
+            raise ValueError(f"{name}: expected the same keys in every call of the network")
+        parts = {key: _picker([one[key] for one in values], batch, f"{name}[{key!r}]") for key in first}
+        return lambda steps, samples: {key: part(steps, samples) for key, part in parts.items()}
+    if isinstance(first, (list, tuple)):
+        if any(len(one) != len(first) for one in values):
+            raise ValueError(f"{name}: expected the same length in every call of the network")
+        items = [_picker([one[i] for one in values], batch, f"{name}[{i}]") for i in range(len(first))]
+        make = type(first)._make if hasattr(first, "_make") else type(first)  # type: ignore[attr-defined]
+        return lambda steps, samples: make([item(steps, samples) for item in items])
+    if isinstance(first, Tensor):
+        return _tensor_picker(values, batch, name)
+    if all(_same(first, one) for one in values):
+        return lambda steps, samples: first
+    if isinstance(first, Number):
+        table = torch.tensor(values)
+        return lambda steps, samples: table.to(steps.device)[steps]
+    raise ValueError(f"{name}: it changes from call to call, so steps cannot share a call: got {_kinds(values)}")
+
+
+def _tensor_picker(values: list[Tensor], batch: int, name: str) -> _Pick:
+    first = values[0]
+    if all(one is first or (one.shape == first.shape and torch.equal(one, first)) for one in values):
+        if first.ndim == 0 or len(first) not in (1, batch):
+            return lambda steps, samples: first.to(steps.device) if first.ndim else first
+        if len(first) == 1:
+            return lambda steps, samples: first.to(steps.device).expand(len(steps), *first.shape[1:])
+        return lambda steps, samples: first.to(steps.device)[samples]
+    if any(one.shape != first.shape for one in values):
+        raise ValueError(f"{name}: expected one shape in every call, got {tuple(first.shape)} and others")
+    table = torch.stack(values)
+    if first.ndim == 0:
+        return lambda steps, samples: table.to(steps.device)[steps]
+    if len(first) == batch:
+        return lambda steps, samples: table.to(steps.device)[steps, samples]
+    if len(first) == 1:
+        return lambda steps, samples: table.to(steps.device)[steps, 0]
+    raise ValueError(
+        f"{name}: it changes from call to call, so its first axis must be the batch of {batch}, got shape "
+        f"{tuple(first.shape)}"
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # arrays and the like, whose comparison is no yes or no
+        return False
+
+
+def _kinds(values: list[Any]) -> str:
+    return ", ".join(sorted({type(one).__name__ for one in values}))

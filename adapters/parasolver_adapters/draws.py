@@ -1,0 +1,88 @@
+"""A sampler's normal draws, in our hands while its own loop runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+Draw = Callable[[Callable[..., torch.Tensor], tuple[Any, ...], dict[str, Any]], torch.Tensor]
+
+
+class Float64(TorchFunctionMode):
+    """While active, on this thread only: casts to float32 keep float64, and normal draws come from ``draw``.
+
+    Several samplers cast the state to float32 inside a step; their coefficients could then be read to seven digits
+    only. Their tables (sigmas, alphas_cumprod) stay as they are, so the coefficients are their own.
+
+    Args:
+        draw: ``draw(function, args, kwargs)`` replaces ``torch.randn(...)`` and ``torch.randn_like(...)``.
+    """
+
+    def __init__(self, draw: Draw) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.randn or func is torch.randn_like:
+            return self._draw(func, args, kwargs).double()
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.Tensor.to:
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def no_noise(function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Zeros in place of a draw."""
+    if function is torch.randn_like:
+        return torch.zeros_like(args[0])
+    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+    return torch.zeros(tuple(size), device=kwargs.get("device"))
+
+
+class Recorder:
+    """Independent normal draws in place of a sampler's, kept until they are taken."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._draws: list[torch.Tensor] = []
+
+    def __call__(
+        self, function: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        shape = no_noise(function, args, kwargs).shape
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        self._draws.append(drawn)
+        return drawn
+
+    def take(self) -> list[torch.Tensor]:
+        """The draws since the last time, in their order."""
+        taken, self._draws = self._draws, []
+        return taken
+
+
+class Listener(TorchFunctionMode):
+    """While active, on this thread only: keeps the normal draws that are made, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[torch.Tensor] = []
+        self.global_stream = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func(*args, **(kwargs or {}))
+        if func is torch.randn or func is torch.randn_like:
+            self.draws.append(drawn)
+            self.global_stream |= (kwargs or {}).get("generator") is None
+        return drawn
+
+    def playback(self) -> Float64:
+        """The same draws once more, in float64."""
+        draws = iter(self.draws)
+        return Float64(lambda function, args, kwargs: next(draws))

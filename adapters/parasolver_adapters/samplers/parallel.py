@@ -1,0 +1,210 @@
+"""The drop-in: a sampler that is a function, run unchanged over a solver that gives it what its network would say."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from parasolver_adapters.arguments import StepArguments
+from parasolver_adapters.multi_device import MultiDeviceDenoiser
+from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, same_draws, time_of
+from parasolver_adapters.samplers.rules import Draft, SamplerRule, path_of, read
+from parasolver_adapters.stepwise import Choices, Stepwise
+from parasolver_adapters.wrapping import prediction_of
+from parasolver_core import Rows, Solution
+from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.schedules import NoiseSchedule, PredictionType
+
+
+class ParallelSampler:
+    """A sampler in parallel, with its own signature and return; made by :func:`parallel`.
+
+    Attributes:
+        solution: of the last call: rounds in ``solution.stats``, the status and the error estimate. Its ``sample`` is
+            the last state. None before the first call and after one that was sequential.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        choices: Choices,
+        path: Callable[[float], Any],
+        sigma_data: float,
+        replicas: Sequence[Any],
+        fallback: str,
+    ) -> None:
+        self._fn, self._choices, self._path, self._sigma_data = fn, choices, path, sigma_data
+        self._replicas, self._fallback = tuple(replicas), fallback
+        self.solution: Solution | None = None
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What ``fn(model, x, *args, **kwargs)`` returns."""
+        call, self.solution = SamplerCall(self._fn, args, kwargs), None
+        if self._choices.sequential:
+            return call.run(model, x)
+        try:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+            rule = read(call, model, self._path, self._sigma_data, free_end=True)
+            _check_outputs_are_read(rule)
+            with same_draws(x, (args, kwargs)):
+                draft = Draft.of(rule, x)
+            denoiser = self._denoiser(model, draft, len(x))
+        except UnsupportedSamplerError as error:
+            if self._fallback == "error":
+                raise
+            warnings.warn(f"sampled sequentially: {error}", stacklevel=2)
+            return call.run(model, x)
+        live = _Live(self._choices, rule, denoiser, draft.noise)
+        drawn = iter(draft.drawn)
+        own = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
+        with torch.no_grad():
+            returned = call.run(Stub(live, model), x, **own)
+        self.solution = live.end()
+        return returned
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Bound like a function, so that a class may have it for a method."""
+        return self if instance is None else functools.partial(self, instance)
+
+    def _denoiser(self, model: Any, draft: Draft, batch: int) -> Any:
+        try:
+            arguments = StepArguments(draft.arguments, batch, "arguments of the network")
+        except ValueError as error:
+            raise UnsupportedSamplerError(f"sampler: {error}") from None
+        rows: list[Any] = [RowDenoiser(one, arguments) for one in (model, *self._replicas)]
+        return MultiDeviceDenoiser(rows) if self._replicas else rows[0]
+
+
+class RowDenoiser:
+    """A network called as the sampler calls it, for any rows of any steps."""
+
+    takes_rows = True
+
+    def __init__(self, model: Any, arguments: StepArguments) -> None:
+        self._model, self._arguments = model, arguments
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
+        args, kwargs = self._arguments(rows, x.device)
+        return prediction_of(self._model(x, *args, **kwargs)).to(x.dtype)
+
+
+class _Live:
+    """The replies to a sampler's calls: the output that takes its own step to the solver's next state."""
+
+    def __init__(self, choices: Choices, rule: SamplerRule, denoiser: DenoiserFn, noise: Tensor | None) -> None:
+        self._choices, self._rule, self._denoiser, self._noise = choices, rule, denoiser, noise
+        self._run: Stepwise | None = None
+        self._xs: list[Tensor] = []
+        self._ms: list[Tensor] = []
+        self._calls = 0
+
+    def __call__(self, i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        rule, table = self._rule, self._rule.table
+        if self._run is None:
+            self._run = self._choices.begin(self._denoiser, x, rule, rule.timesteps, self._noise)
+        elif i == len(table):
+            raise UnsupportedSamplerError(
+                f"sampler: it calls its network more often than the {len(table)} times when it was read"
+            )
+        if (time := time_of(args, kwargs, i)) != rule.timesteps[i]:
+            raise UnsupportedSamplerError(
+                f"sampler: call {i} is at time {time:.6g}, and was at {rule.timesteps[i]:.6g} when the sampler was "
+                "read; its steps depend on more than its arguments"
+            )
+        after, self._calls = self._run.after(i + 1), i + 1
+        self._check(i, x, self._run.after(i))
+        memory = table.memory
+        self._xs = [x.to(after.dtype), *self._xs[: memory - 1]]
+        z = None if self._noise is None else self._noise[i].to(after.dtype)
+        m = table.implied_output(torch, i, after.to(x.device), self._xs, self._ms, z)
+        self._ms = [m, *self._ms[: memory - 1]]
+        return m.to(x.dtype)
+
+    def end(self) -> Solution:
+        """How the run ended."""
+        if self._run is None or self._calls < len(self._rule.table):
+            raise UnsupportedSamplerError(
+                f"sampler: it called its network {self._calls} times, and {len(self._rule.table)} when it was read"
+            )
+        return self._run.solution
+
+    def _check(self, i: int, x: Tensor, known: Tensor) -> None:
+        """The sampler has to have come where the table came."""
+        want = known.to(x.device)
+        limit = max(torch.finfo(x.dtype).eps ** 0.5, 1e-3)
+        error = float((x.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
+        if not error <= limit:
+            raise UnsupportedSamplerError(
+                f"sampler: step {i - 1} is off its own table by {error:.2g}; its steps depend on more than states, the "
+                "network's outputs and noise. Take a sampler of fixed steps, or sample sequentially"
+            )
+
+
+def parallel(
+    fn: Callable[..., Any],
+    window: int | Literal["auto"] = 16,
+    *,
+    schedule: NoiseSchedule | None = None,
+    prediction_type: PredictionType = "sample",
+    sigma_data: float | None = None,
+    replicas: Sequence[Any] = (),
+    fallback: Literal["error", "sequential"] = "error",
+    **options: Any,
+) -> ParallelSampler:
+    """A sampler ``fn(model, x, ...)`` that finds its sample in parallel; called as ``fn`` is, and returns what it does.
+
+    The function itself runs, once: its callback is called once a step and in order, as soon as the step is final, its
+    progress bar moves, and its noise is drawn as it draws it. What it asks its network is answered by the solver.
+
+    Args:
+        fn: see :func:`step_rule_from_sampler`. The network is called with many rows: tensors among its arguments that
+            have one entry for each sample along their first axis, also inside dictionaries, are dealt out to them.
+        window: as in :func:`parasolver_core.solve`; 1 calls ``fn`` as it is.
+
+    Other arguments:
+        schedule, prediction_type, sigma_data: as in :func:`step_rule_from_sampler`.
+        replicas: the same network on other devices, which share the rows of each round.
+        fallback: what to do with a sampler that is not linear: "error", or "sequential" with a warning.
+        options: further arguments of :func:`parasolver_core.solve`: ``tolerance``, ``method``, ``max_rounds``,
+            ``max_rows``, ``buckets``, ``state_device``, ``warmup_steps``, ``check``.
+
+    Raises:
+        UnsupportedSamplerError: when it is called; the message says at which step and why.
+
+    Example::
+
+        sample = parallel(sample_heun, window=16)
+        x = sample(model, x, sigmas, extra_args={"cond": cond}, callback=show)
+        print(sample.solution.message)
+    """
+    if not callable(fn):
+        raise TypeError(f"fn: expected a sampler fn(model, x, ...), got {type(fn).__name__}")
+    if fallback not in ("error", "sequential"):
+        raise ValueError(f'fallback: expected "error" or "sequential", got {fallback!r}')
+    if sigma_data is None:
+        sigma_data = 0.5 if schedule is None else schedule.sigma_data
+    choices = Choices.checked(window, **options)
+    return ParallelSampler(fn, choices, path_of(schedule, prediction_type), sigma_data, replicas, fallback)
+
+
+def _check_outputs_are_read(rule: SamplerRule) -> None:
+    """Each output has to be known from the state that follows, or not to matter."""
+    b = rule.table.b
+    for i in range(len(b)):
+        later = any(b[i + k, k] != 0 for k in range(1, b.shape[1]) if i + k < len(b))
+        if b[i, 0] == 0 and later:
+            raise UnsupportedSamplerError(
+                f"sampler: step {i} of {rule._call.name} does not read the network's output at its own state, but a "
+                "later one does; solve() with step_rule_from_sampler() takes it"
+            )
+
+
+def _played(drawn: Iterator[Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: next(drawn)
