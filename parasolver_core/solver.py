@@ -399,7 +399,7 @@ def solve(
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``, called in any
             order; it gives the same numbers each time.
-        max_rounds: the most rounds; by default unlimited, as N suffice (with spread nodes as many and a sliding window's).
+        max_rounds: the most rounds; by default unlimited, as N suffice (with spread nodes, and a window after them).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
             the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.
         buckets: the only row counts to call the network with, for example (1, 4, 16), so that compiled code is compiled
