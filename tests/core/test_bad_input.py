@@ -84,7 +84,6 @@ class Wrapped(torch.Tensor):
         bad(ValueError, "x_T", x_T=torch.tensor([[1.0, INF]])),
         bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)), mask=[[1, 0, 0], [0, 0, 0]])),
         bad(TypeError, "x_T", x_T=np.ma.array(np.ones((2, 3)))),
-        bad(TypeError, "x_T", x_T=np.matrix(np.ones((2, 3)))),
         bad(TypeError, "x_T", x_T=np.ones((2, 3)).view(Doubled)),
         bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=">f8" if sys.byteorder == "little" else "<f8")),
         bad(TypeError, "x_T", x_T=np.ones((2, 3), dtype=object)),
@@ -207,6 +206,12 @@ def test_refused_before_the_network_is_called(error: type[Exception], name: str,
 def test_refused_when_made(error: type[Exception], name: str, make: Any) -> None:
     with pytest.raises(error, match=f"^{name}: "):
         make()
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_a_start_whose_product_is_another() -> None:
+    with pytest.raises(TypeError, match=r"^x_T: .*subclass matrix.*np\.asarray"):
+        solve(never, np.matrix(np.ones((2, 3))), GRID, RULE)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
