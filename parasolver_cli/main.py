@@ -257,7 +257,7 @@ def plan(
 def methods() -> None:
     """List the samplers and the methods to choose from."""
     import parasolver_core
-    from parasolver_core.methods import METHODS
+    from parasolver_core.methods import METHODS, SEQUENTIAL
 
     rules = [rule for rule in vars(parasolver_core).values() if _is_step_rule(rule)]
     table = Table(title="Samplers: step_rule=", title_justify="left", title_style="bold", show_header=False)
@@ -266,8 +266,8 @@ def methods() -> None:
     Console().print(table)
     table = Table(title="Methods: method=", title_justify="left", title_style="bold", show_header=False)
     for name, method in METHODS.items():
-        table.add_row(f'"{name}"', _summary(type(method.linearization)))
-    table.add_row('"sequential"', _summary(parasolver_core.SequentialSolver))
+        table.add_row(f'"{name}"', method.summary)
+    table.add_row('"sequential"', SEQUENTIAL)
     Console().print(table)
 
 

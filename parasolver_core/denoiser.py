@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, assign, own_copy
+from parasolver_core.errors import note
 from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule
 
@@ -167,11 +168,12 @@ class BatchedCall:
         except Exception as error:
             if not (out_of_memory(error) and size > 1):
                 if describe is not None:
-                    error.add_note(describe(part))
+                    note(error, describe(part))
                 if out_of_memory(error):
-                    error.add_note(
+                    note(
+                        error,
                         "memory ran out with a single row in the call: use a smaller window or state_device='cpu' to "
-                        "keep fewer states on the device, or a smaller or half-precision network"
+                        "keep fewer states on the device, or a smaller or half-precision network",
                     )
                 raise
             # not retried here: while the exception is handled, its traceback keeps the network's arrays alive
@@ -329,7 +331,10 @@ def out_of_memory(error: BaseException) -> bool:
     if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__):
         return True  # NumPy's is a MemoryError; the others are torch.OutOfMemoryError and CuPy's
     told = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")  # JAX, drivers, PyTorch on a CPU
-    return isinstance(error, RuntimeError) and any(one in str(error) for one in told)
+    try:
+        return isinstance(error, RuntimeError) and any(one in str(error) for one in told)
+    except Exception:  # one that cannot say what it is
+        return False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,3 +28,26 @@ class NonFiniteError(SolverError):
 
 class NondeterministicDenoiserError(SolverError):
     """The denoiser gives different predictions for the same input."""
+
+
+def attach(error: BaseException, reached: Callable[[], Solution]) -> None:
+    """Give an exception ``solution``: what was reached. One that refuses attributes stays as it is.
+
+    ``reached`` may fail too, for example where a device is lost; the exception that was first is the one to see.
+    """
+    with suppress(Exception):
+        error.solution = reached()  # type: ignore[attr-defined]
+
+
+def has_solution(error: BaseException) -> bool:
+    """Whether an exception carries a solution."""
+    try:
+        return getattr(error, "solution", None) is not None
+    except Exception:
+        return False
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an exception, unless it refuses notes."""
+    with suppress(Exception):
+        error.add_note(text)

@@ -417,7 +417,7 @@ class SpreadNodes:
         if complete or (self._measured and count >= self._fewest and remains <= self._tolerance):
             if settled:
                 self._result, self.status, self.lo = self._sample(), Status.CONVERGED, len(self._recurrence)
-                self._kept = self._all_states() if self._plan.keep else None
+                self._kept = [*self._all_states()[:-1], self._result] if self._plan.keep else None
         elif self._opening or settled or self._change <= self._early * left:
             self._lost = self._measured and not self._worth_refining()
             if not self._lost:

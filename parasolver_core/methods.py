@@ -9,7 +9,7 @@ Preconditioning steps are ``warmup_steps`` plus one, since the first call of ``"
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from parasolver_core.acceptance import Acceptance, RelativeMove, StepVariance
@@ -35,20 +35,36 @@ class Method:
         linearization: how the surrogate's slope is chosen.
         acceptance: how many nodes are final after a round.
         spread: whether to begin with nodes spread over the whole trajectory where that takes fewer evaluations than a
-            sliding window (:meth:`spreads`). Never with a tolerance of 0.
+            sliding window (:meth:`spreads`). Never with a tolerance of 0, nor with another acceptance or fill than the
+            default ones: both are a window's, and spread nodes would not ask them.
         fill: where nodes that enter a window begin. ``"held"``: with the predicted sample of the node before them, as
             corrected, held constant; ``"evaluated"``: as the network gave it; ``"copy"``: all at the state before them,
-            also in the first round, which is then a full window.
+            also in the first round, which is then a full window. A warm start takes its place.
+        summary: what the method is, for those who choose one.
     """
 
     linearization: Linearization = field(default_factory=Secant)
     acceptance: Acceptance = field(default_factory=RelativeMove)
     spread: bool = True
     fill: Literal["held", "evaluated", "copy"] = "held"
+    summary: str = field(default="", kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, kind in (("linearization", Linearization), ("acceptance", Acceptance)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name}: expected an object of {kind.__name__}, got {getattr(self, name)!r}")
+        if not isinstance(self.spread, bool):
+            raise TypeError(f"spread: expected True or False, got {self.spread!r}")
         if self.fill not in ("held", "evaluated", "copy"):
             raise ValueError(f'fill: expected "held", "evaluated" or "copy", got {self.fill!r}')
+
+    def check_choices(self, *, start: bool, warmup_steps: int) -> None:
+        """Refuse what a run was asked for and this method cannot honour: unless overridden, nothing.
+
+        Args:
+            start: whether there is a warm start.
+            warmup_steps: of the run.
+        """
 
     def spreads(self, recurrence: Recurrence, window: int, tolerance: float) -> bool:
         """Whether to spread nodes: few of the steps must be enough for the tolerance.
@@ -59,14 +75,25 @@ class Method:
         about every other attempt finds that more nodes are needed and slides after all, some rounds later, so the gain
         must be worth the risk.
         """
+        if not self.spread or self.fill != "held" or not _is_default(self.acceptance):
+            return False
         few = window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS * recurrence.stages
-        if few or tolerance <= 0 or not self.spread:
+        if few or tolerance <= 0:
             return False
         if recurrence.stochastic:
             share, lost = _SHARE_NOISY, _LOST_ROUNDS * window
         else:
             share, lost = _SHARE, _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
         return share * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+
+
+def _is_default(acceptance: Acceptance) -> bool:
+    return type(acceptance) is RelativeMove and acceptance == RelativeMove()
+
+
+def sliding(method: Method) -> Method:
+    """The same method without spread nodes."""
+    return replace(method, spread=False) if method.spread else method
 
 
 def needed_nodes(recurrence: Recurrence, tolerance: float) -> float:
@@ -109,8 +136,10 @@ class Anderson(Method):
     Reference: Tang et al., "Accelerating Parallel Sampling of Diffusion Models", ICML 2024, algorithm 1.
     """
 
+    linearization: Linearization = field(default_factory=Secant, init=False, repr=False)  # of no use to it,
+    spread: bool = field(default=False, init=False, repr=False)  # like these two
+    fill: Literal["held", "evaluated", "copy"] = field(default="copy", init=False, repr=False)
     acceptance: Acceptance = field(default_factory=StepVariance)
-    spread: bool = False
     order: int | None = 8
     memory: int = 2
     ridge: float = 1e-3
@@ -120,21 +149,66 @@ class Anderson(Method):
         super().__post_init__()
         check_count("order", self.order, optional=True)
         check_count("memory", self.memory, minimum=0)
+        for name in ("ridge", "floor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+        if type(self.acceptance) is not StepVariance:
+            raise TypeError(
+                f"acceptance: this method has a stop rule of its own, with the bounds of a StepVariance, got "
+                f"{self.acceptance!r}"
+            )
+
+    def check_choices(self, *, start: bool, warmup_steps: int) -> None:
+        if start:
+            raise ValueError("start: method='parataa' begins with copies of x_T; use method='secant' for a warm start")
+        if warmup_steps:
+            raise ValueError(
+                f"warmup_steps: method='parataa' opens its window at once, got {warmup_steps}; leave it out, or use "
+                "another method"
+            )
 
 
 METHODS: dict[str, Method] = {
-    "secant": Method(),
-    "identity": Method(linearization=Identity(), spread=False),
-    "paradigms": Method(linearization=Identity(), acceptance=StepVariance(end=0.0), spread=False, fill="copy"),
-    "parataa": Anderson(),
-    "parasolver": Method(linearization=Identity(), acceptance=StepVariance(), spread=False, fill="evaluated"),
+    "secant": Method(
+        summary="The default: at each node the scalar slope that best explains how the output last changed with its "
+        "input. A sliding window, or nodes spread over the whole trajectory where fewer evaluations do."
+    ),
+    "identity": Method(
+        linearization=Identity(),
+        spread=False,
+        summary="Picard iteration, each step's Jacobian taken to be the identity; the sliding window of the default.",
+    ),
+    "paradigms": Method(
+        linearization=Identity(),
+        acceptance=StepVariance(end=0.0),
+        spread=False,
+        fill="copy",
+        summary="ParaDiGMS (Shih et al., 2023): Picard iteration; new nodes are copies of the last state; accepts by "
+        "the noise variance of a step, which is what tolerance then means.",
+    ),
+    "parataa": Anderson(
+        summary="ParaTAA (Tang et al., 2024): a fixed-point equation over several steps with triangular Anderson "
+        "acceleration, no slopes; accepts by residuals against the noise of a step."
+    ),
+    "parasolver": Method(
+        linearization=Identity(),
+        acceptance=StepVariance(),
+        spread=False,
+        fill="evaluated",
+        summary="ParaSolver as published (Lu et al., 2025): Picard iteration; new nodes hold the predicted sample of "
+        "the last evaluation; accepts by the noise variance of a step.",
+    ),
 }
+SEQUENTIAL = "The plain loop, one step after another, whatever the window: what the others are measured against."
 
 
 def get_method(method: str | Method) -> Method:
     """The preset of that name, or the method itself."""
     if isinstance(method, Method):
         return method
+    if isinstance(method, str) and method == "sequential":
+        raise ValueError("method: 'sequential' is no parallel method; use SequentialSolver, or solve_sequential")
     if not isinstance(method, str) or method not in METHODS:
         names = ", ".join(repr(name) for name in [*METHODS, "sequential"])
         raise ValueError(f"method: expected one of {names}, or a Method, got {method!r}")

@@ -121,6 +121,7 @@ def predict(
     batch: int = 1,
     devices: int = 1,
     max_rows: int | None = None,
+    warmup_steps: int = 0,
 ) -> Prediction:
     """The cost of one window, with the row count a call that is best for it.
 
@@ -130,8 +131,11 @@ def predict(
         batch: samples.
         devices: how many share the rows of a round.
         max_rows: the most rows in one call; None: the most that was measured.
+        warmup_steps: rounds of one node before the window opens.
     """
     nodes = predicted_rows(recurrence, method, window, tolerance)
+    if window > 1:
+        nodes = ([1] * warmup_steps + nodes)[: len(recurrence)]
     rows = [batch * one for one in nodes]
     limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
     sizes = [size for size in costs.network.rows if size <= limit] or [limit]
@@ -162,29 +166,42 @@ def choose(
     batch: int = 1,
     devices: int = 1,
     max_rows: int | None = None,
+    warmup_steps: int = 0,
+    max_rounds: int | None = None,
 ) -> Choice:
-    """The best choice and, to compare, the best of the others: sequential sampling or a window. Arguments as above."""
+    """The best choice and, to compare, the best of the others: sequential sampling or a window. Arguments as above.
+
+    Of those that are expected to end within ``max_rounds``; if none is, the one of the fewest rounds.
+    """
+    limits: dict[str, int | None] = {"batch": batch, "devices": devices, "max_rows": max_rows}
 
     def cost(window: int) -> Prediction:
-        return predict(recurrence, method, window, tolerance, costs, batch=batch, devices=devices, max_rows=max_rows)
+        return predict(recurrence, method, window, tolerance, costs, warmup_steps=warmup_steps, **limits)  # type: ignore[arg-type]
+
+    def fits(one: Prediction) -> bool:
+        return max_rounds is None or one.rounds <= max_rounds
 
     sequential = cost(1)
     windows = [cost(window) for window in candidates(len(recurrence))]
+    if windows and not any(map(fits, windows)) and not fits(sequential):
+        return min(windows, key=lambda one: (one.rounds, one.seconds)), sequential
+    windows = [one for one in windows if fits(one)]
     least = min((one.seconds for one in windows), default=math.inf)
     parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
-    if not parallel.seconds < _GAIN * sequential.seconds:
+    if fits(sequential) and not parallel.seconds < _GAIN * sequential.seconds:
         return sequential, parallel
     return parallel, sequential
 
 
-def explain(chosen: Prediction, other: Prediction) -> str:
+def explain(chosen: Prediction, other: Prediction, max_rounds: int | None = None) -> str:
     """One sentence on a choice."""
 
     def told(one: Prediction) -> str:
         name = "sequentially" if one.window == 1 else f"with a window of {one.window}"
         return f"{name}, {one.rounds:.0f} rounds in {seconds(one.seconds)}"
 
-    return f"Of the windows, the fastest was predicted to be: {told(chosen)} (else {told(other)})."
+    within = "" if max_rounds is None else f" within max_rounds={max_rounds}"
+    return f"Of the windows{within}, the fastest was predicted to be: {told(chosen)} (else {told(other)})."
 
 
 def seconds(value: float) -> str:

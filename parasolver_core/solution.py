@@ -110,13 +110,17 @@ class Stats:
     seconds: float = 0.0
     history: list[RoundRecord] = field(default_factory=list, repr=False)
 
-    def add(self, record: RoundRecord) -> None:
-        """Count one more round."""
-        self.rounds += 1
-        self.evaluations += record.evaluations
-        self.seconds_denoiser += record.seconds_denoiser
-        self.seconds += record.seconds
-        self.history.append(record)
+    def after(self, record: RoundRecord, calls: int, max_rows: int | None) -> Stats:
+        """With one more round; new ones, so that what an interrupt leaves is never half of both."""
+        return Stats(
+            rounds=self.rounds + 1,
+            evaluations=self.evaluations + record.evaluations,
+            calls=calls,
+            max_rows=max_rows,
+            seconds_denoiser=self.seconds_denoiser + record.seconds_denoiser,
+            seconds=self.seconds + record.seconds,
+            history=[*self.history, record],
+        )
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, finite_rows, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
@@ -23,12 +24,14 @@ from parasolver_core.errors import (
     NondeterministicDenoiserError,
     NonFiniteError,
     SolverError,
+    attach,
+    has_solution,
 )
-from parasolver_core.methods import Method, get_method
+from parasolver_core.methods import Method, get_method, sliding
 from parasolver_core.noise import NoiseFn, Seed
-from parasolver_core.planning import Choice, Costs, choose, explain, measured_costs, remembered
-from parasolver_core.progress import meter
-from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
+from parasolver_core.planning import Choice, Costs, Prediction, choose, explain, measured_costs, remembered
+from parasolver_core.progress import Meter
+from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
 from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_counts, check_start, check_timesteps, check_tolerance
@@ -78,20 +81,20 @@ class Solver(ABC):
         """One round.
 
         Raises:
-            RuntimeError: the run has ended (:meth:`done`).
+            RuntimeError: the run has ended (:meth:`done`), or its last round was interrupted half-way.
         """
         if self.done(state):
             raise RuntimeError("state: the run has ended; step while not solver.done(state), then solver.result(state)")
+        if state.torn:
+            raise RuntimeError(
+                "state: its last round was interrupted half-way; solver.result(state) has what was final before it"
+            )
         started, before = time.perf_counter(), state.evaluator.seconds
         if state.stats.rounds == 0:
             state.evaluator.begin(lambda: self._choices() | state.plan())
         with no_grad(state.xp):
             evaluations, records = self._round(state)
-        state.stats.calls, state.stats.max_rows = state.evaluator.calls, state.evaluator.max_rows
-        for sample, status in enumerate(state.statuses):
-            if status in _NONFINITE:
-                state.failed_rounds.setdefault(sample, state.stats.rounds + 1)
-        state.stats.add(
+        state.commit(
             RoundRecord(
                 round=state.stats.rounds + 1,
                 evaluations=evaluations,
@@ -173,6 +176,15 @@ class Solver(ABC):
         except Exception:
             return self._result(state, lambda: state.states)
 
+    def _left(
+        self, state: SolverState | None, error: BaseException, x_T: Array, timesteps: ArrayLike, save: Save
+    ) -> Solution:
+        """The solution of a run that an exception has ended, maybe before it had begun."""
+        if state is None:
+            return _untouched(x_T, timesteps, save, error)
+        state.halt(_status_after(error))
+        return self._partial(state)
+
     def solve(
         self,
         denoiser: DenoiserFn,
@@ -190,22 +202,25 @@ class Solver(ABC):
         """Run to the end; arguments as in the function :func:`solve`."""
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function callback(state), got {type(callback).__name__}")
-        state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
+        state: SolverState | None = None
+        solution: Solution | None = None
         try:
-            with meter(progress, len(state.recurrence) * state.batch) as show:
+            state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
+            with Meter(progress, len(state.recurrence) * state.batch) as show:
                 while not self.done(state):
                     self.step(state)
                     show(sum(state.steps), state.stats.rounds)
                     if callback is not None and not _call_back(callback, state):
                         state.halt(Status.STOPPED)
+            solution = self.result(state)
+            if throw:
+                _raise_for(solution)
+            return solution
         except BaseException as error:
-            state.halt(Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED)
-            error.solution = self._partial(state)  # type: ignore[attr-defined]
+            if solution is None or not has_solution(error):
+                ended, begun, reason = solution, state, error
+                attach(error, lambda: ended or self._left(begun, reason, x_T, timesteps, save))
             raise
-        solution = self.result(state)
-        if throw:
-            _raise_for(solution)
-        return solution
 
 
 @dataclass(frozen=True)
@@ -214,12 +229,14 @@ class SequentialSolver(Solver):
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> SequentialState:
         options = {"seed": None, "noise": None, "save": "sample"} | options
-        options.pop("start", None)  # the sequential sampler has no use for it
+        if options.pop("start", None) is not None:
+            raise ValueError("start: the plain loop has no use for a warm start; leave it out")
         return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
         xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
         m = state.evaluator(state.xs[0], np.full(len(alive), i), np.asarray(alive))
+        state.torn = True
         memory = recurrence.memory
         state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
         z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
@@ -279,6 +296,12 @@ class ParallelIntegralSolver(Solver):
         check_tolerance(self.tolerance)
         get_method(self.method)
 
+    def method_of(self, start: Array | None) -> Method:
+        """The method of a run: a warm start, and steps to warm up with, belong to a window that slides."""
+        method = get_method(self.method)
+        method.check_choices(start=start is not None, warmup_steps=self.warmup_steps)
+        return sliding(method) if start is not None or self.warmup_steps else method
+
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> ParallelState:
         options = {"seed": None, "noise": None, "save": "sample", "start": None} | options
         return ParallelState(
@@ -286,7 +309,7 @@ class ParallelIntegralSolver(Solver):
             x_T,
             timesteps,
             self.step_rule,
-            method=get_method(self.method),
+            method=self.method_of(options["start"]),
             width=self.window,
             warmup_steps=self.warmup_steps,
             tolerance=self.tolerance,
@@ -297,7 +320,7 @@ class ParallelIntegralSolver(Solver):
     def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
         running = state.running
         outputs, evaluations, repeated = self._evaluate(state, running)
-        records = []
+        records, state.torn = [], True
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
             packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
             fetched = fetch(state.xp, packed + repeated)
@@ -387,12 +410,14 @@ def solve(
         step_rule: the sampler, for example ``DDIM(schedule)``.
         window: nodes evaluated in one round, of each sample: the parallel degree. 1 is sequential sampling. "auto": the
             one with the least predicted time, from a few timed calls of the network, which are remembered for later
-            runs of the same network, shape and device. Sequential where that is fastest; ``solution.message`` says so.
+            runs of the same network, shape and device; predicted for the default method without a warm start, and
+            within ``max_rounds``. Sequential where that is fastest; ``solution.message`` says so.
 
     Other arguments:
         tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
             see the theory page. 0 evaluates every node at its final input.
-        method: "secant", "identity" (Picard), "sequential", or a :class:`~parasolver_core.methods.Method`.
+        method: "secant"; "identity" (Picard); "paradigms", "parasolver" and "parataa", the published methods with their
+            own stop rules; "sequential", whatever the window; or a :class:`~parasolver_core.methods.Method`.
         costs: with ``window="auto"``, seconds of one network call by its rows, such as ``{1: 0.05, 8: 0.06, 64: 0.3}``,
             instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
@@ -403,13 +428,16 @@ def solve(
         max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
             the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.
         buckets: the only row counts to call the network with, for example (1, 4, 16), so that compiled code is compiled
-            no more often: smaller calls are filled up with copies of a row, whose predictions are dropped.
+            no more often: smaller calls are filled up with copies of a row, whose predictions are dropped. Where all
+            are above ``max_rows``, that is the only one.
         state_device: where the solver keeps its states, if not on the device of ``x_T``, for example "cpu": only the
             rows of a call are then on the network's device. For states so large that a window of them does not fit.
-        warmup_steps: further sequential network calls after the first, before the window opens.
+        warmup_steps: further sequential network calls after the first, before the window opens; no nodes are
+            spread then.
         check: spend one evaluation on finding a denoiser that is not deterministic.
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
-            one with the same noise and another condition. It changes the cost and not the result.
+            one with the same noise and another condition. It changes the cost and not the result. Nodes begin there,
+            and are not spread.
         save: "sample", or "trajectory" to keep all states.
         callback: ``callback(state)`` after each round; ``state.stats.history[-1]`` is the round's record and
             ``state.estimate()`` a preview. Raise ``StopIteration`` to end the run; the solution is then returned.
@@ -428,106 +456,108 @@ def solve(
 
     Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
     """
-    sequential = isinstance(method, str) and method == "sequential"
-    limits: dict[str, Any] = {
-        "max_rounds": max_rounds,
-        "max_rows": max_rows,
-        "buckets": buckets,
-        "state_device": state_device,
-    }
-    told = ""
-    if isinstance(window, str):
-        window, told = _chosen(
-            window,
-            denoiser,
-            x_T,
-            timesteps,
-            step_rule,
-            tolerance,
-            method,
-            costs,
-            limits,
-            {"seed": seed, "noise": noise},
-        )
-        sequential |= window == 1
-    elif costs is not None:
-        raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
-    solver: Solver = ParallelIntegralSolver(
-        step_rule,
-        window,
-        tolerance=tolerance,
-        method="secant" if sequential else method,
-        warmup_steps=warmup_steps,
-        check=check,
-        **limits,
-    )
-    if sequential:
-        solver = SequentialSolver(step_rule, **limits)
-    solution = solver.solve(
-        denoiser,
-        x_T,
-        timesteps,
-        seed=seed,
-        noise=noise,
-        start=start,
-        save=save,
-        callback=callback,
-        progress=progress,
-        throw=throw,
-    )
-    return replace(solution, message=f"{solution.message} {told}") if told else solution
+    solution: Solution | None = None
+    try:
+        limits = {"max_rounds": max_rounds, "max_rows": max_rows, "buckets": buckets, "state_device": state_device}
+        choices = {"tolerance": tolerance, "method": method, "warmup_steps": warmup_steps, "check": check}
+        run: dict[str, Any] = {"seed": seed, "noise": noise, "save": save, "start": start}
+        problem = (denoiser, x_T, timesteps, step_rule)
+        solver, run["start"], told = _solver(problem, window, costs, limits, choices, run)
+        solution = solver.solve(*problem[:3], **run, callback=callback, progress=progress, throw=throw)
+        return replace(solution, message=f"{solution.message} {told}") if told else solution
+    except BaseException as error:
+        if not has_solution(error):
+            reached, reason = solution, error
+            attach(error, lambda: reached or _untouched(x_T, timesteps, save, reason))
+        raise
 
 
 def solve_sequential(
     denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule, **options: Any
 ) -> Solution:
-    """The same sample by the plain loop, one network call a step; arguments and result as in :func:`solve`."""
+    """The same sample by the plain loop, one network call a step; arguments and result as in :func:`solve`.
+
+    There is no window, and nothing to choose, begin or warm up: ``window``, ``costs``, ``start`` and ``warmup_steps``
+    are refused. ``tolerance`` and ``check`` are kept by whatever a plain loop does.
+    """
+    for name in {"window", "costs", "method"} & options.keys():
+        raise TypeError(f"{name}: solve_sequential takes one step after another and has no use for it; leave it out")
     return solve(denoiser, x_T, timesteps, step_rule, method="sequential", **options)
 
 
-def _chosen(
-    window: str,
-    denoiser: DenoiserFn,
-    x_T: Array,
-    timesteps: ArrayLike,
-    step_rule: StepRule,
-    tolerance: float,
-    method: str | Method,
+Problem = tuple[DenoiserFn, Array, ArrayLike, StepRule]
+
+
+def _solver(
+    problem: Problem,
+    window: int | str,
     costs: CostTable | Mapping[int, float] | None,
     limits: dict[str, Any],
-    noise: dict[str, Any],
-) -> tuple[int, str]:
-    """The window with the least predicted time, and what to say of it; sets ``max_rows`` in the limits."""
-    if window != "auto":
+    choices: dict[str, Any],
+    run: dict[str, Any],
+) -> tuple[Solver, Array | None, str]:
+    """The solver that :func:`solve` was asked for, the warm start if it has a use for it, and what to say of it."""
+    told, step_rule, start, method = "", problem[3], run["start"], choices["method"]
+    sequential = isinstance(method, str) and method == "sequential"
+    if costs is not None and not isinstance(window, str):
+        raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
+    parallel = ParallelIntegralSolver(
+        step_rule,
+        2 if isinstance(window, str) else window,
+        **choices | {"method": "secant" if sequential else method},
+        **limits,
+    )
+    if isinstance(window, str) and window != "auto":
         raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
-    if isinstance(method, str) and method == "sequential":
-        return 1, ""
-    method, given = get_method(method), None if costs is None else CostTable.of(costs)
-    check_tolerance(tolerance)
-    steps, solver = len(check_timesteps(timesteps)), SequentialSolver(step_rule, **limits)
+    if sequential and (start is not None or parallel.warmup_steps):
+        name = "warmup_steps" if start is None else "start"
+        raise ValueError(
+            f'{name}: the plain loop of method="sequential" has no use for it; leave it out, or choose another method'
+        )
+    if isinstance(window, str) and not sequential:
+        chosen, told = _chosen(problem, parallel, costs, run)
+        limits["max_rows"] = chosen.max_rows
+        parallel = replace(parallel, window=chosen.window, max_rows=chosen.max_rows)
+        sequential, start = chosen.window == 1, None if chosen.window == 1 else start
+    return SequentialSolver(step_rule, **limits) if sequential else parallel, start, told
+
+
+def _chosen(
+    problem: Problem,
+    parallel: ParallelIntegralSolver,
+    costs: CostTable | Mapping[int, float] | None,
+    run: dict[str, Any],
+) -> tuple[Prediction, str]:
+    """The window with the least predicted time, and what to say of it."""
+    denoiser, x_T, timesteps, step_rule = problem
+    given, tolerance = None if costs is None else CostTable.of(costs), parallel.tolerance
+    method = parallel.method_of(run["start"])
+    steps = len(check_timesteps(timesteps))
+    solver = SequentialSolver(step_rule, max_rounds=parallel.max_rounds, **parallel._evaluation)
     if not is_array(x_T):
         check_start(x_T)
+    rounds = {"warmup_steps": parallel.warmup_steps, "max_rounds": parallel.max_rounds}
 
     def choose_now() -> Choice:
-        probe = solver.init(denoiser, x_T, timesteps, **noise)
+        probe = solver.init(denoiser, x_T, timesteps, seed=run["seed"], noise=run["noise"])
         chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
         try:
             probe.evaluator.begin(lambda: chosen | solver._choices() | probe.plan())
             with no_grad(probe.xp):
                 costs = Costs(given) if given else _measured(solver, probe, key, method, tolerance)
         except BaseException as error:
-            probe.halt(Status.FAILED)
-            error.solution = solver._partial(probe)  # type: ignore[attr-defined]
+            reason = error
+            attach(error, lambda: solver._left(probe, reason, x_T, timesteps, "sample"))
             raise
-        return choose(probe.recurrence, method, tolerance, costs, batch=probe.batch, max_rows=solver.max_rows)
+        limit = solver.max_rows
+        return choose(probe.recurrence, method, tolerance, costs, batch=probe.batch, max_rows=limit, **rounds)
 
     key = _cost_key(denoiser, x_T, solver, method)
     if isinstance(denoiser, SharedDenoiser):  # its processes need not remember the same
         best, other = choose_now()
     else:
-        best, other = remembered((key, steps, step_rule, tolerance, method, given), choose_now)
-    limits["max_rows"] = best.max_rows
-    return best.window, explain(best, other)
+        best, other = remembered((key, steps, step_rule, tolerance, method, given, *rounds.values()), choose_now)
+    return best, explain(best, other, parallel.max_rounds)
 
 
 def measure_run(denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, step_rule: StepRule) -> Costs:
@@ -577,6 +607,30 @@ def _call_back(callback: Callback, state: SolverState) -> bool:
     return True
 
 
+def _status_after(error: BaseException) -> Status:
+    return Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
+
+
+def _untouched(x_T: Array, timesteps: ArrayLike, save: Save, error: BaseException) -> Solution:
+    """What an exception left that came before a run had begun: ``x_T``."""
+    xp, status = array_api_compat.array_namespace(x_T), _status_after(error)
+    x, batch, trajectory = xp.asarray(detach(x_T), copy=True), int(x_T.shape[0]), None
+    if save == "trajectory":
+        trajectory = xp.stack([x, *[xp.full_like(x, float("nan"))] * len(check_timesteps(timesteps))])
+    ended = "Interrupted" if status is Status.INTERRUPTED else "An error ended the run"
+    return Solution(
+        sample=x,
+        status=status,
+        message=f"{ended} before the first round; no step is final.",
+        statuses=(status,) * batch,
+        steps=(0,) * batch,
+        error_estimate=np.zeros(batch),
+        stats=Stats(),
+        trajectory=trajectory,
+        states=x,
+    )
+
+
 def _within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
     inside = xp.abs(rows) < float(xp.finfo(rows.dtype).max)
     return to_host(xp.all(xp.reshape(inside, (rows.shape[0], -1)), axis=1))
@@ -585,10 +639,10 @@ def _within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
 def _message(status: Status, state: SolverState) -> str:
     steps, rounds, total = min(state.steps), state.stats.rounds, len(state.recurrence)
     if status in _NONFINITE:
-        if not state.failed_rounds:
+        if not state.failures:
             return f"The sample overflows in {state.x_T.dtype}. Start from an x_T of a wider dtype."
-        sample, node = state.failure()
-        rounds = state.failed_rounds[sample]
+        sample = min(state.failures)
+        node, rounds = state.failures[sample]
         where = f"sample {sample} at step {node} (timestep {state.recurrence.timesteps[node]}) in round {rounds}"
         if status is Status.NONFINITE_MODEL:
             return (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import array_api_compat
@@ -18,7 +20,7 @@ from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Anderson, Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
-from parasolver_core.solution import Stats, Status
+from parasolver_core.solution import RoundRecord, Stats, Status
 from parasolver_core.step_rules import StepRule, table
 from parasolver_core.validation import check_plain, check_start
 from parasolver_core.window import Forecast, Near, Plan, SampleWindow
@@ -28,8 +30,37 @@ Save = Literal["sample", "trajectory"]
 SampleRun = SampleWindow | SpreadNodes | AndersonWindow  # one sample's part of a run
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a run is. Made anew after each round and put in place at once, so that all of it is of one round.
+
+    Nothing of it refers to the state: a cycle would keep the buffers alive after the run.
+
+    Args:
+        steps, statuses: how many steps of each sample are final, and how it stands.
+        states: gives the last final state of each sample, ``(batch, *event)``, in the working dtype.
+        kept: for each sample, gives all its final states, at least ``steps + 1`` of them, each of the event's size.
+        errors: (batch,), estimated relative errors.
+        failures: of the samples that are not finite, ``(node, round)``.
+        stats: what it cost.
+    """
+
+    steps: tuple[int, ...]
+    statuses: tuple[Status, ...]
+    states: Callable[[], Array]
+    kept: Sequence[Callable[[], Sequence[Array]]]
+    errors: NDArray[np.float64]
+    failures: Mapping[int, tuple[int, int]]
+    stats: Stats
+
+
 class SolverState(ABC):
-    """A run in progress, as :meth:`Solver.step` advances it and as callbacks see it."""
+    """A run in progress, as :meth:`Solver.step` advances it and as callbacks see it.
+
+    An interrupt may come anywhere. What a round is working on is then torn; what is told here is of the last whole one.
+    """
+
+    _reached: Reached
 
     def __init__(
         self,
@@ -56,9 +87,8 @@ class SolverState(ABC):
         self.recurrence: Recurrence = table(step_rule, timesteps)
         self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
         self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
-        self.stats = Stats()
         self.halted: Status | None = None
-        self.failed_rounds: dict[int, int] = {}
+        self.torn = False  # whether a round has begun to move states, and not ended
 
     @property
     def batch(self) -> int:
@@ -66,35 +96,65 @@ class SolverState(ABC):
         return int(self.x_T.shape[0])
 
     @property
-    @abstractmethod
-    def steps(self) -> tuple[int, ...]:
-        """How many steps of each sample are final."""
+    def stats(self) -> Stats:
+        """What the run has cost."""
+        return self._reached.stats
 
     @property
-    @abstractmethod
+    def steps(self) -> tuple[int, ...]:
+        """How many steps of each sample are final."""
+        return self._reached.steps
+
+    @property
     def statuses(self) -> tuple[Status, ...]:
         """How each sample stands."""
+        return self._reached.statuses
+
+    @property
+    def states(self) -> Array:
+        """The last final state of each sample, ``(batch, *event)``."""
+        return self._given_back(self._reached.states())
+
+    @property
+    def failures(self) -> Mapping[int, tuple[int, int]]:
+        """``(node, round)`` of the samples whose status is not finite."""
+        return self._reached.failures
+
+    def errors(self) -> NDArray[np.float64]:
+        """Estimated relative error of each sample, (batch,)."""
+        return self._reached.errors
 
     @abstractmethod
     def estimate(self) -> Array:
         """The best estimate of the sample so far, ``(batch, *event)``: a preview while the run goes on."""
 
-    @property
     @abstractmethod
-    def states(self) -> Array:
-        """The last final state of each sample, ``(batch, *event)``."""
+    def _survey(self, stats: Stats) -> Reached:
+        """How far the run is after a round, with its stats."""
 
-    @abstractmethod
-    def failure(self) -> tuple[int, int]:
-        """``(sample, node)`` of the first sample whose status is not finite."""
+    def commit(self, record: RoundRecord) -> None:
+        """A round is over: what it has reached takes the place of what there was."""
+        evaluator = self.evaluator
+        self._reached = self._survey(self.stats.after(record, evaluator.calls, evaluator.max_rows))
+        self.torn = False
 
-    @abstractmethod
     def trajectory(self) -> Array | None:
-        """All final states if they were to be saved, ``(N + 1, batch, *event)``."""
+        """All final states if they were to be saved, ``(N + 1, batch, *event)``; NaN where one is not final."""
+        if self.save != "trajectory":
+            return None
+        reached, xp, event = self._reached, self.xp, self.x_T.shape[1:]
+        kept = [states()[: steps + 1] for steps, states in zip(reached.steps, reached.kept, strict=True)]
+        missing = xp.full_like(xp.reshape(kept[0][0], event), float("nan"))
+        rows = [
+            xp.stack([xp.reshape(states[i], event) if i < len(states) else missing for states in kept])
+            for i in range(len(self.recurrence) + 1)
+        ]
+        return narrow(xp, xp.stack(rows), self.x_T.dtype)
 
-    @abstractmethod
-    def errors(self) -> NDArray[np.float64]:
-        """Estimated relative error of each sample, (batch,)."""
+    def _failures(self, nodes: Mapping[int, int], stats: Stats) -> dict[int, tuple[int, int]]:
+        """Of the samples that failed at these nodes: the round in which each did."""
+        known = self._reached.failures if stats.rounds else {}
+        return {sample: known.get(sample, (node, stats.rounds)) for sample, node in nodes.items()}
 
     def halt(self, status: Status) -> None:
         """End the run for all samples that are not final."""
@@ -143,14 +203,14 @@ class ParallelState(SolverState):
             keep=self.save == "trajectory",
         )
         self._start = None if start is None else self._check_guess(start)
-        spread = start is None and method.spreads(self.recurrence, width, tolerance)
-        levels = Levels.of(self.recurrence) if spread else None
+        levels = Levels.of(self.recurrence) if method.spreads(self.recurrence, width, tolerance) else None
         with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
             self.windows: list[SampleRun] = [
                 self._sliding(sample) if levels is None else self._spread(levels, sample)
                 for sample in range(self.batch)
             ]
         self.first_prediction: Array | None = None
+        self._reached = self._survey(Stats())
 
     def slide_exhausted(self) -> None:
         """Give samples for which nodes are spread no longer a sliding window, which always ends."""
@@ -171,7 +231,7 @@ class ParallelState(SolverState):
     def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow | AndersonWindow:
         source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
         method, width = self._plan.method, self._plan.width
-        if isinstance(method, Anderson) and width > 1 and self._start is None:
+        if isinstance(method, Anderson) and width > 1:
 
             def like_states(step: int) -> Array:
                 return xp.reshape(source(step, sample), (-1,))
@@ -204,45 +264,32 @@ class ParallelState(SolverState):
     def running(self) -> list[SampleRun]:
         return [window for window in self.windows if window.running]
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return tuple(window.lo for window in self.windows)
-
-    @property
-    def statuses(self) -> tuple[Status, ...]:
-        return tuple(window.status for window in self.windows)
+    def _survey(self, stats: Stats) -> Reached:
+        steps = tuple(window.lo for window in self.windows)
+        before = self._reached.steps if stats.rounds else (-1,) * self.batch
+        self._finals = finals = [
+            # a copy: rounds to come write into the window's memory
+            self._finals[sample] if steps[sample] == before[sample] else self.xp.asarray(window.state, copy=True)
+            for sample, window in enumerate(self.windows)
+        ]
+        return Reached(
+            steps=steps,
+            statuses=tuple(window.status for window in self.windows),
+            states=partial(_stacked, self.xp, finals, self.x_T.shape),
+            kept=[partial(_kept, window, final) for window, final in zip(self.windows, finals, strict=True)],
+            errors=np.array([window.error for window in self.windows]),
+            failures=self._failures({w.index: w.failed_node for w in self.windows if w.failed_node >= 0}, stats),
+            stats=stats,
+        )
 
     def plan(self) -> dict[str, str]:
         start = "none" if self._start is None else _hash(to_host(self._start))
         return super().plan() | {"warm start": start}
 
     def estimate(self) -> Array:
-        return self._given_back(self._stack([window.estimate() for window in self.windows]))
-
-    @property
-    def states(self) -> Array:
-        return self._given_back(self._stack([window.state for window in self.windows]))
-
-    def failure(self) -> tuple[int, int]:
-        window = next(window for window in self.windows if window.failed_node >= 0)
-        return window.index, window.failed_node
-
-    def trajectory(self) -> Array | None:
-        if self.save != "trajectory":
-            return None
-        missing = self.xp.full_like(self.windows[0].state, float("nan"))
-        rows = [
-            self._stack([w.kept[i] if i < len(w.kept) else missing for w in self.windows])  # type: ignore[arg-type,index]
-            for i in range(len(self.recurrence) + 1)
-        ]
-        return self.xp.stack(rows)
-
-    def errors(self) -> NDArray[np.float64]:
-        return np.array([window.error for window in self.windows])
-
-    def _stack(self, rows: list[Array]) -> Array:
-        stacked = self.xp.reshape(self.xp.stack(rows), self.x_T.shape)
-        return narrow(self.xp, stacked, self.x_T.dtype)
+        if self.torn:
+            return self.states
+        return self._given_back(_stacked(self.xp, [window.estimate() for window in self.windows], self.x_T.shape))
 
 
 class SequentialState(SolverState):
@@ -254,7 +301,8 @@ class SequentialState(SolverState):
         self.alive = list(range(self.batch))
         self.xs, self.ms = [self.xp.astype(self.x_T, self.dtype, copy=True)], []  # rows of the samples alive
         self.ended: dict[int, tuple[Status, int, Array]] = {}  # sample: status, node, state
-        self.kept: list[Array] | None = [self._all(self.xs[0])] if self.save == "trajectory" else None
+        self.kept: list[Array] = [self.xs[0]]  # if they are to be saved; NaN where a sample has failed
+        self._reached = self._survey(Stats())
 
     def end(self, statuses: dict[int, Status], state: Array) -> None:
         """Let samples fail at this step, with their rows of ``state``."""
@@ -265,45 +313,29 @@ class SequentialState(SolverState):
         self.xs, self.ms = ([self.xp.take(rows, index, axis=0) for rows in part] for part in (self.xs, self.ms))
         self.alive = [sample for sample in self.alive if sample not in statuses]
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return tuple(self.ended[sample][1] if sample in self.ended else self.step for sample in range(self.batch))
-
-    @property
-    def statuses(self) -> tuple[Status, ...]:
-        done = Status.CONVERGED if self.step == len(self.recurrence) else Status.RUNNING
-        return tuple(self.ended[sample][0] if sample in self.ended else done for sample in range(self.batch))
-
     def estimate(self) -> Array:
         return self.states
 
-    @property
-    def states(self) -> Array:
-        failed = {sample: state for sample, (_, _, state) in self.ended.items()}
-        return self._given_back(self.xp.asarray(self._all(self.xs[0], failed), copy=True))
-
-    def failure(self) -> tuple[int, int]:
-        sample = min(self.ended)
-        return sample, self.ended[sample][1]
-
     def keep(self, x: Array) -> None:
         """Add a state to the trajectory; NaN for samples that have failed."""
-        if self.kept is not None:
-            missing = self.xp.full(
-                self.x_T.shape[1:], float("nan"), dtype=self.dtype, device=array_api_compat.device(x)
-            )
-            self.kept.append(self._all(x, dict.fromkeys(self.ended, missing)))
+        if self.save == "trajectory":
+            self.kept.append(self._all(x, dict.fromkeys(self.ended, self.xp.full_like(self.x_T[0, ...], float("nan")))))
 
-    def trajectory(self) -> Array | None:
-        if self.kept is None:
-            return None
-        missing = [self.xp.full_like(self.kept[0], float("nan"))] * (len(self.recurrence) + 1 - len(self.kept))
-        return narrow(self.xp, self.xp.stack([*self.kept, *missing]), self.x_T.dtype)
+    def _survey(self, stats: Stats) -> Reached:
+        step, x, kept, ended, samples = self.step, self.xs[0], self.kept, self.ended, range(self.batch)
+        done = Status.CONVERGED if step == len(self.recurrence) else Status.RUNNING
+        states = self._all(x, {sample: state for sample, (_, _, state) in ended.items()})
+        return Reached(
+            steps=tuple(ended[sample][1] if sample in ended else step for sample in samples),
+            statuses=tuple(ended[sample][0] if sample in ended else done for sample in samples),
+            states=partial(self.xp.asarray, states, copy=True),
+            kept=[partial(_rows, kept, sample) for sample in samples] if self.save == "trajectory" else (),
+            errors=np.zeros(self.batch),
+            failures=self._failures({sample: node for sample, (_, node, _) in ended.items()}, stats),
+            stats=stats,
+        )
 
-    def errors(self) -> NDArray[np.float64]:
-        return np.zeros(self.batch)
-
-    def _all(self, alive: Array, others: dict[int, Array] | None = None) -> Array:
+    def _all(self, alive: Array, others: dict[int, Array]) -> Array:
         """Rows of the samples alive, and the others' in their places, ``(batch, *event)``."""
         if not others:
             return alive
@@ -311,12 +343,28 @@ class SequentialState(SolverState):
         return self.xp.stack(rows)
 
 
+def _stacked(xp: Any, rows: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    """Rows of the samples, (size,), as ``(batch, *event)``."""
+    return xp.reshape(xp.stack(rows), shape)
+
+
+def _kept(window: SampleRun, first: Array) -> Sequence[Array]:
+    """All final states of a sample; where none are kept yet, the one that it began with."""
+    return window.kept or [first]
+
+
+def _rows(states: Sequence[Array], sample: int) -> Sequence[Array]:
+    """One sample of all states."""
+    return [state[sample, ...] for state in states]
+
+
 def _moved(x_T: Array, device: Any) -> Array:
     try:
         return array_api_compat.to_device(x_T, device)
     except Exception as error:
         raise ValueError(
-            f"state_device: expected a device of x_T's array library, such as 'cpu' for PyTorch, got {device!r}"
+            f"state_device: expected a device of x_T's array library that is there, such as 'cpu' for PyTorch, got "
+            f"{device!r} ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -208,6 +208,12 @@ def test_refused_when_made(error: type[Exception], name: str, make: Any) -> None
         make()
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_a_start_whose_product_is_another() -> None:
+    with pytest.raises(TypeError, match=r"^x_T: .*subclass matrix.*np\.asarray"):
+        solve(never, np.matrix(np.ones((2, 3))), GRID, RULE)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_a_nested_start() -> None:
     nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
