@@ -64,6 +64,13 @@ def increment(target: Array, index: Any, value: Array) -> Array:
     return target
 
 
+def take_rows(rows: Array, index: NDArray[np.int64]) -> Array:
+    """``rows[index]`` of the first axis: one operation, of which array-api-compat's ``take`` makes four for PyTorch."""
+    xp: Any = array_api_compat.array_namespace(rows)
+    where = xp.asarray(index, device=array_api_compat.device(rows))
+    return rows.index_select(0, where) if array_api_compat.is_torch_array(rows) else xp.take(rows, where, axis=0)
+
+
 def detach(array: Array) -> Array:
     """The same values without a history of gradients."""
     return array.detach() if array_api_compat.is_torch_array(array) else array

@@ -1,0 +1,99 @@
+"""The sampler in terms of the quantity that is held when a node is filled in, vectorised over samples; on the host.
+
+With ``h = p x + q m`` in the place of the network's output m (for diffusion the predicted clean sample),
+
+    x_{i+1} = sum_k a[i, k] x_{i-k} + sum_k b[i, k] h_{i-k} + c[i] z_i ,
+
+a new node's belief is a copy of the belief before it, and its state has no terms that cancel.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parasolver_core.recurrence import Recurrence, trim
+
+Float64 = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+_KEPT = 2**20  # entries of a table of continuations that is kept for all of a sampler's nodes
+
+
+class HeldForm:
+    """Host tables of one sampler for windows of many samples at once.
+
+    Args:
+        recurrence: the sampler; N steps.
+        width: the most nodes of a window.
+    """
+
+    def __init__(self, recurrence: Recurrence, width: int) -> None:
+        self.a, self.b = (trim(table) for table in recurrence.held_form())
+        self.c, self.held, self.noisy = recurrence.c, recurrence.held, recurrence.stochastic
+        self.steps, self._width = len(recurrence), width
+        self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
+        self.past, self.base = max(self.reads) - 1, sum(self.reads)
+
+    def propagation(self, lo: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
+        """``T`` with ``dX = T r`` and the sums of squares of its moves, (B, n, n) and (B, n).
+
+        Each row follows from those before it, and so do its products with the Gram matrix: no n^3 work. Rows of nodes
+        beyond a short window have no meaning, but no row reads a later one.
+
+        Args:
+            lo: (B,), each window's first node, whose own state does not change.
+            slope: (B, n), dh/dx at the nodes.
+            gram: (B, n, n), ``<r_i, r_j>``.
+        """
+        count, n = slope.shape
+        step = np.minimum(lo + np.arange(n)[:, None], self.steps - 1)  # (n, B)
+        both = np.zeros((n, count, 2 * n))  # T beside T gram
+        carry = np.zeros((self.past + 1, n, count, 1))  # d x_{t+1} / d x_{t-k}
+        carry[: self.reads[0], :, :, 0] = np.moveaxis(self.a[step], 2, 0)
+        for k in range(self.reads[1]):
+            t, b = np.arange(k, n - 1), self.b[step, k]
+            both[t + 1, :, t - k] += b[t]
+            both[k + 1 :, :, n:] += b[t, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)
+            carry[k, k:, :, 0] += b[k:] * slope.T[: n - k]
+        for t in range(1, n - 1):
+            for k in range(min(self.past + 1, t)):
+                both[t + 1] += carry[k, t] * both[t - k]
+        T, with_gram = both[:, :, :n], both[:, :, n:]
+        return T.swapaxes(0, 1), np.maximum(np.vecdot(T, with_gram), 0.0).T
+
+    def continuations(self, last: Indices, count: int) -> Float64:
+        """The states behind nodes ``last`` with h held from there: (B, count, base + noise).
+
+        Coefficients of the base rows ``x_last, x_{last-1}, ..``, ``h_last, h_{last-1}, ..`` and, where the sampler adds
+        noise, of ``z_last, z_{last+1}, ..``; entries of states beyond N have no meaning.
+        """
+        noise = count if self.noisy else 0
+        if self._all is not None and count <= self._width:
+            return self._all[last, :count, : self.base + noise]
+        return self._march(last, count)
+
+    @cached_property
+    def _all(self) -> Float64 | None:
+        """The continuations of all nodes, if they do not take much memory."""
+        entries = self.steps * self._width * (self.base + self._width * self.noisy)
+        return self._march(np.arange(self.steps), self._width) if entries <= _KEPT else None
+
+    def _march(self, last: Indices, count: int) -> Float64:
+        unit = np.eye(self.base + (count if self.noisy else 0))
+        xs = [np.tile(unit[k], (len(last), 1)) for k in range(self.reads[0])]
+        hs = [unit[self.reads[0] + k] for k in range(self.reads[1])]
+        states = np.zeros((len(last), count, len(unit)))
+        for ahead in range(count):
+            i = np.minimum(last + ahead, self.steps - 1)
+            x = states[:, ahead]
+            for k, row in enumerate(xs):
+                x += self.a[i, k, None] * row
+            for k, row in enumerate(hs):
+                x += self.b[i, k, None] * row
+            if self.noisy:
+                x[:, self.base + ahead] += self.c[i]
+            xs, hs = [x, *xs[:-1]], [hs[0], *hs[:-1]]
+        return states
