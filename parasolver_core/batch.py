@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView
 from parasolver_core.arrays import Array, finite_rows, host_view, take_rows
+from parasolver_core.fill import Entering, Fill
 from parasolver_core.held_form import Float64, HeldForm, Indices
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
@@ -52,42 +53,57 @@ class WindowBatch:
     window; shorter ones repeat their last row.
 
     Args:
-        plan: what all samples share; nodes are filled in with a held prediction.
+        plan: what all samples share.
+        form: the sampler.
+        fill: where nodes that enter begin.
         samples: their places in the batch.
         start: their ``x_T``, (B, size), in the working dtype.
         noise: ``noise(step, sample)``, (size,).
+        slope: (N,) or (B, N), slopes dm/dx to begin with; None: the linearization's.
     """
 
     def __init__(
-        self, plan: Plan, samples: Sequence[int], start: Array, noise: Callable[[int, int], Array]
+        self,
+        plan: Plan,
+        form: HeldForm,
+        fill: Fill,
+        samples: Sequence[int],
+        start: Array,
+        noise: Callable[[int, int], Array],
+        slope: Float64 | None = None,
     ) -> None:
         self._given_dtype, start = start.dtype, host_view(start)
-        self._plan, self._noise, self._xp = plan, noise, array_namespace(start)
-        self._form = form = HeldForm(plan.recurrence, plan.width)
-        (count, size), steps = start.shape, form.steps
+        self._plan, self._form, self._fill, self._noise, self._xp = plan, form, fill, noise, array_namespace(start)
+        count, self._size = start.shape
         self._like = {"dtype": start.dtype, "device": device(start)}
         finite = self._xp.finfo(start.dtype)
         self._eps, self._dtype = float(finite.eps), np.dtype(f"f{finite.bits // 8}")
         self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
-        self._size = size
-        self.samples: Indices = np.asarray(samples)
+        self.samples, self._places = np.asarray(samples), np.arange(count)
         self._lo, self._n = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64)
-        slope = plan.method.linearization.initial(plan.recurrence)
-        self._slope = np.tile(np.where(np.isfinite(slope), slope, plan.recurrence.slope), (count, 1))  # dm/dx
-        self._moved = np.zeros((count, steps))  # sum of squares of each node's last move; 0: unknown
+        slope = plan.method.linearization.initial(plan.recurrence) if slope is None else slope
+        slope = np.where(np.isfinite(slope), slope, plan.recurrence.slope)
+        self._slope = np.array(np.broadcast_to(slope, (count, form.steps)))  # dm/dx
+        self._moved = np.zeros((count, form.steps))  # sum of squares of each node's last move; 0: unknown
         self._error = np.zeros(count)
         self.ended: dict[int, tuple[Status, int, float, Array]] = {}  # sample: status, node, error, state
         self.kept: dict[int, list[Array]] | None = None
         if plan.keep:
             self.kept = {sample: [start[row, :]] for row, sample in enumerate(samples)}
-        rows = form.past + 1
-        S = self._xp.zeros((count, 2 * rows, size), **self._like)
-        self._S = self._xp.concat([S[:, : form.past, :], start[:, None, :], S[:, rows - 1 :, :]], axis=1)[:, : 2 * rows, :]
-        self._dX = self._S[:, :rows, :]
-        self._r = self._xp.zeros((count, 1, size), **self._like)
-        if plan.warmup_steps == 0:  # nodes whose states hardly depend on the sample, with a prediction of 0
-            zero = np.zeros((count, 1, 1))
-            self._write(Decision(zero, zero[:, 0], zero[:, 0], self._lo, self._n), min(plan.width, plan.recurrence.blind))
+        x, belief = start[:, None, :], fill.first(start, self._slope_held())[:, None, :]
+        past = [self._xp.zeros((count, form.past, self._size), **self._like)] if form.past else []
+        self._S = self._xp.concat([*past, x, *past, belief], axis=1)
+        self._dX = self._xp.zeros_like(self._S[:, : form.past + 1, :])
+        self._r = self._xp.zeros_like(x)
+        if plan.warmup_steps == 0:
+            self._open()
+
+    def _open(self) -> None:
+        """The first round's nodes after node 0, filled in with nothing evaluated yet."""
+        count, plan = len(self._n), self._plan
+        nothing = np.zeros((count, 1, 1))
+        decision = Decision(nothing, nothing[:, 0], nothing[:, 0], np.zeros(count, dtype=np.int64), self._n)
+        self._write(decision, plan.width if self._fill.opens else min(plan.width, plan.recurrence.blind))
 
     @property
     def nodes(self) -> Indices:
@@ -230,73 +246,91 @@ class WindowBatch:
     def _write(self, decision: Decision, width: int | Indices) -> None:
         """The next windows, of so many nodes.
 
-        ``S = S[source] + C [r; base; z]``: rows that are kept move from where they are, so that the product's rounding
-        is that of the move; new states move from the last row kept, whose belief they take.
+        ``S = S[source] + C [r; base; further rows; z]``: rows that are kept move from where they are, so that the
+        product's rounding is that of the move; new ones begin as copies of the last row kept.
         """
         xp, form, (count, rows, size) = self._xp, self._form, self._S.shape
         lo, last = self._lo + decision.accepted, self._lo + decision.sound - 1
         hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
-        base, kept_x, kept_h, new = self._sources(lo, last, hi)
-        C = self._table(decision, last, base, kept_x, kept_h - rows // 2, new)
-        every = np.arange(count)[:, None] * rows
-        flat = xp.reshape(self._S, (-1, size))
-        parts = [self._r, xp.reshape(take_rows(flat, (base + every).reshape(-1)), (count, form.base, size))]
-        if C.shape[2] > decision.T.shape[2] + form.base:
-            parts.append(self._draw(last, hi, C.shape[2] - decision.T.shape[2] - form.base))
-        sources = xp.concat(parts, axis=1)
-        kept = np.concatenate([kept_x, kept_h], axis=1)
-        del parts
-        self._r = self._dX = None
-        states = kept.shape[1] // 2
-        self._S = xp.reshape(take_rows(flat, (kept + every).reshape(-1)), (count, 2 * states, size))
+        node = np.minimum(lo[:, None] - form.past + np.arange(form.past + (hi - lo).max()), hi[:, None] - 1)
+        behind = np.maximum(node - last[:, None], 0)  # how far behind the last row kept; 0: kept
+        kept = form.past + np.minimum(node, last[:, None]) - self._lo[:, None]
+        entering = self._fill.entering(last, max(int(behind.max()), 1), self._slope_held())
+        C = self._table(decision, last, kept, behind, entering)
+        every, flat = np.arange(count)[:, None] * rows, xp.reshape(self._S, (-1, size))
+        self._keep_between(decision, flat)
+        base = take_rows(flat, (self._base_rows(last) + every).reshape(-1))
+        parts = [self._r, xp.reshape(base, (count, -1, size)), self._fill.rows(self._places, last, entering.x.shape[1])]
+        if entering.noise:
+            parts.append(self._draw(last, hi, entering.noise))
+        sources = xp.concat([part for part in parts if part is not None], axis=1)
+        self._r = self._dX = base = parts = None  # memory
+        source = np.concatenate([kept, kept + rows // 2], axis=1) + every
+        self._S = xp.reshape(take_rows(flat, source.reshape(-1)), (count, source.shape[1], size))
         del flat
         moves = xp.matmul(self._put(C), sources)  # everything that is computed
         self._S += moves
-        self._dX, self._lo, self._n = moves[:, :states, :], lo, hi - lo
+        self._dX, self._lo, self._n = moves[:, : kept.shape[1], :], lo, hi - lo
+        self._keep_first(decision.accepted)
 
-    def _sources(self, lo: Indices, last: Indices, hi: Indices) -> tuple[Indices, Indices, Indices, Indices]:
-        """Of the next windows ``lo .. hi - 1``, whose rows up to node ``last`` are there: rows of the present buffer.
+    def _base_rows(self, last: Indices) -> Indices:
+        """Rows of the buffer that new nodes are made of, (B, base)."""
+        half, (states, beliefs) = self._S.shape[1] // 2, self._form.reads
+        end = (self._form.past + last - self._lo)[:, None]
+        rows = [end - np.arange(states), end - np.arange(beliefs) + half]
+        return np.concatenate([*rows, end + half] if self._fill.uncorrected else rows, axis=1)
 
-        Returns:
-            Of the base (B, base); of each state and of each belief, the last one there where it is new (B, rows); and
-            how far behind node ``last`` each is, 0 where it is there.
-        """
-        past, half = self._form.past, self._S.shape[1] // 2
-        node = np.minimum(lo[:, None] - past + np.arange(past + (hi - lo).max()), hi[:, None] - 1)
-        kept = past + np.minimum(node, last[:, None]) - self._lo[:, None]
-        end = past + (last - self._lo)[:, None]
-        states, beliefs = (end - np.arange(reads) for reads in self._form.reads)
-        return np.concatenate([states, beliefs + half], 1), kept, kept + half, np.maximum(node - last[:, None], 0)
+    def _table(self, decision: Decision, last: Indices, kept: Indices, behind: Indices, entering: Entering) -> Float64:
+        """``C``, (B, 2 rows, n + columns of what is entering)."""
+        (count, n, _), past, half = decision.T.shape, self._form.past, self._S.shape[1] // 2
+        moves = np.zeros((count, 2 * half, n))  # of the present rows, in terms of r
+        moves[:, past:half], moves[:, half + past :] = decision.T, decision.T * decision.slope[..., None]
+        moves[:, np.arange(half + past, 2 * half), np.arange(n)] += 1.0
+        every, is_new, begins = np.arange(count)[:, None], (behind > 0)[..., None], np.maximum(behind, 1) - 1
+        base = self._base_rows(last)
+        moves_base = moves[every, base]
+        if self._fill.uncorrected:
+            moves_base[:, -1] = np.arange(n) == (last - self._lo)[:, None]
+        columns, first_belief = n + entering.x.shape[2], n + self._form.reads[0]
+        C = np.zeros((count, 2, behind.shape[1], columns))
+        for part, (answer, copied) in enumerate(((entering.x, n), (entering.h, first_belief))):
+            new = answer[every, begins]
+            C[:, part, :, n:] = np.where(is_new, new, 0.0)
+            C[:, part, :, copied] -= behind > 0  # a new row begins as a copy of the last
+            C[:, part, :, :n] = np.where(is_new, new[..., : base.shape[1]] @ moves_base, moves[every, kept + part * half])
+        return C.reshape(count, -1, columns)
 
-    def _table(
-        self, decision: Decision, last: Indices, base: Indices, kept_x: Indices, kept_h: Indices, new: Indices
-    ) -> Float64:
-        """``C``, (B, 2 rows, n + base + noise)."""
-        form, (count, n, _) = self._form, decision.T.shape
-        past, half, rows = form.past, self._S.shape[1] // 2, new.shape[1]
-        moves = np.zeros((2, count, half, n))  # of the present states and beliefs, in terms of r
-        moves[0, :, past:], moves[1, :, past:] = decision.T, decision.T * decision.slope[..., None]
-        moves[1, :, np.arange(past, half), np.arange(n)] += 1.0
-        every, is_new = np.arange(count)[:, None], (new > 0)[..., None]
-        ahead = max(int(new.max()), 1)
-        answer = form.continuations(last, ahead)[every, np.maximum(new, 1) - 1] * is_new
-        C = np.zeros((count, 2 * rows, n + answer.shape[2]))
-        C[:, :rows, n:] = answer
-        C[:, :rows, n] -= new > 0  # a new state begins as a copy of the last
-        reads = form.reads[0]
-        moves_base = np.concatenate([moves[0][every, base[:, :reads]], moves[1][every, base[:, reads:] - half]], axis=1)
-        C[:, :rows, :n] = np.where(is_new, answer[..., : form.base] @ moves_base, moves[0][every, kept_x])
-        C[:, rows:, :n] = moves[1][every, kept_h]
-        return C
+    def _slope_held(self) -> Float64:
+        """Slopes dh/dx of all nodes, (B, N)."""
+        return self._form.held[:, 0] + self._form.held[:, 1] * self._slope
 
     def _draw(self, last: Indices, hi: Indices, count: int) -> Array:
-        """z of the steps from ``last`` to the new windows' ends, zero beyond: (B, count, size)."""
-        nothing = self._xp.zeros(self._size, **self._like)
-        rows = []
+        """z of the steps from ``last`` to those before the new windows' last nodes, zero beyond: (B, count, size)."""
+        nothing, rows = self._xp.zeros(self._size, **self._like), []
         for sample, first, end in zip(self.samples.tolist(), last.tolist(), hi.tolist(), strict=True):
             steps = range(first, first + count)
-            rows += [self._noise(i, sample) if i < end - 1 and self._form.c[i] != 0 else nothing for i in steps]
+            rows += [self._noise(i, sample) if i < end and self._form.c[i] != 0 else nothing for i in steps]
         return self._xp.reshape(self._xp.stack(rows), (len(last), count, self._size))
+
+    def _keep_between(self, decision: Decision, flat: Array) -> None:
+        """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
+        most = int(decision.accepted.max()) - 1
+        if self.kept is None or most < 1:
+            return
+        behind = np.minimum(np.arange(1, most + 1), np.maximum(decision.accepted - 1, 0)[:, None])  # (B, most)
+        at = np.arange(len(behind))[:, None]
+        rows = take_rows(flat, (at * self._S.shape[1] + self._form.past + behind).reshape(-1))
+        states = self._xp.reshape(rows, (len(behind), most, -1))
+        states += self._xp.matmul(self._put(decision.T[at, behind]), self._r)
+        for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
+            self.kept[sample] += [states[row, j, :] for j in range(count - 1)]
+
+    def _keep_first(self, accepted: Indices) -> None:
+        """Add the states where windows now begin."""
+        if self.kept is not None:
+            first = self._xp.asarray(self._S[:, self._form.past, :], copy=True)
+            for row in np.flatnonzero(accepted).tolist():
+                self.kept[int(self.samples[row])].append(first[row, :])
 
     def _salvage(self, D: Array, sums: Float64) -> tuple[Float64, Indices, dict[int, tuple[Status, int, Array]]]:
         """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
@@ -341,7 +375,7 @@ class WindowBatch:
             self.ended[int(self.samples[row])] = status, node, float(self._error[row]), state
         stay = np.array([row for row in range(len(self._n)) if row not in failed], dtype=np.int64)
         self._S, self._dX = take_rows(self._S, stay), take_rows(self._dX, stay)
-        for name in ("samples", "_lo", "_n", "_slope", "_moved", "_error"):
+        for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_error"):
             setattr(self, name, getattr(self, name)[stay])
 
     def _put(self, table: Float64) -> Array:

@@ -19,21 +19,18 @@ from parasolver_core.recurrence import Recurrence, trim
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_KEPT = 2**20  # entries of a table of continuations that is kept for all of a sampler's nodes
-
 
 class HeldForm:
-    """Host tables of one sampler for windows of many samples at once.
+    """Host tables of one sampler, for windows of many samples at once.
 
     Args:
         recurrence: the sampler; N steps.
-        width: the most nodes of a window.
     """
 
-    def __init__(self, recurrence: Recurrence, width: int) -> None:
+    def __init__(self, recurrence: Recurrence) -> None:
         self.a, self.b = (trim(table) for table in recurrence.held_form())
         self.c, self.held, self.noisy = recurrence.c, recurrence.held, recurrence.stochastic
-        self.steps, self._width = len(recurrence), width
+        self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
 
@@ -64,36 +61,12 @@ class HeldForm:
         T, with_gram = both[:, :, :n], both[:, :, n:]
         return T.swapaxes(0, 1), np.maximum(np.vecdot(T, with_gram), 0.0).T
 
-    def continuations(self, last: Indices, count: int) -> Float64:
-        """The states behind nodes ``last`` with h held from there: (B, count, base + noise).
+    def after(self, i: Indices, xs: list[Float64], hs: list[Float64]) -> Float64:
+        """``x_{i+1}`` without its noise, one step for each of B samples.
 
-        Coefficients of the base rows ``x_last, x_{last-1}, ..``, ``h_last, h_{last-1}, ..`` and, where the sampler adds
-        noise, of ``z_last, z_{last+1}, ..``; entries of states beyond N have no meaning.
+        Args:
+            i: (B,).
+            xs, hs: ``x_i, x_{i-1}, ..`` and ``h_i, h_{i-1}, ..``, each (B, width) or (width,): coefficients of anything.
         """
-        noise = count if self.noisy else 0
-        if self._all is not None and count <= self._width:
-            return self._all[last, :count, : self.base + noise]
-        return self._march(last, count)
-
-    @cached_property
-    def _all(self) -> Float64 | None:
-        """The continuations of all nodes, if they do not take much memory."""
-        entries = self.steps * self._width * (self.base + self._width * self.noisy)
-        return self._march(np.arange(self.steps), self._width) if entries <= _KEPT else None
-
-    def _march(self, last: Indices, count: int) -> Float64:
-        unit = np.eye(self.base + (count if self.noisy else 0))
-        xs = [np.tile(unit[k], (len(last), 1)) for k in range(self.reads[0])]
-        hs = [unit[self.reads[0] + k] for k in range(self.reads[1])]
-        states = np.zeros((len(last), count, len(unit)))
-        for ahead in range(count):
-            i = np.minimum(last + ahead, self.steps - 1)
-            x = states[:, ahead]
-            for k, row in enumerate(xs):
-                x += self.a[i, k, None] * row
-            for k, row in enumerate(hs):
-                x += self.b[i, k, None] * row
-            if self.noisy:
-                x[:, self.base + ahead] += self.c[i]
-            xs, hs = [x, *xs[:-1]], [hs[0], *hs[:-1]]
-        return states
+        x = sum(self.a[i, k, None] * row for k, row in enumerate(xs[: self.reads[0]]))
+        return x + sum(self.b[i, k, None] * row for k, row in enumerate(hs[: self.reads[1]]))
