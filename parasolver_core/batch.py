@@ -95,15 +95,16 @@ class WindowBatch:
         self._S = self._xp.concat([*past, x, *past, belief], axis=1)
         self._dX = self._xp.zeros_like(self._S[:, : form.past + 1, :])
         self._r = self._xp.zeros_like(x)
-        if plan.warmup_steps == 0:
-            self._open()
+        opening = min(fill.opening(plan.recurrence), plan.width)
+        if plan.warmup_steps == 0 and opening > 1:
+            self._open(opening)
 
-    def _open(self) -> None:
+    def _open(self, width: int) -> None:
         """The first round's nodes after node 0, filled in with nothing evaluated yet."""
-        count, plan = len(self._n), self._plan
+        count = len(self._n)
         nothing = np.zeros((count, 1, 1))
         decision = Decision(nothing, nothing[:, 0], nothing[:, 0], np.zeros(count, dtype=np.int64), self._n)
-        self._write(decision, plan.width if self._fill.opens else min(plan.width, plan.recurrence.blind))
+        self._write(decision, width)
 
     @property
     def nodes(self) -> Indices:
@@ -307,9 +308,10 @@ class WindowBatch:
     def _draw(self, last: Indices, hi: Indices, count: int) -> Array:
         """z of the steps from ``last`` to those before the new windows' last nodes, zero beyond: (B, count, size)."""
         nothing, rows = self._xp.zeros(self._size, **self._like), []
+        c = np.append(self._form.c, np.zeros(count + 1))
         for sample, first, end in zip(self.samples.tolist(), last.tolist(), hi.tolist(), strict=True):
             steps = range(first, first + count)
-            rows += [self._noise(i, sample) if i < end and self._form.c[i] != 0 else nothing for i in steps]
+            rows += [self._noise(i, sample) if i < end and c[i] != 0 else nothing for i in steps]
         return self._xp.reshape(self._xp.stack(rows), (len(last), count, self._size))
 
     def _keep_between(self, decision: Decision, flat: Array) -> None:

@@ -17,6 +17,7 @@ from array_api_compat import array_namespace, device
 
 from parasolver_core.arrays import Array, take_rows
 from parasolver_core.held_form import Float64, HeldForm, Indices
+from parasolver_core.recurrence import Recurrence
 
 _KEPT = 2**20  # entries of a table of answers that is kept for all of a sampler's nodes
 
@@ -42,14 +43,16 @@ class Fill(ABC):
     """A way to fill in nodes.
 
     ``uncorrected``: whether it reads the last belief as the network gave it too, before the round's correction.
-    ``opens``: whether a run begins with a full window, and not with the nodes whose states hardly depend on the sample.
     """
 
     uncorrected = False
-    opens = True
 
     def __init__(self, form: HeldForm) -> None:
         self._form = form
+
+    def opening(self, recurrence: Recurrence) -> int:
+        """How many nodes the first round may hold."""
+        return len(recurrence)
 
     def first(self, x: Array, slope: Float64) -> Array:
         """The belief at node 0 before it is evaluated, (B, size), for the states x and slopes (B, N)."""
@@ -91,13 +94,15 @@ class Held(Fill):
         uncorrected: whether the prediction held is the network's own.
     """
 
-    opens = False
-
     def __init__(self, form: HeldForm, width: int, uncorrected: bool = False) -> None:
         super().__init__(form)
         self.uncorrected, self._held = uncorrected, form.base if uncorrected else form.reads[0]
         columns = form.base + uncorrected + (width if form.noisy else 0)
         self._all = self._behind(np.arange(form.steps), width) if form.steps * width * columns <= _KEPT else None
+
+    def opening(self, recurrence: Recurrence) -> int:
+        """The nodes whose states hardly depend on the sample; one where its prediction has to come from the network."""
+        return 1 if self.uncorrected else recurrence.blind
 
     def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
         if self._all is None or count > self._all.x.shape[1]:
