@@ -20,6 +20,8 @@ from parasolver_core.acceptance import RoundView
 from parasolver_core.arrays import Array, finite_rows, host_view, take_rows
 from parasolver_core.fill import Entering, Fill
 from parasolver_core.held_form import Float64, HeldForm, Indices
+from parasolver_core.recurrence import combine
+from parasolver_core.run import Outcome, Run
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
 
@@ -45,7 +47,7 @@ class Decision:
     sound: Indices
 
 
-class WindowBatch:
+class WindowBatch(Run):
     """The windows of the samples that still run.
 
     The buffer ``S`` is (B, 2 R, size): R rows of states, then R of held quantities. Row ``past + j`` belongs to node
@@ -86,10 +88,11 @@ class WindowBatch:
         self._slope = np.array(np.broadcast_to(slope, (count, form.steps)))  # dm/dx
         self._moved = np.zeros((count, form.steps))  # sum of squares of each node's last move; 0: unknown
         self._error = np.zeros(count)
-        self.ended: dict[int, tuple[Status, int, float, Array]] = {}  # sample: status, node, error, state
-        self.kept: dict[int, list[Array]] | None = None
+        self._begun = False  # whether the network has been asked
+        self.ended = {}
+        self._kept: dict[int, list[Array]] | None = None
         if plan.keep:
-            self.kept = {sample: [start[row, :]] for row, sample in enumerate(samples)}
+            self._kept = {sample: [start[row, :]] for row, sample in enumerate(samples)}
         x, belief = start[:, None, :], fill.first(start, self._slope_held())[:, None, :]
         past = [self._xp.zeros((count, form.past, self._size), **self._like)] if form.past else []
         self._S = self._xp.concat([*past, x, *past, belief], axis=1)
@@ -147,6 +150,7 @@ class WindowBatch:
         """Second half: update the slopes, move all states, accept what is final, slide and fill in."""
         n, past = self._longest, self._form.past
         sums = sums.reshape(len(self._n), -1)
+        self._begun = True
         usable, failed = self._n, {}
         if not np.all(np.isfinite(sums)):
             sums, usable, failed = self._salvage(D, sums)
@@ -170,23 +174,32 @@ class WindowBatch:
         self._leave(failed)
         return records
 
-    def state(self, sample: int) -> Array:
-        """The last final state, (size,)."""
-        if sample in self.ended:
-            return self._give(self.ended[sample][3])
-        return self._give(self._S[self._row(sample), self._form.past, :])
-
-    def status(self, sample: int) -> Status:
-        """How the sample stands."""
-        return self.ended[sample][0] if sample in self.ended else Status.RUNNING
-
-    def final(self, sample: int) -> int:
-        """How many steps are final."""
-        return self.ended[sample][1] if sample in self.ended else int(self._lo[self._row(sample)])
+    def steps(self, sample: int) -> int:
+        return int(self._lo[self._row(sample)])
 
     def error(self, sample: int) -> float:
-        """The estimated relative error."""
-        return self.ended[sample][2] if sample in self.ended else float(self._error[self._row(sample)])
+        return float(self._error[self._row(sample)])
+
+    def state(self, sample: int) -> Array:
+        return self._give(self._S[self._row(sample), self._form.past, :])
+
+    def kept(self, sample: int) -> list[Array] | None:
+        return None if self._kept is None else [self._give(state) for state in self._kept[sample]]
+
+    def estimate(self, sample: int) -> Array:
+        row, form, half = self._row(sample), self._form, self._S.shape[1] // 2
+        last = int(self._lo[row] + self._n[row]) - 1
+        if not self._begun:
+            return self.state(sample)
+        at = form.past + last - int(self._lo[row])
+        xs = [self._S[row, at - k, :] for k in range(form.reads[0])]
+        hs = [self._S[row, half + at - k, :] for k in range(form.reads[1])]
+        for i in range(last, form.steps):  # with the last prediction held
+            terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)] + [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
+            if form.c[i] != 0:
+                terms.append((float(form.c[i]), self._noise(i, sample)))
+            xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
+        return self._give(xs[0])
 
     def _row(self, sample: int) -> int:
         return int(np.flatnonzero(self.samples == sample)[0])
@@ -317,7 +330,7 @@ class WindowBatch:
     def _keep_between(self, decision: Decision, flat: Array) -> None:
         """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
         most = int(decision.accepted.max()) - 1
-        if self.kept is None or most < 1:
+        if self._kept is None or most < 1:
             return
         behind = np.minimum(np.arange(1, most + 1), np.maximum(decision.accepted - 1, 0)[:, None])  # (B, most)
         at = np.arange(len(behind))[:, None]
@@ -325,14 +338,14 @@ class WindowBatch:
         states = self._xp.reshape(rows, (len(behind), most, -1))
         states += self._xp.matmul(self._put(decision.T[at, behind]), self._r)
         for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
-            self.kept[sample] += [states[row, j, :] for j in range(count - 1)]
+            self._kept[sample] += [states[row, j, :] for j in range(count - 1)]
 
     def _keep_first(self, accepted: Indices) -> None:
         """Add the states where windows now begin."""
-        if self.kept is not None:
+        if self._kept is not None:
             first = self._xp.asarray(self._S[:, self._form.past, :], copy=True)
             for row in np.flatnonzero(accepted).tolist():
-                self.kept[int(self.samples[row])].append(first[row, :])
+                self._kept[int(self.samples[row])].append(first[row, :])
 
     def _salvage(self, D: Array, sums: Float64) -> tuple[Float64, Indices, dict[int, tuple[Status, int, Array]]]:
         """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
@@ -374,7 +387,8 @@ class WindowBatch:
                 status = Status.CONVERGED if finite[row] else Status.NONFINITE_SOLVER
                 failed[row] = status, self._form.steps, X[row, :]
         for row, (status, node, state) in failed.items():
-            self.ended[int(self.samples[row])] = status, node, float(self._error[row]), state
+            sample = int(self.samples[row])
+            self.ended[sample] = Outcome(status, node, float(self._error[row]), self._give(state), self.kept(sample))
         stay = np.array([row for row in range(len(self._n)) if row not in failed], dtype=np.int64)
         self._S, self._dX = take_rows(self._S, stay), take_rows(self._dX, stay)
         for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_error"):
