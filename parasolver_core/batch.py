@@ -1,22 +1,21 @@
 """The sliding windows of many samples, moved together: a round is a dozen array operations, for any window and batch.
 
 The host decides, the device moves. A round's inner products come to the host in one transfer; there they become small
-tables, in float64, for all samples at once: slopes, ``T``, what is final, where each window goes on. One batched product
-then writes every sample's next window, since all of it is linear in what is known: the states moved by ``T r``, the
-beliefs ``h + (1 + G T) r``, the states behind final nodes and new nodes.
+tables, in float64, for all samples at once: slopes, ``T``, what is final, where each window goes on. One batched
+product then writes every sample's next window, since all of it is linear in what is known: the states moved by ``T r``,
+the beliefs ``h + (1 + G T) r``, the states behind final nodes and new nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.acceptance import RoundView
+from parasolver_core.acceptance import RoundView, shares
 from parasolver_core.arrays import Array, finite_rows, host_view, take_rows
 from parasolver_core.fill import Entering, Fill
 from parasolver_core.held_form import Float64, HeldForm, Indices
@@ -92,7 +91,7 @@ class WindowBatch(Run):
         self.ended = {}
         self._kept: dict[int, list[Array]] | None = None
         if plan.keep:
-            self._kept = {sample: [start[row, :]] for row, sample in enumerate(samples)}
+            self._kept = {int(sample): [self._give(start[row, :])] for row, sample in enumerate(samples)}
         x, belief = start[:, None, :], fill.first(start, self._slope_held())[:, None, :]
         past = [self._xp.zeros((count, form.past, self._size), **self._like)] if form.past else []
         self._S = self._xp.concat([*past, x, *past, belief], axis=1)
@@ -163,39 +162,45 @@ class WindowBatch(Run):
                 self.samples, self._lo, self._n, decision.accepted, decision.move, defects, self._error, strict=True
             )
         ]
-        large = sums[:, -n:].max() > self._large
-        before = self._xp.asarray(self._S[:, past, :], copy=True) if large else None
-        first = self._lo
-        warm = self._lo + decision.accepted > self._plan.warmup_steps
+        lo, ending = self._lo, self._lo + decision.accepted == self._form.steps
+        risky = ending.any() or not sums[:, -n:].max() <= self._large  # a state may run out of range: keep those before
+        before = self._xp.asarray(self._S[:, past, :], copy=True) if risky else None
+        warm = lo + decision.accepted > self._plan.warmup_steps
         self._write(decision, np.where(warm, self._plan.width, 1))
         if before is not None:
             over = np.flatnonzero(~finite_rows(self._xp, self._S[:, past, :])).tolist()
-            failed |= {r: (Status.NONFINITE_SOLVER, int(first[r]), before[r, :]) for r in over if r not in failed}
+            failed |= {
+                row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over if row not in failed
+            }
         self._leave(failed)
         return records
 
-    def steps(self, sample: int) -> int:
-        return int(self._lo[self._row(sample)])
+    @property
+    def steps(self) -> Indices:
+        return self._lo
 
-    def error(self, sample: int) -> float:
-        return float(self._error[self._row(sample)])
+    @property
+    def errors(self) -> Float64:
+        return self._error
 
-    def state(self, sample: int) -> Array:
-        return self._give(self._S[self._row(sample), self._form.past, :])
+    def states(self) -> Array:
+        return self._give(self._xp.asarray(self._S[:, self._form.past, :], copy=True))
 
-    def kept(self, sample: int) -> list[Array] | None:
-        return None if self._kept is None else [self._give(state) for state in self._kept[sample]]
+    def kept(self, sample: int) -> Sequence[Array]:
+        return () if self._kept is None else self._kept[sample]
 
     def estimate(self, sample: int) -> Array:
         row, form, half = self._row(sample), self._form, self._S.shape[1] // 2
         last = int(self._lo[row] + self._n[row]) - 1
         if not self._begun:
-            return self.state(sample)
+            return self._give(self._S[row, form.past, :])
         at = form.past + last - int(self._lo[row])
         xs = [self._S[row, at - k, :] for k in range(form.reads[0])]
         hs = [self._S[row, half + at - k, :] for k in range(form.reads[1])]
         for i in range(last, form.steps):  # with the last prediction held
-            terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)] + [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
+            terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)] + [
+                (float(form.b[i, k]), h) for k, h in enumerate(hs)
+            ]
             if form.c[i] != 0:
                 terms.append((float(form.c[i]), self._noise(i, sample)))
             xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
@@ -235,8 +240,7 @@ class WindowBatch(Run):
         slope_held = p + q * new
         T, norms = self._form.propagation(self._lo, slope_held, gram)
         length, move = np.sqrt(squares), np.sqrt(norms)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(move > 0, move / length, move)  # NaN stays NaN
+        relative = shares(move, length)
         sound = _leading(inside & (relative <= _WILD))
         sound = np.maximum(sound, 1)
         accepted = self._accept(relative, length / np.sqrt(size), usable, sound)
@@ -311,7 +315,9 @@ class WindowBatch(Run):
             new = answer[every, begins]
             C[:, part, :, n:] = np.where(is_new, new, 0.0)
             C[:, part, :, copied] -= behind > 0  # a new row begins as a copy of the last
-            C[:, part, :, :n] = np.where(is_new, new[..., : base.shape[1]] @ moves_base, moves[every, kept + part * half])
+            C[:, part, :, :n] = np.where(
+                is_new, new[..., : base.shape[1]] @ moves_base, moves[every, kept + part * half]
+            )
         return C.reshape(count, -1, columns)
 
     def _slope_held(self) -> Float64:
@@ -338,14 +344,14 @@ class WindowBatch(Run):
         states = self._xp.reshape(rows, (len(behind), most, -1))
         states += self._xp.matmul(self._put(decision.T[at, behind]), self._r)
         for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
-            self._kept[sample] += [states[row, j, :] for j in range(count - 1)]
+            self._kept[sample] += [self._give(states[row, j, :]) for j in range(count - 1)]
 
     def _keep_first(self, accepted: Indices) -> None:
         """Add the states where windows now begin."""
         if self._kept is not None:
             first = self._xp.asarray(self._S[:, self._form.past, :], copy=True)
             for row in np.flatnonzero(accepted).tolist():
-                self._kept[int(self.samples[row])].append(first[row, :])
+                self._kept[int(self.samples[row])].append(self._give(first[row, :]))
 
     def _salvage(self, D: Array, sums: Float64) -> tuple[Float64, Indices, dict[int, tuple[Status, int, Array]]]:
         """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
@@ -377,19 +383,16 @@ class WindowBatch(Run):
 
     def _leave(self, failed: dict[int, tuple[Status, int, Array]]) -> None:
         """Samples that are final, and those that failed, leave."""
-        done = self._lo == self._form.steps
-        if not done.any() and not failed:
+        done = np.flatnonzero(self._lo == self._form.steps).tolist()
+        leaving = {row: (Status.CONVERGED, self._form.steps, self._S[row, self._form.past, :]) for row in done} | failed
+        if not leaving:
             return
-        X = self._S[:, self._form.past, :]
-        finite = finite_rows(self._xp, X)
-        for row in np.flatnonzero(done).tolist():
-            if row not in failed:
-                status = Status.CONVERGED if finite[row] else Status.NONFINITE_SOLVER
-                failed[row] = status, self._form.steps, X[row, :]
-        for row, (status, node, state) in failed.items():
+        for row, (status, step, state) in leaving.items():
             sample = int(self.samples[row])
-            self.ended[sample] = Outcome(status, node, float(self._error[row]), self._give(state), self.kept(sample))
-        stay = np.array([row for row in range(len(self._n)) if row not in failed], dtype=np.int64)
+            own = self._give(self._xp.asarray(state, copy=True))
+            node = -1 if status is Status.CONVERGED else step
+            self.ended[sample] = Outcome(status, step, float(self._error[row]), own, self.kept(sample), node)
+        stay = np.array([row for row in range(len(self._n)) if row not in leaving], dtype=np.int64)
         self._S, self._dX = take_rows(self._S, stay), take_rows(self._dX, stay)
         for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_error"):
             setattr(self, name, getattr(self, name)[stay])

@@ -19,7 +19,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, assign, increment, to_host
+from parasolver_core.arrays import Array, assign, to_host
 from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
@@ -29,72 +29,6 @@ _BLOCK = 16 * _PERIOD  # elements of a state worked on at a time: the rows at ha
 _WHOLE = 2**13  # up to so many elements all are sampled
 _CALL = 2**13  # elements worth a call
 _CHANGED = 0.01  # a move by this share of a state's size: it is measured again
-
-
-def propagation(recurrence: Recurrence, slope: Float64, lo: int) -> Float64:
-    """``T``, how defects spread over a window: (n, n), row i is the move of node ``lo + i`` for unit defects.
-
-    Args:
-        recurrence: the sampler.
-        slope: (n,), slopes of the nodes ``lo .. lo + n - 1``.
-        lo: first node of the window, whose own state does not change: the first row is 0.
-    """
-    n, memory = len(slope), recurrence.memory
-    moves = [np.zeros(n)] * memory  # of the states up to lo, from the last: none of them moves
-    outputs = [np.zeros(n)] * (memory - 1)  # of what is believed
-    for i in range(n - 1):
-        outputs.insert(0, slope[i] * moves[0])
-        outputs[0][i] += 1.0
-        moves.insert(0, combine(recurrence.terms(lo + i, moves[:memory], outputs[:memory])))
-    return np.stack(moves[n - 1 :: -1])
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Inner products of one sample's window, on the host; n nodes.
-
-    Args:
-        gram: (n, n), ``<r_i, r_j>`` of the defects.
-        cross: (n,), ``<dX_i, r_i>`` with the last move of each node's input.
-        moved: (n,), ``<dX_i, dX_i>``.
-        size: (n,), ``<X_i, X_i>``.
-    """
-
-    gram: Float64
-    cross: Float64
-    moved: Float64
-    size: Float64
-
-    def norms(self, T: Float64) -> Float64:
-        """``||T r||`` of each row of T, (rows, n): how far defects move a state, known before it is moved."""
-        return np.sqrt(np.maximum(((T @ self.gram) * T).sum(axis=1), 0.0))
-
-    @classmethod
-    def unpack(cls, packed: Float64, n: int) -> Moments:
-        """From the vector of :func:`inner_products`, brought to the host."""
-        gram, cross, moved, size = np.split(packed, [n * n, n * n + n, n * n + 2 * n])
-        return cls(gram.reshape(n, n), cross, moved, size)
-
-    @property
-    def packed(self) -> Float64:
-        """What :meth:`unpack` takes apart."""
-        return np.concatenate([self.gram.ravel(), self.cross, self.moved, self.size])
-
-    @property
-    def finite(self) -> NDArray[np.bool_]:
-        """(n,), whether state and defect are finite, and their squares."""
-        return np.isfinite(self.size) & np.isfinite(np.diag(self.gram))
-
-    def of(self, rows: NDArray[Any]) -> Moments:
-        """Those of some of the nodes."""
-        return Moments(self.gram[np.ix_(rows, rows)], self.cross[rows], self.moved[rows], self.size[rows])
-
-
-def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
-    """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
-    gram = xp.reshape(xp.matmul(r, r.T), (-1,))
-    dot = xp.linalg.vecdot  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
-    return xp.concat([gram, dot(dX, r), dot(dX, dX), dot(X, X)])
 
 
 def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
@@ -149,23 +83,6 @@ class Correction(ABC):
         self.X, self.M = self._zeros(self._capacity, start), self._zeros(self._capacity, start)
         self.write("X", 0, start)
 
-    @staticmethod
-    def choose(
-        xp: Any,
-        recurrence: Recurrence,
-        noise: Callable[[int], Array],
-        width: int,
-        start: Array,
-        whole_moves: bool = False,
-    ) -> Correction:
-        """The kind that is faster: :class:`SweepCorrection` in NumPy arrays, whose calls cost little.
-
-        ``whole_moves``: whether :meth:`last_move` is needed.
-        """
-        if isinstance(start, np.ndarray):
-            return SweepCorrection(xp, recurrence, noise, width, start, whole_moves)
-        return MatrixCorrection(xp, recurrence, noise, width, start)
-
     def rows(self, lo: int, hi: int) -> slice:
         """Where the nodes ``lo .. hi - 1`` are."""
         return slice(lo - self.base, hi - self.base)
@@ -217,60 +134,6 @@ class Correction(ABC):
 
     def _zeros(self, rows: int, like: Array) -> Array:
         return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))
-
-
-class MatrixCorrection(Correction):
-    """By the matrix T, for accelerators: few calls, whatever the window.
-
-    The sizes of all moves follow from the inner products of the defects, so that everything that the host decides in a
-    round is known before anything has moved: a round waits for the device once.
-    """
-
-    def __init__(
-        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, start: Array
-    ) -> None:
-        super().__init__(xp, recurrence, noise, width, width // 4, start)
-        self._dX = self._zeros(self._capacity, start)
-
-    def compare(self, D: Array, lo: int) -> Array:
-        at = (self.rows(lo, lo + D.shape[0]), slice(None))
-        r = self._xp.astype(D, self.X.dtype, copy=False) - self.M[at]
-        self.M = assign(self.M, at, r)  # the defect in the place of belief, until that is known
-        return inner_products(self._xp, self.X[at], self._dX[at], r)
-
-    def tell(self, compared: Float64, lo: int) -> Told:
-        moments, size = self._moments(compared), self.X.shape[1]
-        return Told(moments.cross / size, moments.moved / size, moments.size / size, np.diag(moments.gram) / size)
-
-    def leading(self, compared: Float64, count: int) -> Float64:
-        return self._moments(compared).of(np.arange(count)).packed
-
-    @staticmethod
-    def _moments(compared: Float64) -> Moments:
-        return Moments.unpack(compared, math.isqrt(len(compared) + 2) - 1)  # of n^2 + 3 n
-
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
-        (n, size), moments = D.shape, self._moments(compared)
-        T = propagation(self._recurrence, slope, lo)
-        like = {"dtype": self.X.dtype, "device": device(self.X)}
-        at = (self.rows(lo, lo + n), slice(None))
-        dX = self._xp.matmul(self._xp.asarray(T, **like), self.M[at])
-        self.X, self._dX = increment(self.X, at, dX), assign(self._dX, at, dX)
-        dX *= self._xp.asarray(slope[:, None], **like)  # our own array by now: no further one is made
-        dX += self._xp.astype(D, self.X.dtype, copy=False)
-        self.M = assign(self.M, at, dX)
-        return moments.norms(T) / np.sqrt(size)
-
-    def last_move(self, i: int) -> Array:
-        return self._dX[i - self.base, :]
-
-    def _shift(self, rows: slice) -> None:
-        super()._shift(rows)
-        self._dX = assign(
-            self._dX,
-            (slice(0, rows.stop - rows.start), slice(None)),
-            self._xp.asarray(self._dX[rows, :], copy=True),
-        )
 
 
 class SweepCorrection(Correction):

@@ -185,7 +185,9 @@ class Interpolated(Fill):
         return self._march(last, count, nodes, expected)
 
     def rows(self, samples: Indices, last: Indices, count: int) -> Array:
-        return self._predictions if len(samples) == self._predictions.shape[0] else take_rows(self._predictions, samples)
+        return (
+            self._predictions if len(samples) == self._predictions.shape[0] else take_rows(self._predictions, samples)
+        )
 
 
 class Copies(Fill):

@@ -9,8 +9,6 @@ a new node's belief is a copy of the belief before it, and its state has no term
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,7 +64,7 @@ class HeldForm:
 
         Args:
             i: (B,).
-            xs, hs: ``x_i, x_{i-1}, ..`` and ``h_i, h_{i-1}, ..``, each (B, width) or (width,): coefficients of anything.
+            xs, hs: ``x_i, x_{i-1}, ..`` and ``h_i, h_{i-1}, ..``, each (B, width) or (width,).
         """
         x = sum(self.a[i, k, None] * row for k, row in enumerate(xs[: self.reads[0]]))
         return x + sum(self.b[i, k, None] * row for k, row in enumerate(hs[: self.reads[1]]))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.held_form import Float64, Indices
 from parasolver_core.levels import Level
+from parasolver_core.methods import sliding_rounds
 from parasolver_core.recurrence import Recurrence
 
 _FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level, or what the window holds; noise makes a trajectory rough
@@ -22,6 +23,8 @@ _UNMEASURED = 0.067  # the interpolation error of the first level, until it is m
 _SETTLED = 0.2  # the last sweep's change of the sample, in units of the tolerance
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
+_MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
+_ASTRAY = 2.0  # a sample that the k-th sweep over a level, from the second on, still changes by more than 2 / k is lost
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
@@ -54,6 +57,11 @@ class Aims:
     def tolerance(self) -> float:
         """What is asked of changes and of the interpolation error."""
         return self.wanted * (_CAUTION_NOISY if self.recurrence.stochastic else 1.0)
+
+    @property
+    def patience(self) -> float:
+        """Rounds after which a sliding window would be done."""
+        return sliding_rounds(self.recurrence, self.width, self.wanted)
 
     @property
     def gain(self) -> float:
@@ -90,8 +98,8 @@ class Refinement:
         self.moved = np.full(count, np.inf)  # RMS of each node's moves since its last evaluation, relative; inf: never
         self.scale = np.ones(count)  # RMS of the inputs
         self.picked: Indices = np.arange(count)  # rows evaluated in the next round
-        self.error, self.rounds, self.wild = float("inf"), 0, False
-        self._opening = True
+        self.error, self.rounds = float("inf"), 0
+        self._opening, self._wild, self._dropped = True, False, 0
         self._waiting = np.ones(count, dtype=bool)  # rows that the sweep has still to evaluate
         self._change = 0.0  # of the sample, in this sweep
         self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
@@ -99,15 +107,18 @@ class Refinement:
         self._measured, self._measuring = False, False  # known from a level's midpoints after their first sweep
         self._changes: list[float] = []  # of the sample, in the sweeps over this level
 
-    @property
-    def new(self) -> NDArray[np.bool_]:
-        """Which of the picked rows are evaluated for the first time."""
-        return ~np.isfinite(self.moved[self.picked])
-
     def abandon(self) -> Verdict:
         """Numbers ran out of range: a sliding window will find out whose fault it was, if it comes across it."""
-        self.rounds, self.wild = self.rounds + 1, True
+        self.rounds, self._wild = self.rounds + 1, True
         return Verdict.GIVE_WAY
+
+    def drop(self, finite: NDArray[np.bool_]) -> bool:
+        """Go on without outputs that are not finite, which come of guesses; they stay due. False: it makes no sense."""
+        self._dropped += 1
+        if not np.any(finite) or not np.all(finite[self.picked == 0]):  # node 0 has its true input
+            return False
+        self.picked = self.picked[finite]
+        return True
 
     def after(self, move: Float64, change: float, midpoints: float) -> Verdict:
         """How to go on after a round.
@@ -123,7 +134,7 @@ class Refinement:
         self._waiting[self.picked] = False
         self._change = float(np.hypot(self._change, change))
         self._midpoints = float(np.hypot(self._midpoints, midpoints))
-        return self._continue()
+        return Verdict.GIVE_WAY if self._dropped > _MOST_DROPPED else self._continue()
 
     def refine(self, level: Level, weights: Float64, known: NDArray[np.bool_]) -> Verdict:
         """Go on with a finer level: what is known is interpolated, what is new is due."""
@@ -136,9 +147,20 @@ class Refinement:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it takes too long."""
-        most = len(self.aims.recurrence) // self.aims.width + 16
-        return len(self._changes) > _MOST_SWEEPS or self.rounds > most
+        """Whether a sliding window should go on: it does not settle, or the window would be done by now."""
+        slow = len(self._changes) > _MOST_SWEEPS or self.rounds >= self.aims.patience
+        return self._astray or slow
+
+    @property
+    def _astray(self) -> bool:
+        """Whether the sample is as far from settling as networks are that expand everywhere."""
+        sweeps = len(self._changes)
+        return sweeps > 1 and self._changes[-1] > _ASTRAY / sweeps
+
+    @property
+    def worthless(self) -> bool:
+        """Whether what is known is worse than nothing: numbers ran out of range, or very few nodes went astray."""
+        return self._wild or (self._astray and self.aims.width < _FIRST)
 
     @property
     def opening(self) -> bool:
@@ -162,7 +184,7 @@ class Refinement:
     def _due(self) -> NDArray[np.bool_]:
         """The rows whose input has moved since they were evaluated, as seen from the sample."""
         moved, width = self.moved * self._influence[self.level.nodes], self.aims.width
-        due = moved > _SKIP * self.aims.tolerance
+        due = ~(moved <= _SKIP * self.aims.tolerance)  # NaN is due
         if due.sum() > width:
             due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)
         return due
@@ -197,7 +219,8 @@ class Refinement:
     def _growth(self) -> float:
         """By what the midpoints' effect grew after their first sweep: slopes underestimate an expansive network."""
         first, later = self._changes[0], sum(self._changes[1:])
-        return max(1.0, later / first) if self._measured and first > 0 else 1.0
+        growth = later / first if self._measured and 0 < first < np.inf else 1.0
+        return growth if not growth <= 1.0 else 1.0
 
     def _worth_refining(self) -> bool:
         """Whether the nodes that the tolerance needs take fewer rounds than a window that slides over the steps."""

@@ -31,8 +31,9 @@ from parasolver_core.methods import Method, get_method, sliding
 from parasolver_core.noise import NoiseFn, Seed
 from parasolver_core.planning import Choice, Costs, Prediction, choose, explain, measured_costs, remembered
 from parasolver_core.progress import Meter
+from parasolver_core.run import Run
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
-from parasolver_core.state import ParallelState, SampleRun, Save, SequentialState, SolverState
+from parasolver_core.state import ParallelState, Save, SequentialState, SolverState
 from parasolver_core.step_rules import StepRule
 from parasolver_core.validation import check_count, check_counts, check_start, check_timesteps, check_tolerance
 
@@ -223,6 +224,34 @@ class Solver(ABC):
             raise
 
 
+def sequential_round(state: SequentialState) -> tuple[int, list[SampleRecord]]:
+    """One step of all samples that are well: the number of rows evaluated, and a record of each."""
+    xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
+    m = state.evaluator(state.xs[0], np.full(len(alive), i), np.asarray(alive))
+    state.torn = True
+    memory = recurrence.memory
+    state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
+    z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
+    with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
+        x = recurrence.advance(i, state.xs, state.ms, z)
+    before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]
+    outputs_ok, states_ok = np.split(finite_rows(xp, xp.concat([state.ms[0], x])), 2)
+    failed = {
+        sample: Status.NONFINITE_SOLVER if outputs_ok[row] else Status.NONFINITE_MODEL
+        for row, sample in enumerate(alive)
+        if not (outputs_ok[row] and states_ok[row])
+    }
+    for sample in alive:
+        state.noise.forget(i, sample)
+    nothing = np.zeros(1)
+    records = [SampleRecord(s, np.array([i]), int(s not in failed), nothing, nothing, 0.0) for s in alive]
+    if failed:
+        state.end(failed, before)
+    state.step += 1
+    state.keep(state.xs[0])
+    return len(records), records
+
+
 @dataclass(frozen=True)
 class SequentialSolver(Solver):
     """The plain loop, one step after another: the truth that parallel sampling is measured against."""
@@ -234,30 +263,7 @@ class SequentialSolver(Solver):
         return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
 
     def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
-        xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
-        m = state.evaluator(state.xs[0], np.full(len(alive), i), np.asarray(alive))
-        state.torn = True
-        memory = recurrence.memory
-        state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
-        z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
-        with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
-            x = recurrence.advance(i, state.xs, state.ms, z)
-        before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]
-        outputs_ok, states_ok = np.split(finite_rows(xp, xp.concat([state.ms[0], x])), 2)
-        failed = {
-            sample: Status.NONFINITE_SOLVER if outputs_ok[row] else Status.NONFINITE_MODEL
-            for row, sample in enumerate(alive)
-            if not (outputs_ok[row] and states_ok[row])
-        }
-        for sample in alive:
-            state.noise.forget(i, sample)
-        nothing = np.zeros(1)
-        records = [SampleRecord(s, np.array([i]), int(s not in failed), nothing, nothing, 0.0) for s in alive]
-        if failed:
-            state.end(failed, before)
-        state.step += 1
-        state.keep(state.xs[0])
-        return len(records), records
+        return sequential_round(state)
 
 
 @dataclass(frozen=True)
@@ -302,14 +308,20 @@ class ParallelIntegralSolver(Solver):
         method.check_choices(start=start is not None, warmup_steps=self.warmup_steps)
         return sliding(method) if start is not None or self.warmup_steps else method
 
-    def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> ParallelState:
+    def init(
+        self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any
+    ) -> ParallelState | SequentialState:
         options = {"seed": None, "noise": None, "save": "sample", "start": None} | options
+        method = self.method_of(options["start"])
+        if self.window == 1:
+            del options["start"]
+            return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
         return ParallelState(
             denoiser,
             x_T,
             timesteps,
             self.step_rule,
-            method=self.method_of(options["start"]),
+            method=method,
             width=self.window,
             warmup_steps=self.warmup_steps,
             tolerance=self.tolerance,
@@ -317,51 +329,48 @@ class ParallelIntegralSolver(Solver):
             **options,
         )
 
-    def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
-        running = state.running
-        outputs, evaluations, repeated = self._evaluate(state, running)
-        records, state.torn = [], True
+    def _round(self, state: ParallelState | SequentialState) -> tuple[int, list[SampleRecord]]:
+        if isinstance(state, SequentialState):
+            return sequential_round(state)
+        runs, records = state.runs, []
+        outputs, evaluations, repeated = self._evaluate(state, runs)
+        state.torn = True
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
-            packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
+            packed = [run.compare(D) for run, D in zip(runs, outputs, strict=True)]
             fetched = fetch(state.xp, packed + repeated)
-            for window, D, products in zip(running, outputs, fetched[: len(running)], strict=True):
-                first = window.lo
-                records.append(window.correct(D, products))
-                for step in range(first, window.lo):
-                    state.noise.forget(step, window.index)
-        for compared in fetched[len(running) :]:
+            for run, D, sums in zip(runs, outputs, fetched[: len(runs)], strict=True):
+                records += run.correct(D, sums)
+            state.go_on(records)
+        for compared in fetched[len(runs) :]:
             self._check_repeated(state, compared)
-        state.slide_exhausted()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int, list[Array]]:
-        """The round's network call: the outputs of each running sample, (n, size), and the number of rows.
+    def _evaluate(self, state: ParallelState, runs: list[Run]) -> tuple[list[Array], int, list[Array]]:
+        """The round's network call: the outputs for each run, (rows, size), and the number of rows.
 
         Where a row was evaluated a second time, also how the two outputs compare; fetched with the round's sums, as
         waiting for the device once more would cost time.
         """
         xp, event = state.xp, tuple(state.x_T.shape[1:])
-        inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
-        samples = [window.index for window in running]
+        inputs, nodes, owners = ([getattr(run, name) for run in runs] for name in ("inputs", "nodes", "owners"))
         repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
         if repeat:
             inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
             nodes.append(np.zeros(1, dtype=np.int64))
-            samples.append(0)
-        owners = np.repeat(samples, [len(own) for own in nodes])
+            owners.append(np.zeros(1, dtype=np.int64))
         rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
-        D = state.evaluator(rows, np.concatenate(nodes), owners)
-        D = xp.reshape(D, (len(owners), inputs[0].shape[1]))
+        D = state.evaluator(rows, np.concatenate(nodes), np.concatenate(owners))
+        D = xp.reshape(D, (D.shape[0], inputs[0].shape[1]))
         repeated = []
         if repeat:
             first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))
             repeated = [xp.stack([xp.max(xp.abs(row)) for row in (again - first, first, again)])]
             state.first_prediction = None
-        elif state.stats.rounds == 0 and self.window > 1:
+        elif state.stats.rounds == 0:
             state.first_prediction = xp.asarray(D[0, :], copy=True)
         ends = np.cumsum([len(own) for own in nodes]).tolist()
         outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
-        return outputs[: len(running)], ends[-1], repeated
+        return outputs[: len(runs)], ends[-1], repeated
 
     def _check_repeated(self, state: ParallelState, compared: NDArray[np.float64]) -> None:
         """Refuse a denoiser that answers the same row differently by more than rounding explains."""

@@ -12,20 +12,20 @@ Samples that have the same nodes are one run, and move together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from parasolver_core.acceptance import shares
 from parasolver_core.arrays import Array, host_view, take_rows
-from parasolver_core.batch import WindowBatch
-from parasolver_core.fill import Fill, Held, Interpolated
 from parasolver_core.held_form import Float64, HeldForm, Indices
 from parasolver_core.levels import Level, Levels, interpolation
 from parasolver_core.recurrence import combine
 from parasolver_core.refinement import Refinement, Verdict
 from parasolver_core.run import Outcome, Run
+from parasolver_core.sliding import Outlook, Sliding
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
 
@@ -43,6 +43,7 @@ class SpreadNodes(Run):
         samples: their places in the batch.
         start: their ``x_T``, (B, size), in the working dtype.
         noise: ``noise(step, sample)``, (size,).
+        sliding: makes the windows that go on for samples.
         refinements: how each sample's nodes stand.
         held, since: (B, n, size); None: 0.
         slope: (B, N), dh/dx.
@@ -57,13 +58,15 @@ class SpreadNodes(Run):
         samples: Indices,
         start: Array,
         noise: Callable[[int, int], Array],
+        sliding: Sliding,
         refinements: list[Refinement],
         held: Array | None = None,
         since: Array | None = None,
         slope: Float64 | None = None,
     ) -> None:
         self._given_dtype, start = start.dtype, host_view(start)
-        self._xp = xp = array_namespace(start)
+        xp = self._xp = array_namespace(start)
+        self._sliding = sliding
         self._plan, self._form, self._levels, self._level = plan, form, levels, level
         self.samples, self._start, self._noise, self.refinements = samples, start, noise, refinements
         self._like = {"dtype": start.dtype, "device": device(start)}
@@ -129,9 +132,10 @@ class SpreadNodes(Run):
         """Second half: update the slopes, move all states, and decide how each sample goes on."""
         picks, counts, size, k = self._picks, self._counts, self._S.shape[2], self._picks.shape[1]
         sums = sums.reshape(len(counts), -1)
-        fine, real = np.isfinite(sums).all(axis=1), np.arange(k) < counts[:, None]
-        real &= fine[:, None]
-        gram = np.where(real[:, :, None] & real[:, None, :], sums[:, : k * k].reshape(-1, k, k), 0.0)
+        asked = [self._level.nodes[one.picked] for one in self.refinements]
+        lost, real = self._drop(sums, picks, counts)
+        pairs = real[:, :, None] & real[:, None, :]
+        gram = np.where(pairs, sums[:, : k * k].reshape(-1, k, k), 0.0)
         cross, moved, squares = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 3, axis=1))
         new = self._update(picks, real, cross, moved, squares)
         g = self._slope[:, self._level.nodes]
@@ -140,28 +144,43 @@ class SpreadNodes(Run):
         # the slope may see little of what the network will make of a move, so the move of its last input counts too
         effects = _norms(np.stack([at_end, at_end * new, T[:, -1] * new], axis=1), gram)
         moves = _norms(T, gram)
-        fine &= np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1)
+        lost |= ~(np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1))
         scale = np.sqrt(size) * np.stack([one.scale for one in self.refinements])
-        move, effects = _relative(moves, scale), _relative(effects, scale[:, -1:])
-        self._apply(np.where(fine[:, None, None], T, 0.0), g, picks, real & fine[:, None])
+        move, effects = shares(moves, scale), shares(effects, np.broadcast_to(scale[:, -1:], effects.shape))
+        self._apply(np.where(lost[:, None, None], 0.0, T), g, picks, real & ~lost[:, None])
         verdicts = [
-            one.after(move[row], effects[row, 0], max(effects[row, 1:])) if fine[row] else one.abandon()
+            one.abandon() if lost[row] else one.after(move[row], effects[row, 0], max(effects[row, 1:]))
             for row, one in enumerate(self.refinements)
         ]
-        defects = np.sqrt(np.einsum("bii->bi", gram) / size)
+        move = np.where(real & ~lost[:, None], np.take_along_axis(move, picks, axis=1), np.nan)
+        defects = np.where(real & ~lost[:, None], np.sqrt(np.einsum("bii->bi", gram) / size), np.nan)
         records = [
             SampleRecord(
                 int(sample),
-                self._level.nodes[picks[row, : counts[row]]],
+                asked[row],
                 self._form.steps if verdicts[row] is Verdict.CONVERGED else 0,
-                move[row, picks[row, : counts[row]]] if fine[row] else np.full(counts[row], np.nan),
-                defects[row, : counts[row]] if fine[row] else np.full(counts[row], np.nan),
+                move[row, : counts[row]],
+                defects[row, : counts[row]],
                 self.refinements[row].error,
             )
             for row, sample in enumerate(self.samples)
         ]
         self._go_on(verdicts)
         return records
+
+    def _drop(self, sums: Float64, picks: Indices, counts: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which samples are lost, (B,), and which of the rows are real and finite, (B, k)."""
+        k = picks.shape[1]
+        real = np.arange(k) < counts[:, None]
+        diagonal, squares = np.einsum("bii->bi", sums[:, : k * k].reshape(-1, k, k)), sums[:, -k:]
+        fine = np.isfinite(diagonal) & np.isfinite(squares)
+        lost = np.zeros(len(picks), dtype=np.bool_)
+        for row in np.flatnonzero((real & ~fine).any(axis=1)).tolist():
+            lost[row] = not self.refinements[row].drop(fine[row, : counts[row]])
+        real &= fine & ~lost[:, None]
+        if not real.all():  # 0 times NaN is NaN
+            self._r = self._xp.where(self._put(real[..., None] * 1.0) > 0, self._r, self._xp.zeros_like(self._r))
+        return lost, real
 
     def _update(
         self, picks: Indices, real: NDArray[np.bool_], cross: Float64, moved: Float64, squares: Float64
@@ -183,7 +202,11 @@ class SpreadNodes(Run):
         """``T`` with ``dX = T r``, (B, n, k)."""
         response = self._level.response
         right = np.moveaxis(response[:, picks], 1, 0) * real[:, None, :]
-        return np.linalg.solve(np.eye(len(response)) - response * g[:, None, :], right)
+        left = np.eye(len(response)) - response * g[:, None, :]
+        try:
+            return np.linalg.solve(left, right)
+        except np.linalg.LinAlgError:  # of one sample perhaps: the others go on
+            return np.stack([_solve(*pair) for pair in zip(left, right, strict=True)])
 
     def _apply(self, T: Float64, g: Float64, picks: Indices, real: NDArray[np.bool_]) -> None:
         """Move all states by ``T r``; evaluated nodes believe what the network said, the others what it would say."""
@@ -201,23 +224,25 @@ class SpreadNodes(Run):
         born, self._born = self._born, []
         return [*super().successors(), *born]
 
-    def steps(self, sample: int) -> int:
-        return 0
+    @property
+    def steps(self) -> Indices:
+        return np.zeros(len(self.samples), dtype=np.int64)
 
-    def error(self, sample: int) -> float:
-        return self.refinements[self._row(sample)].error
+    @property
+    def errors(self) -> Float64:
+        return np.array([one.error for one in self.refinements])
 
-    def state(self, sample: int) -> Array:
-        return self._give(self._start[self._row(sample), :])
+    def states(self) -> Array:
+        return self._give(self._start)
 
     def estimate(self, sample: int) -> Array:
         row = self._row(sample)
         if self.refinements[row].rounds == 0:
-            return self.state(sample)
+            return self._give(self._start[row, :])
         return self._give(self._final(np.array([row]))[0, :])
 
-    def kept(self, sample: int) -> list[Array] | None:
-        return [self.state(sample)] if self._plan.keep else None
+    def kept(self, sample: int) -> Sequence[Array]:
+        return [self._give(self._start[row, :]) for row in np.flatnonzero(self.samples == sample) if self._plan.keep]
 
     def _row(self, sample: int) -> int:
         return int(np.flatnonzero(self.samples == sample)[0])
@@ -232,10 +257,10 @@ class SpreadNodes(Run):
             self._end(np.array(rows[Verdict.CONVERGED]))
         if rows[Verdict.REFINE]:
             self._refine(np.array(rows[Verdict.REFINE]))
-        for wild in (False, True):
-            given_up = [row for row in rows[Verdict.GIVE_WAY] if self.refinements[row].wild == wild]
+        for worthless in (False, True):
+            given_up = [row for row in rows[Verdict.GIVE_WAY] if self.refinements[row].worthless == worthless]
             if given_up:
-                self._slide(np.array(given_up), wild)
+                self._born += self._slide(np.array(given_up), worthless)
         if len(rows[Verdict.GO_ON]) < len(verdicts):
             self._stay(np.array(rows[Verdict.GO_ON], dtype=np.int64))
 
@@ -243,7 +268,7 @@ class SpreadNodes(Run):
         final, steps = self._final(rows), self._form.steps
         for place, row in enumerate(rows.tolist()):
             sample, error, x = int(self.samples[row]), self.refinements[row].error, self._give(final[place, :])
-            kept = [self._give(state) for state in self._all_states(row, final[place, :])] if self._plan.keep else None
+            kept = [self._give(state) for state in self._all_states(row, final[place, :])] if self._plan.keep else ()
             self.ended[sample] = Outcome(Status.CONVERGED, steps, error, x, kept)
 
     def _refine(self, rows: Indices) -> None:
@@ -264,6 +289,7 @@ class SpreadNodes(Run):
             self.samples[rows],
             take_rows(self._start, rows),
             self._noise,
+            self._sliding,
             refinements,
             held=xp.matmul(self._put(weights), take_rows(self._S, rows)[:, n:, :]),
             since=xp.matmul(self._put(weights * known[:, None]), take_rows(self._since, rows)),
@@ -274,17 +300,16 @@ class SpreadNodes(Run):
         run.ended = {}
         self._born += run.successors()
 
-    def _slide(self, rows: Indices, wild: bool) -> None:
-        """A window goes on, from what is known unless numbers ran out of range."""
-        nodes, form, n = self._level.nodes, self._form, len(self._level.nodes)
-        fill: Fill = Held(form, self._plan.width)
-        slope = None
-        if not wild:
-            weights = interpolation(np.arange(form.steps), nodes, self._plan.recurrence.stages)
-            fill = Interpolated(form, weights, take_rows(self._S, rows)[:, n:, :])
-            slope = (self._slope[rows][:, nodes] @ weights.T - form.held[:, 0]) / form.held[:, 1]
-        start = self._give(take_rows(self._start, rows))
-        self._born.append(WindowBatch(self._plan, form, fill, self.samples[rows], start, self._noise, slope))
+    def _slide(self, rows: Indices, worthless: bool) -> list[Run]:
+        """Windows go on, from what is known if that is worth something."""
+        samples, start = self.samples[rows], take_rows(self._start, rows)
+        if worthless:
+            return self._sliding(samples, start)
+        nodes, held = self._level.nodes, self._form.held
+        weights = interpolation(np.arange(self._form.steps), nodes, self._plan.recurrence.stages)
+        slope = (self._slope[rows][:, nodes] @ weights.T - held[:, 0]) / held[:, 1]
+        predictions = take_rows(self._S, rows)[:, len(nodes) :, :]
+        return self._sliding(samples, start, Outlook(weights, predictions, slope))
 
     def _stay(self, rows: Indices) -> None:
         """Only these go on here."""
@@ -354,7 +379,9 @@ def _norms(T: Float64, gram: Float64) -> Float64:
     return np.sqrt(np.maximum(((T @ gram) * T).sum(axis=2), 0.0))
 
 
-def _relative(lengths: Float64, of: Float64) -> Float64:
-    """``lengths / of``; 0 is 0 of anything, also of the state 0, where many differential equations start."""
-    with np.errstate(divide="ignore"):
-        return np.divide(lengths, of, where=lengths != 0, out=np.zeros_like(lengths))
+def _solve(left: Float64, right: Float64) -> Float64:
+    """NaN where there is no solution."""
+    try:
+        return np.linalg.solve(left, right)
+    except np.linalg.LinAlgError:
+        return np.full_like(right, np.nan)

@@ -13,21 +13,24 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.anderson import AndersonWindow
-from parasolver_core.arrays import Array, detach, host_view, is_array, narrow, to_host, working_dtype
+from parasolver_core.arrays import Array, detach, is_array, narrow, to_host, working_dtype
 from parasolver_core.denoiser import DenoiserFn, Evaluator
-from parasolver_core.hierarchy import Levels, SpreadNodes
-from parasolver_core.methods import Anderson, Method
+from parasolver_core.held_form import HeldForm
+from parasolver_core.levels import Levels
+from parasolver_core.methods import Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
-from parasolver_core.solution import RoundRecord, Stats, Status
+from parasolver_core.refinement import Aims, Refinement
+from parasolver_core.run import Outcome, Run
+from parasolver_core.sliding import Sliding
+from parasolver_core.solution import RoundRecord, SampleRecord, Stats, Status
+from parasolver_core.spread import SpreadNodes
 from parasolver_core.step_rules import StepRule, table
 from parasolver_core.validation import check_plain, check_start
-from parasolver_core.window import Forecast, Near, Plan, SampleWindow
+from parasolver_core.window import Plan
 
 Float64 = NDArray[np.float64]
 Save = Literal["sample", "trajectory"]
-SampleRun = SampleWindow | SpreadNodes | AndersonWindow  # one sample's part of a run
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class SolverState(ABC):
 
 
 class ParallelState(SolverState):
-    """A parallel run: a sliding window for each sample."""
+    """A parallel run: its samples are divided among :class:`~parasolver_core.run.Run` objects, which move them."""
 
     def __init__(
         self,
@@ -190,61 +193,50 @@ class ParallelState(SolverState):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        xp, n = self.xp, len(self.recurrence)
-        self._flat = xp.reshape(xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
         self._plan = Plan(
-            xp=xp,
+            xp=self.xp,
             recurrence=self.recurrence,
             method=method,
             bound=method.acceptance.bounds(self.recurrence),
-            width=min(width, n),
+            width=min(width, len(self.recurrence)),
             warmup_steps=warmup_steps,
             tolerance=tolerance,
             keep=self.save == "trajectory",
         )
         self._start = None if start is None else self._check_guess(start)
-        levels = Levels.of(self.recurrence) if method.spreads(self.recurrence, width, tolerance) else None
         with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
-            self.windows: list[SampleRun] = [
-                self._sliding(sample) if levels is None else self._spread(levels, sample)
-                for sample in range(self.batch)
-            ]
+            self.runs: list[Run] = self._begin()
+        self._outcomes: dict[int, Outcome] = {}
         self.first_prediction: Array | None = None
         self._reached = self._survey(Stats())
 
-    def slide_exhausted(self) -> None:
-        """Give samples for which nodes are spread no longer a sliding window, which always ends."""
-        for sample, window in enumerate(self.windows):
-            if isinstance(window, SpreadNodes) and window.running and window.exhausted:
-                self.windows[sample] = self._sliding(sample, window.handover())
+    def _begin(self) -> list[Run]:
+        """The runs that take the samples from ``x_T``."""
+        plan, source, form, samples = self._plan, self.noise, HeldForm(self.recurrence), np.arange(self.batch)
+        flat = self.xp.reshape(self.xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
+        sliding = Sliding(plan, form, source, self._start)
+        if not plan.method.spreads(self.recurrence, plan.width, plan.tolerance):
+            return sliding(samples, flat)
 
-    def _spread(self, levels: Levels, sample: int) -> SpreadNodes:
-        source = self.noise
-
-        def noise(step: int) -> Array:
+        def noise(step: int, sample: int) -> Array:  # read once a level
             z = source.flat(step, sample)
             source.release(step, sample)
             return z
 
-        return SpreadNodes(self._plan, levels, sample, self._flat[sample, :], noise)
+        aims, levels = Aims(self.recurrence, plan.width, plan.tolerance), Levels.of(self.recurrence)
+        level = levels.opening(aims.first)
+        refinements = [Refinement(aims, level) for _ in range(self.batch)]
+        return [SpreadNodes(plan, form, levels, level, samples, flat, noise, sliding, refinements)]
 
-    def _sliding(self, sample: int, handover: tuple[Forecast, Float64] | None = None) -> SampleWindow | AndersonWindow:
-        source, xp = self.noise, self.xp  # not self: a cycle would keep the buffers alive after the run
-        method, width = self._plan.method, self._plan.width
-        if isinstance(method, Anderson) and width > 1:
-
-            def like_states(step: int) -> Array:
-                return xp.reshape(source(step, sample), (-1,))
-
-            return AndersonWindow(self._plan, method, sample, self._flat[sample, :], like_states)
-
-        def noise(step: int) -> Array:
-            return source.flat(step, sample)
-
-        forecast, slope = handover or (None, None)
-        if self._start is not None:
-            forecast = Near(self.recurrence, host_view(self._start[:, sample, :]), noise)
-        return SampleWindow(self._plan, sample, self._flat[sample, :], noise, forecast, slope)
+    def go_on(self, records: Sequence[SampleRecord]) -> None:
+        """After a round: samples that have ended leave, and so do those that another run takes on."""
+        for record in records:
+            first = self.steps[record.sample]
+            for step in range(first, first + record.accepted):
+                self.noise.forget(step, record.sample)
+        for run in self.runs:
+            self._outcomes |= run.ended
+        self.runs = [successor for run in self.runs for successor in run.successors()]
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""
@@ -260,25 +252,28 @@ class ParallelState(SolverState):
         start = array_api_compat.to_device(detach(start), array_api_compat.device(self.x_T))
         return self.xp.astype(self.xp.reshape(start, (expected[0], self.batch, -1)), self.dtype)
 
-    @property
-    def running(self) -> list[SampleRun]:
-        return [window for window in self.windows if window.running]
-
     def _survey(self, stats: Stats) -> Reached:
-        steps = tuple(window.lo for window in self.windows)
-        before = self._reached.steps if stats.rounds else (-1,) * self.batch
-        self._finals = finals = [
-            # a copy: rounds to come write into the window's memory
-            self._finals[sample] if steps[sample] == before[sample] else self.xp.asarray(window.state, copy=True)
-            for sample, window in enumerate(self.windows)
-        ]
+        steps, statuses, errors = [0] * self.batch, [Status.RUNNING] * self.batch, np.zeros(self.batch)
+        kept: list[Callable[[], Sequence[Array]]] = [tuple] * self.batch
+        finals: dict[int, Array] = {}
+        for sample, outcome in self._outcomes.items():
+            steps[sample], statuses[sample], errors[sample] = outcome.steps, outcome.status, outcome.error
+            kept[sample], finals[sample] = partial(_same, outcome.kept), outcome.state
+        for run in self.runs:
+            states = run.states()
+            for row, (sample, step, error) in enumerate(
+                zip(run.samples.tolist(), run.steps.tolist(), run.errors.tolist(), strict=True)
+            ):
+                steps[sample], errors[sample] = step, error
+                kept[sample], finals[sample] = partial(run.kept, sample), states[row, :]
+        failed = {sample: one.failed_node for sample, one in self._outcomes.items() if one.failed_node >= 0}
         return Reached(
-            steps=steps,
-            statuses=tuple(window.status for window in self.windows),
-            states=partial(_stacked, self.xp, finals, self.x_T.shape),
-            kept=[partial(_kept, window, final) for window, final in zip(self.windows, finals, strict=True)],
-            errors=np.array([window.error for window in self.windows]),
-            failures=self._failures({w.index: w.failed_node for w in self.windows if w.failed_node >= 0}, stats),
+            steps=tuple(steps),
+            statuses=tuple(statuses),
+            states=partial(_stacked, self.xp, [finals[sample] for sample in range(self.batch)], self.x_T.shape),
+            kept=kept,
+            errors=errors,
+            failures=self._failures(failed, stats),
             stats=stats,
         )
 
@@ -289,7 +284,9 @@ class ParallelState(SolverState):
     def estimate(self) -> Array:
         if self.torn:
             return self.states
-        return self._given_back(_stacked(self.xp, [window.estimate() for window in self.windows], self.x_T.shape))
+        rows = {sample: outcome.state for sample, outcome in self._outcomes.items()}
+        rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
+        return self._given_back(_stacked(self.xp, [rows[sample] for sample in range(self.batch)], self.x_T.shape))
 
 
 class SequentialState(SolverState):
@@ -348,9 +345,8 @@ def _stacked(xp: Any, rows: Sequence[Array], shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.stack(rows), shape)
 
 
-def _kept(window: SampleRun, first: Array) -> Sequence[Array]:
-    """All final states of a sample; where none are kept yet, the one that it began with."""
-    return window.kept or [first]
+def _same(states: Sequence[Array]) -> Sequence[Array]:
+    return states
 
 
 def _rows(states: Sequence[Array], sample: int) -> Sequence[Array]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView, shares
 from parasolver_core.arrays import Array, finite_rows, host_view
-from parasolver_core.correction import Correction, SweepCorrection
+from parasolver_core.correction import SweepCorrection
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence, combine
 from parasolver_core.solution import SampleRecord, Status
@@ -77,6 +77,30 @@ class Near(Forecast):
         return self._outputs[i] + (x - self._states[i]) * slope
 
 
+@dataclass(frozen=True)
+class BetweenNodes(Forecast):
+    """Outputs expected by a sliding window that goes on from spread nodes.
+
+    Args:
+        weights: (N, n), of the nodes in each prediction (:func:`~parasolver_core.levels.interpolation`).
+        predictions: (n, size), of the held quantity at the nodes.
+        held: (N, 2), as in :class:`~parasolver_core.recurrence.Recurrence`.
+    """
+
+    weights: Float64
+    predictions: Array
+    held: Float64
+
+    def __call__(self, i: int, x: Array, slope: float) -> Array:
+        p, q = self.held[i]
+        weights = self.weights[i]
+        used = np.flatnonzero(weights)
+        h = self.predictions[int(used[0]), :] * float(weights[used[0]])
+        for row in used[1:]:
+            h = h + self.predictions[int(row), :] * float(weights[row])
+        return (h - x * float(p)) * float(1 / q)
+
+
 class Nothing(Forecast):
     """A held quantity of 0: a predicted sample that is the mean of all data, before anything is known."""
 
@@ -121,7 +145,7 @@ class SampleWindow:
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi = 0, 1
         whole_moves = method.fill == "evaluated"
-        self._correction = Correction.choose(self._xp, recurrence, self._noise, width, start, whole_moves)
+        self._correction = SweepCorrection(self._xp, recurrence, self._noise, width, start, whole_moves)
         slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)

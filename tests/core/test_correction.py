@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, NonFiniteError, correction, solve, solve_sequential
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    Method,
+    NoiseSchedule,
+    NonFiniteError,
+    correction,
+    sliding,
+    solve,
+    solve_sequential,
+)
+from parasolver_core.held_form import HeldForm
 from parasolver_core.recurrence import combine
 from parasolver_core.step_rules import DPMSolver
 from tests.core.problems import Mixture, Rational, normal, relative
@@ -19,6 +30,7 @@ by_name = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """States of a few elements are worked on in blocks and sampled, as large ones are."""
+    monkeypatch.setattr(sliding, "_LARGE", 0)
     monkeypatch.setattr(correction, "_WHOLE", 4)
     monkeypatch.setattr(correction, "_STRIPE", 2)
     monkeypatch.setattr(correction, "_PERIOD", 5)
@@ -47,7 +59,13 @@ def test_the_matrix_solves_the_equations(rule: Any) -> None:
         for k in range(min(recurrence.b.shape[1], j)):
             B[j, j - 1 - k] = recurrence.b[lo + j - 1, k]
     expected = np.linalg.solve(L - B * slope, B)
-    assert np.allclose(correction.propagation(recurrence, slope, lo), expected, rtol=1e-12, atol=1e-14)
+    p, q = recurrence.held[lo : lo + n].T
+    defects = np.random.default_rng(1).standard_normal((n, 3))
+    T, squares = HeldForm(recurrence).propagation(
+        np.array([lo]), (p + q * slope)[None, :], ((q[:, None] * defects) @ (q[:, None] * defects).T)[None, :]
+    )
+    assert np.allclose(T[0] * q, expected, rtol=1e-12, atol=1e-14)  # a defect of the held quantity is q times it
+    assert np.allclose(squares[0], ((expected @ defects) ** 2).sum(axis=1), rtol=1e-10, atol=1e-12)
 
 
 @by_name
@@ -55,13 +73,9 @@ def test_the_matrix_solves_the_equations(rule: Any) -> None:
 def test_recurrence_and_matrix_are_one_method(rule: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, x_T = Mixture(SCHEDULE, "epsilon"), normal((2, 40))
     options: dict[str, Any] = {"window": 7, "method": method, "tolerance": 1e-3}
-    swept = solve(network, x_T, TIMESTEPS, rule, **options)
-
-    def choose(*args: Any) -> correction.MatrixCorrection:
-        return correction.MatrixCorrection(*args[:5])
-
-    monkeypatch.setattr(correction.Correction, "choose", staticmethod(choose))
     by_matrix = solve(network, x_T, TIMESTEPS, rule, **options)
+    monkeypatch.setattr(sliding, "_LARGE", 0)
+    swept = solve(network, x_T, TIMESTEPS, rule, **options)
     assert relative(swept.sample, by_matrix.sample) < 1e-6
     for one, other in zip(swept.stats.history, by_matrix.stats.history, strict=True):
         for a, b in zip(one.samples, other.samples, strict=True):

@@ -17,8 +17,9 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.hierarchy import Interpolated, Level, Levels, interpolation, placement
+from parasolver_core.levels import Level, Levels, interpolation, placement
 from parasolver_core.methods import sliding_rounds
+from parasolver_core.window import BetweenNodes
 
 SCHEDULE = NoiseSchedule.linear()
 Denoiser = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -195,7 +196,7 @@ def test_expected_outputs_of_a_sliding_window_are_the_interpolated_predictions()
     weights, predictions = interpolation(np.arange(9), np.array([0, 4, 8])), np.array([[1.0], [3.0], [2.0]])
     x = np.array([0.7])
     for i, expected in ((0, 1.0), (1, 1.5), (4, 3.0), (6, 2.5), (8, 2.0)):
-        m = Interpolated(weights, predictions, recurrence.held)(i, x, 0.0)
+        m = BetweenNodes(weights, predictions, recurrence.held)(i, x, 0.0)
         p, q = recurrence.held[i]
         np.testing.assert_allclose(p * x + q * m, [expected], rtol=1e-12)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from parasolver_core import DDIM, DDPM, NoiseSchedule, hierarchy, noise, solve, solve_sequential, window
+from parasolver_core import DDIM, DDPM, NoiseSchedule, batch, noise, sliding, solve, solve_sequential, spread
 from parasolver_core.denoiser import BatchedCall, out_of_memory
 from tests.arrays import to_numpy
 from tests.core.problems import Counted, Mixture, Rational, normal, relative
@@ -180,7 +180,7 @@ class Waits(TorchFunctionMode):
 )
 @pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DDPM(SCHEDULE)])
 def test_a_round_waits_for_the_device_once(rule: Any, options: dict[str, Any], monkeypatch: Any) -> None:
-    for module in (window, hierarchy, noise):
+    for module in (batch, spread, sliding, noise):
         monkeypatch.setattr(module, "host_view", lambda array: array)  # as for an array that is not on the CPU
     options = dict(options)
     timesteps = SCHEDULE.timesteps(options.pop("steps", 20))

@@ -1,0 +1,111 @@
+"""How samples begin to slide: which kind of window takes them, and what its new nodes are filled in with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from parasolver_core.anderson import AndersonWindow
+from parasolver_core.arrays import Array, host_view, take_rows
+from parasolver_core.batch import WindowBatch
+from parasolver_core.fill import Along, Copies, Fill, Held, Interpolated
+from parasolver_core.held_form import Float64, HeldForm, Indices
+from parasolver_core.methods import Anderson
+from parasolver_core.noise import NoiseSource
+from parasolver_core.run import Alone, Run
+from parasolver_core.window import BetweenNodes, Forecast, Near, Plan, SampleWindow
+
+_LARGE = 2**15  # elements of a window from which on, on a CPU, a sweep that keeps to the cache is faster
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of samples that slide: predictions between nodes; B samples.
+
+    Args:
+        weights: (N, n), of the nodes in the prediction at each step.
+        predictions: (B, n, size), of the held quantity at the nodes.
+        slope: (B, N), dm/dx.
+    """
+
+    weights: Float64
+    predictions: Array
+    slope: Float64
+
+
+class Sliding:
+    """Makes the windows of samples that slide.
+
+    Args:
+        plan: what all samples share.
+        form: the sampler.
+        source: the noise.
+        trajectory: a warm start, (N + 1, batch, size); None: there is none.
+    """
+
+    def __init__(self, plan: Plan, form: HeldForm, source: NoiseSource, trajectory: Array | None) -> None:
+        self._plan, self._form, self._source, self._trajectory = plan, form, source, trajectory
+
+    def __call__(self, samples: Indices, start: Array, outlook: Outlook | None = None) -> list[Run]:
+        """The runs that take these samples from ``start``, (B, size), all their ``x_T``."""
+        plan, method, view = self._plan, self._plan.method, host_view(start)
+        if isinstance(method, Anderson):
+            return [Alone(self._anderson(method, s, start[row, :])) for row, s in enumerate(samples.tolist())]
+        if isinstance(view, np.ndarray) and view.shape[1] * plan.width > _LARGE:
+            return [Alone(self._sweep(s, row, start[row, :], outlook)) for row, s in enumerate(samples.tolist())]
+        slope = None if outlook is None else outlook.slope
+        fill = self._fill(samples, outlook)
+        return [WindowBatch(plan, self._form, fill, samples, plan.xp.asarray(start), self._source.flat, slope)]
+
+    def _fill(self, samples: Indices, outlook: Outlook | None) -> Fill:
+        if outlook is not None:
+            return Interpolated(self._form, outlook.weights, outlook.predictions)
+        if self._trajectory is not None:
+            return Along(self._form, *self._near(samples))
+        return self._cold
+
+    @cached_property
+    def _cold(self) -> Fill:
+        """Of samples of which nothing is known."""
+        fill, form = self._plan.method.fill, self._form
+        return Copies(form, self._source.flat) if fill == "copy" else Held(form, self._plan.width, fill == "evaluated")
+
+    def _near(self, samples: Indices) -> tuple[Array, Array]:
+        """The warm start and its predictions of the held quantity, (B, N + 1, size) and (B, N, size)."""
+        recurrence, trajectory = self._plan.recurrence, self._trajectory
+        states = [host_view(take_rows(trajectory[i, :, :], samples)) for i in range(len(recurrence) + 1)]
+        xp: Any = array_namespace(states[0])
+
+        def noise(step: int) -> Array:
+            return xp.stack([self._source.flat(step, sample) for sample in samples.tolist()])
+
+        outputs = recurrence.implied_outputs(xp, states, noise)
+        predictions = [
+            x * float(p) + m * float(q) for x, m, (p, q) in zip(states, outputs, recurrence.held, strict=False)
+        ]
+        return xp.stack(states, axis=1), xp.stack(predictions, axis=1)
+
+    def _sweep(self, sample: int, row: int, start: Array, outlook: Outlook | None) -> SampleWindow:
+        source, forecast, slope = self._source, None, None
+
+        def noise(step: int) -> Array:
+            return source.flat(step, sample)
+
+        if outlook is not None:
+            forecast: Forecast | None = BetweenNodes(outlook.weights, outlook.predictions[row, ...], self._form.held)
+            slope = outlook.slope[row]
+        elif self._trajectory is not None:
+            forecast = Near(self._plan.recurrence, host_view(self._trajectory[:, sample, :]), noise)
+        return SampleWindow(self._plan, sample, start, noise, forecast, slope)
+
+    def _anderson(self, method: Anderson, sample: int, start: Array) -> AndersonWindow:
+        source, xp = self._source, self._plan.xp
+
+        def noise(step: int) -> Array:
+            return xp.reshape(source(step, sample), (-1,))
+
+        return AndersonWindow(self._plan, method, sample, xp.asarray(start), noise)
