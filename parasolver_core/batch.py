@@ -135,7 +135,7 @@ class WindowBatch(Run):
         R = self._S.shape[1] // 2
         X, H = self._S[:, past:R, :], self._S[:, R + past :, :]
         held = self._form.held[self._window_nodes]
-        p, q = self._put(np.moveaxis(held, 2, 0)[..., None])
+        p, q = (self._put(held[:, :, k, None]) for k in (0, 1))
         r = q * xp.reshape(D, (count, n, self._size))
         r += p * X
         r -= H

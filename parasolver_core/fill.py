@@ -104,6 +104,10 @@ class Held(Fill):
         """The nodes whose states hardly depend on the sample; one where its prediction has to come from the network."""
         return 1 if self.uncorrected else recurrence.blind
 
+    def first(self, x: Array, slope: Float64) -> Array:
+        """A predicted sample of 0; or, before the network has said anything, an output of 0."""
+        return x * float(self._form.held[0, 0]) if self.uncorrected else super().first(x, slope)
+
     def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
         if self._all is None or count > self._all.x.shape[1]:
             return self._behind(last, count)
