@@ -501,6 +501,7 @@ def _solver(
     sequential = isinstance(method, str) and method == "sequential"
     if costs is not None and not isinstance(window, str):
         raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
+    given = None if costs is None else CostTable.of(costs)
     parallel = ParallelIntegralSolver(
         step_rule,
         2 if isinstance(window, str) else window,
@@ -515,7 +516,7 @@ def _solver(
             f'{name}: the plain loop of method="sequential" has no use for it; leave it out, or choose another method'
         )
     if isinstance(window, str) and not sequential:
-        chosen, told = _chosen(problem, parallel, costs, run)
+        chosen, told = _chosen(problem, parallel, given, run)
         limits["max_rows"] = chosen.max_rows
         parallel = replace(parallel, window=chosen.window, max_rows=chosen.max_rows)
         sequential, start = chosen.window == 1, None if chosen.window == 1 else start
@@ -525,13 +526,12 @@ def _solver(
 def _chosen(
     problem: Problem,
     parallel: ParallelIntegralSolver,
-    costs: CostTable | Mapping[int, float] | None,
+    given: CostTable | None,
     run: dict[str, Any],
 ) -> tuple[Prediction, str]:
     """The window with the least predicted time, and what to say of it."""
     denoiser, x_T, timesteps, step_rule = problem
-    given, tolerance = None if costs is None else CostTable.of(costs), parallel.tolerance
-    method = parallel.method_of(run["start"])
+    tolerance, method = parallel.tolerance, parallel.method_of(run["start"])
     steps = len(check_timesteps(timesteps))
     solver = SequentialSolver(step_rule, max_rounds=parallel.max_rounds, **parallel._evaluation)
     if not is_array(x_T):
