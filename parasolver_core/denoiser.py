@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, assign, own_copy
 from parasolver_core.errors import note
 from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
-from parasolver_core.schedules import NoiseSchedule
+from parasolver_core.schedules import NoiseSchedule, check_prediction_type
+from parasolver_core.step_rules import StepRule
 
 
 class DenoiserFn(Protocol):
@@ -27,7 +28,8 @@ class DenoiserFn(Protocol):
     same prediction (evaluation mode, no dropout).
 
     A denoiser whose attribute ``takes_rows`` is ``True`` is called ``denoiser(x, t, rows)`` with :class:`Rows`, which
-    tell the samples of the batch apart: each may have its own class label or prompt.
+    tell the samples of the batch apart: each may have its own class label or prompt. One with the attribute
+    ``prediction_type`` is refused where the step rule reads another.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
@@ -59,6 +61,22 @@ class Rows:
 def takes_rows(denoiser: Any) -> bool:
     """Whether a denoiser is called ``denoiser(x, t, rows)``; those that wrap another pass it on."""
     return getattr(denoiser, "takes_rows", False) is True
+
+
+def predicted_by(denoiser: Any) -> str | None:
+    """What a denoiser says that it predicts, by its attribute ``prediction_type``; those that wrap one pass it on."""
+    told = getattr(denoiser, "prediction_type", None)
+    return told if isinstance(told, str) else None
+
+
+def check_agreement(denoiser: Any, step_rule: StepRule) -> None:
+    """Refuse a denoiser that predicts something else than the step rule reads, where both say what."""
+    given, read = predicted_by(denoiser), step_rule.predicts
+    if given is not None and read is not None and given != read:
+        raise ValueError(
+            f"step_rule: it reads the network's output as {read!r}, and the denoiser predicts {given!r}; give the rule "
+            f"prediction_type={given!r}, or make it from denoiser.schedule where there is one"
+        )
 
 
 class SharedDenoiser(ABC):
@@ -346,6 +364,15 @@ class ClippedDenoiser:
     prediction_type: str
     clip_range: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_prediction_type("prediction_type", self.prediction_type)
+        inner = predicted_by(self.denoiser)
+        if inner is not None and inner != self.prediction_type:
+            raise ValueError(
+                f"prediction_type: the denoiser predicts {inner!r}, got {self.prediction_type!r}, of which the clean "
+                "sample is another one"
+            )
+
     @property
     def takes_rows(self) -> bool:
         return takes_rows(self.denoiser)
@@ -377,12 +404,14 @@ def clip_sample(
     Args:
         denoiser: the network.
         schedule: the path that relates its prediction to the clean sample.
-        prediction_type: what it predicts; the schedule's default if None.
+        prediction_type: what it predicts; None: what it says itself (its attribute ``prediction_type``), or else the
+            schedule's default.
         clip_range: the largest absolute value kept, in the units of the data.
     """
     if not clip_range > 0:
         raise ValueError(f"clip_range: expected a number > 0, got {clip_range}")
-    return ClippedDenoiser(denoiser, schedule, prediction_type or schedule.default_prediction_type, clip_range)
+    kind = prediction_type or predicted_by(denoiser) or schedule.default_prediction_type
+    return ClippedDenoiser(denoiser, schedule, kind, clip_range)
 
 
 def _time_dtype(xp: Any, dtype: Any) -> Any:

@@ -15,14 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.anderson import AndersonWindow
 from parasolver_core.arrays import Array, detach, host_view, is_array, narrow, to_host, working_dtype
-from parasolver_core.denoiser import DenoiserFn, Evaluator
+from parasolver_core.denoiser import DenoiserFn, Evaluator, check_agreement
 from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Anderson, Method
 from parasolver_core.noise import NoiseFn, NoiseSource, Seed
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import RoundRecord, Stats, Status
 from parasolver_core.step_rules import StepRule, table
-from parasolver_core.validation import check_plain, check_start
+from parasolver_core.validation import check_plain, check_scale, check_start
 from parasolver_core.window import Forecast, Near, Plan, SampleWindow
 
 Float64 = NDArray[np.float64]
@@ -85,6 +85,8 @@ class SolverState(ABC):
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = table(step_rule, timesteps)
+        check_agreement(denoiser, step_rule)
+        check_scale(self.x_T, step_rule.start_scale(self.recurrence.timesteps))
         self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
         self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
         self.halted: Status | None = None

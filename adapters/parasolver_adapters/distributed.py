@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parasolver_core import __version__
-from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, takes_rows
+from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, predicted_by, takes_rows
 from parasolver_core.errors import SolverError
 from parasolver_core.introspection import reachable
 
@@ -108,6 +108,10 @@ class DistributedDenoiser(SharedDenoiser):
     @property
     def takes_rows(self) -> bool:
         return takes_rows(self._denoiser)
+
+    @property
+    def prediction_type(self) -> str | None:
+        return predicted_by(self._denoiser)
 
     @property
     def devices(self) -> int:

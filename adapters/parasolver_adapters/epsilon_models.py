@@ -149,6 +149,7 @@ class EpsilonModel:
     clip_denoised: bool = False
 
     takes_rows: ClassVar[bool] = True
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         needed = [name for name, used in self._uses_of_labels().items() if used]
@@ -280,6 +281,7 @@ class LearnedVariance:
     )
 
     takes_rows: ClassVar[bool] = True
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if not self.model.learn_sigma:

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from parasolver_adapters.diffusers.stepping import (
 from parasolver_adapters.draws import Listener
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.schedules import PredictionType
 
 __all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
 
@@ -61,6 +62,13 @@ class SchedulerRule(FixedRule):
     independent_noise: bool
     clip: Clip | None = field(repr=False)
     _loop: Loop = field(repr=False)
+
+    @property
+    def predicts(self) -> str | None:
+        """What the scheduler is configured to be given, if that is one of the names of ``prediction_type``."""
+        told = self._loop.scheduler.config.get("prediction_type")
+        told = {"flow_prediction": "flow"}.get(told, told)
+        return told if told in get_args(PredictionType) else None
 
     @property
     def band(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from typing import ClassVar
 
 import torch
 from diffusers import UNet2DModel
@@ -138,6 +139,8 @@ class EmbeddedDenoiser:
     labels: int | None = None
     guidance_scale: float | None = None
     model: UNet2DModel = field(default_factory=load_embedded_model, repr=False, compare=False)
+
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if self.labels is not None and not 0 <= self.labels < NO_CLASS:
