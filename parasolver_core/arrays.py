@@ -52,6 +52,14 @@ def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
     return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
 
 
+def coarse(xp: Any, row: Array) -> Array:
+    """``[unit]``: float32's rounding unit where float64 numbers (size,) are all float32's, else 0."""
+    if row.dtype != xp.float64:
+        return xp.zeros_like(row[:1])
+    single = xp.all(xp.astype(xp.astype(row, xp.float32), row.dtype) == row)
+    return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
+
+
 def matmul(xp: Any, a: Array, b: Array) -> Array:
     """``a @ b`` in the full precision of their dtype, whatever a user has allowed for a network's products.
 
