@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, finite_rows
+from parasolver_core.arrays import Array, finite_rows, matmul, vecdot
 from parasolver_core.methods import Anderson
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
@@ -99,11 +100,12 @@ class AndersonWindow:
         before, after = self._X[:-1, :], self._X[1:, :]
         first = self._column(recurrence.a[nodes, 0]) * before + forcing - after
         from_states, from_forcing = high_order(recurrence.a[nodes, 0], self._method.order or len(nodes))
-        self._target = xp.matmul(self._asarray(from_states), before) + xp.matmul(self._asarray(from_forcing), forcing)
+        self._target = matmul(xp, self._asarray(from_states), before)
+        self._target = self._target + matmul(xp, self._asarray(from_forcing), forcing)
         R = self._target - after
         self._past = [*self._past, Iterate(after, R, len(nodes))][-self._method.memory - 1 :]
         self._changes = [self._change(*pair) for pair in zip(self._past, self._past[1:], strict=False)]
-        dot, residuals = xp.linalg.vecdot, [change.residuals for change in self._changes]
+        dot, residuals = partial(vecdot, xp), [change.residuals for change in self._changes]
         products = [dot(p, q) for p in residuals for q in residuals] + [dot(p, R) for p in residuals]
         return xp.concat([dot(first, first), dot(R, R), dot(after, after), *products])
 

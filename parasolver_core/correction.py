@@ -19,7 +19,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, assign, increment, to_host
+from parasolver_core.arrays import Array, assign, increment, matmul, to_host, vecdot
 from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
@@ -92,9 +92,8 @@ class Moments:
 
 def inner_products(xp: Any, X: Array, dX: Array, r: Array) -> Array:
     """The vector that :meth:`Moments.unpack` takes apart, from states, last moves and defects, each (n, size)."""
-    gram = xp.reshape(xp.matmul(r, r.T), (-1,))
-    dot = xp.linalg.vecdot  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
-    return xp.concat([gram, dot(dX, r), dot(dX, dX), dot(X, X)])
+    gram = xp.reshape(matmul(xp, r, r.T), (-1,))
+    return xp.concat([gram, *(vecdot(xp, *pair) for pair in ((dX, r), (dX, dX), (X, X)))])
 
 
 def fetch(xp: Any, packed: list[Array]) -> list[Float64]:
@@ -254,7 +253,7 @@ class MatrixCorrection(Correction):
         T = propagation(self._recurrence, slope, lo)
         like = {"dtype": self.X.dtype, "device": device(self.X)}
         at = (self.rows(lo, lo + n), slice(None))
-        dX = self._xp.matmul(self._xp.asarray(T, **like), self.M[at])
+        dX = matmul(self._xp, self._xp.asarray(T, **like), self.M[at])
         self.X, self._dX = increment(self.X, at, dX), assign(self._dX, at, dX)
         dX *= self._xp.asarray(slope[:, None], **like)  # our own array by now: no further one is made
         dX += self._xp.astype(D, self.X.dtype, copy=False)

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import shares
-from parasolver_core.arrays import Array, host_view
+from parasolver_core.arrays import Array, host_view, matmul
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.methods import sliding_rounds
 from parasolver_core.recurrence import UNDECIDED, Recurrence
@@ -372,10 +372,10 @@ class SpreadNodes:
     def _apply(self, T: Float64, g: Float64) -> None:
         """Move all states by ``T r``; evaluated nodes believe what the network said, the others what it would say."""
         xp, picked = self._xp, self._picked
-        step = xp.matmul(self._asarray(T), self._R)
+        step = matmul(xp, self._asarray(T), self._R)
         evaluated = np.zeros((len(g), len(picked)))
         evaluated[picked, np.arange(len(picked))] = 1.0
-        self._H = self._H + xp.matmul(self._asarray(evaluated), self._R) + self._column(g) * step
+        self._H = self._H + matmul(xp, self._asarray(evaluated), self._R) + self._column(g) * step
         kept = np.ones(len(g))
         kept[picked] = 0.0
         self._X, self._since = self._X + step, self._column(kept) * self._since + step
@@ -452,10 +452,10 @@ class SpreadNodes:
         weights, known = interpolation(nodes, old, self._recurrence.stages), np.isin(nodes, old)
         if not self._opening:
             self._slope[nodes] = weights @ self._slope[old]
-        self._H = self._xp.matmul(self._asarray(weights), self._H)
-        self._since = self._xp.matmul(self._asarray(weights * known[:, None]), self._since)
+        self._H = matmul(self._xp, self._asarray(weights), self._H)
+        self._since = matmul(self._xp, self._asarray(weights * known[:, None]), self._since)
         self._set_free()
-        self._X = self._free + self._xp.matmul(self._asarray(self._level.response), self._H)
+        self._X = self._free + matmul(self._xp, self._asarray(self._level.response), self._H)
         moved = np.full(len(nodes), np.inf)
         moved[known] = self._moved
         self._moved, self._scale = moved, weights @ self._scale
@@ -485,7 +485,7 @@ class SpreadNodes:
             yield new
 
     def _sample(self) -> Array:
-        end = self._xp.matmul(self._asarray(self._level.end[None, :]), self._H)
+        end = matmul(self._xp, self._asarray(self._level.end[None, :]), self._H)
         return self._end_free + self._xp.reshape(end, (-1,))
 
     def _all_states(self) -> list[Array]:
@@ -494,7 +494,7 @@ class SpreadNodes:
         weights = interpolation(np.arange(len(recurrence)), self._level.nodes, recurrence.stages)
         states, outputs = [self._start], []
         for i in range(len(recurrence)):
-            h = self._xp.reshape(self._xp.matmul(self._asarray(weights[i : i + 1]), self._H), (-1,))
+            h = self._xp.reshape(matmul(self._xp, self._asarray(weights[i : i + 1]), self._H), (-1,))
             p, q = recurrence.held[i]
             outputs.insert(0, (h - states[-1] * float(p)) * float(1 / q))
             del outputs[recurrence.memory :]

@@ -21,7 +21,6 @@ from parasolver_core.costs import CostTable, describe
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
 from parasolver_core.errors import (
     ConvergenceError,
-    NondeterministicDenoiserError,
     NonFiniteError,
     SolverError,
     attach,
@@ -304,7 +303,7 @@ class ParallelIntegralSolver(Solver):
 
     def init(self, denoiser: DenoiserFn, x_T: Array, timesteps: ArrayLike, **options: Any) -> ParallelState:
         options = {"seed": None, "noise": None, "save": "sample", "start": None} | options
-        return ParallelState(
+        state = ParallelState(
             denoiser,
             x_T,
             timesteps,
@@ -316,63 +315,46 @@ class ParallelIntegralSolver(Solver):
             **self._evaluation,
             **options,
         )
+        if self.check and self.window > 1:
+            state.check_rows(denoiser)
+        return state
 
     def _round(self, state: ParallelState) -> tuple[int, list[SampleRecord]]:
-        running = state.running
-        outputs, evaluations, repeated = self._evaluate(state, running)
+        running, check = state.running, state.check
+        outputs, evaluations = self._evaluate(state, running)
         records, state.torn = [], True
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
             packed = [window.take_defect(D) for window, D in zip(running, outputs, strict=True)]
-            fetched = fetch(state.xp, packed + repeated)
-            for window, D, products in zip(running, outputs, fetched[: len(running)], strict=True):
+            fetched = fetch(state.xp, packed)
+            for window, D, products in zip(running, outputs, fetched, strict=True):
                 first = window.lo
                 records.append(window.correct(D, products))
                 for step in range(first, window.lo):
                     state.noise.forget(step, window.index)
-        for compared in fetched[len(running) :]:
-            self._check_repeated(state, compared)
         state.slide_exhausted()
+        if check is not None:
+            evaluations += check.look(records)
+            if all(window.status is Status.CONVERGED for window in state.windows):
+                evaluations += check.finish()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int, list[Array]]:
-        """The round's network call: the outputs of each running sample, (n, size), and the number of rows.
-
-        Where a row was evaluated a second time, also how the two outputs compare; fetched with the round's sums, as
-        waiting for the device once more would cost time.
-        """
-        xp, event = state.xp, tuple(state.x_T.shape[1:])
+    def _evaluate(self, state: ParallelState, running: list[SampleRun]) -> tuple[list[Array], int]:
+        """The round's network call: the outputs of each running sample, (n, size), and the number of rows."""
+        xp, event, check = state.xp, tuple(state.x_T.shape[1:]), state.check
         inputs, nodes = [window.inputs for window in running], [window.nodes for window in running]
         samples = [window.index for window in running]
-        repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
-        if repeat:
-            inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
-            nodes.append(np.zeros(1, dtype=np.int64))
-            samples.append(0)
+        again = None if check is None else check.extra(nodes)
+        if again is not None:
+            inputs, nodes, samples = [*inputs, again], [*nodes, np.zeros(1, dtype=np.int64)], [*samples, 0]
         owners = np.repeat(samples, [len(own) for own in nodes])
         rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
         D = state.evaluator(rows, np.concatenate(nodes), owners)
         D = xp.reshape(D, (len(owners), inputs[0].shape[1]))
-        repeated = []
-        if repeat:
-            first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))
-            repeated = [xp.stack([xp.max(xp.abs(row)) for row in (again - first, first, again)])]
-            state.first_prediction = None
-        elif state.stats.rounds == 0 and self.window > 1:
-            state.first_prediction = xp.asarray(D[0, :], copy=True)
+        if check is not None:
+            check.note(inputs, nodes, samples, D)
         ends = np.cumsum([len(own) for own in nodes]).tolist()
         outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
-        return outputs[: len(running)], ends[-1], repeated
-
-    def _check_repeated(self, state: ParallelState, compared: NDArray[np.float64]) -> None:
-        """Refuse a denoiser that answers the same row differently by more than rounding explains."""
-        difference, size = float(compared[0]), float(max(compared[1:]))
-        limit = float(np.sqrt(float(state.xp.finfo(state.x_T.dtype).eps)))
-        if difference > limit * size:
-            raise NondeterministicDenoiserError(
-                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that "
-                f"differ by {difference / size:.2g} of their size. Call .eval() on the network, remove "
-                "dropout, random numbers and normalisation over the batch; check=False skips this test"
-            )
+        return outputs[: len(running)], ends[-1]
 
 
 def solve(

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.anderson import AndersonWindow
 from parasolver_core.arrays import Array, detach, host_view, is_array, narrow, to_host, working_dtype
+from parasolver_core.checking import RowCheck, remembered
 from parasolver_core.denoiser import DenoiserFn, Evaluator, check_agreement
 from parasolver_core.hierarchy import Levels, SpreadNodes
 from parasolver_core.methods import Anderson, Method
@@ -211,8 +212,13 @@ class ParallelState(SolverState):
                 self._sliding(sample) if levels is None else self._spread(levels, sample)
                 for sample in range(self.batch)
             ]
-        self.first_prediction: Array | None = None
+        self.check: RowCheck | None = None
         self._reached = self._survey(Stats())
+
+    def check_rows(self, denoiser: DenoiserFn) -> None:
+        """Look at rows of this run alone, if the denoiser is not remembered for having passed."""
+        options = (denoiser, self.evaluator, self.x_T, self.dtype, self.recurrence, self._plan.tolerance)
+        self.check = RowCheck(*options) if not remembered(denoiser, self.batch) else None
 
     def slide_exhausted(self) -> None:
         """Give samples for which nodes are spread no longer a sliding window, which always ends."""
@@ -286,7 +292,7 @@ class ParallelState(SolverState):
 
     def plan(self) -> dict[str, str]:
         start = "none" if self._start is None else _hash(to_host(self._start))
-        return super().plan() | {"warm start": start}
+        return super().plan() | {"warm start": start, "whether rows are checked": str(self.check is not None)}
 
     def estimate(self) -> Array:
         if self.torn:

@@ -237,7 +237,7 @@ def test_linearization_is_told_once_a_round() -> None:
 )
 def test_a_method_is_its_preset(method: Method, name: str) -> None:
     arguments = (TanhNetwork(), normal((2, 6)), TABLE.timesteps(20), DDIM(TABLE), 8)
-    by_object, by_name = solve(*arguments, method=method), solve(*arguments, method=name)
+    by_object, by_name = (solve(*arguments, method=one, check=False) for one in (method, name))
     np.testing.assert_array_equal(by_object.sample, by_name.sample)
     assert by_object.stats.evaluations == by_name.stats.evaluations
 

@@ -193,7 +193,7 @@ def test_a_round_waits_for_the_device_once(rule: Any, options: dict[str, Any], m
             waits.count = 0
 
         x_T = torch.from_numpy(normal((2, 4)))
-        solve(Rational(), x_T, timesteps, rule, tolerance=0.03, callback=callback, **options)
+        solve(Rational(), x_T, timesteps, rule, tolerance=0.03, callback=callback, check=False, **options)
     assert len(counts) > 5
     others = counts[1:]
     assert all(count <= 1 + ended for count, ended in others)  # each sample's last state is looked at once more
