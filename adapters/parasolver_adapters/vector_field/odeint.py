@@ -17,13 +17,13 @@ from parasolver_adapters.vector_field.grid import Grid, check_times
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
 from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Effort, Linearization, ParallelIntegrator
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_adapters.vector_field.verification import LARGEST_DENSE, doubt
 from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
 from parasolver_core.validation import check_count, check_tolerance
 
 _EXPECTED_ROUNDS = 5
-_LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
 
 
 class SequentialFallbackWarning(UserWarning):
@@ -269,7 +269,7 @@ class _Choices:
             rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
             if rounds > problem.sequential_cost(steps):
                 return problem, None
-            asked = "diagonal" if problem.size == 1 else "full" if problem.size <= _LARGEST_DENSE else "secant"
+            asked = "diagonal" if problem.size == 1 else "full" if problem.size <= LARGEST_DENSE else "secant"
         eps = float(problem.xp.finfo(y0.dtype).eps)
         tolerance = 64 * eps if self.tolerance is None else self.tolerance
         return problem, ParallelIntegrator(asked, tolerance, self.window, self.coarse_steps)
@@ -278,11 +278,14 @@ class _Choices:
 def _states(problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort) -> Array:
     """The trajectory, with its gradients."""
     xp, n = problem.xp, len(problem.grid)
-    if integrator is None:
+    if integrator is not None:
+        with no_grad(xp):
+            states = integrator.integrate(problem, detach(y0)[None, ...], effort)
+            why = doubt(problem, states, effort, integrator.tolerance) if effort.windows else ""
+        effort.note = why or effort.note
+    if integrator is None or why:
         effort.sequential_steps = n
         return xp.concat([y0[None, ...], integrate_sequentially(problem, 0, n, y0[None, ...])], axis=0)
-    with no_grad(xp):
-        states = integrator.integrate(problem, detach(y0)[None, ...], effort)
     if not _records_gradients(y0):
         return states
     from parasolver_adapters.vector_field.adjoint import attach

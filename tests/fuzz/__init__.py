@@ -1,0 +1,1 @@
+"""Random problems against the plain loop, each repeatable from its seed."""
