@@ -350,6 +350,69 @@ def test_overflow_of_the_solution_is_told_apart_from_nan_of_the_field() -> None:
     assert "t = " in found.message
 
 
+class RefusingError(Exception):
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "solution":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("linearization", ["auto", "sequential"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, StopIteration, RefusingError])
+def test_what_was_reached_is_there_after_an_exception(linearization: Any, kind: type[BaseException]) -> None:
+    """All states found before the field raised once were lost."""
+    expected = odeint(pendulum, START, TIMES, linearization="sequential")
+    options: dict[str, Any] = {"linearization": linearization, "window": 100}
+    calls = integrate(pendulum, START, TIMES, **options).calls
+    reached = []
+    for fatal in (1, 3, calls // 3, calls // 2, calls - 7):
+        count = 0
+
+        def field(t: Any, y: Any, fatal: int = fatal) -> Any:
+            nonlocal count
+            count += 1
+            if count == fatal:
+                raise kind("stop")
+            return pendulum(t, y)
+
+        with pytest.raises(kind, match="stop") as info:
+            integrate(field, START, TIMES, **options)
+        if kind is RefusingError:
+            assert not hasattr(info.value, "solution")
+            continue
+        solution = info.value.solution  # type: ignore[attr-defined]
+        assert solution.status is (Status.INTERRUPTED if kind is KeyboardInterrupt else Status.FAILED)
+        assert len(solution.t) == len(solution.states)
+        assert f"after {len(solution.t) - 1} of 300 steps" in solution.message
+        np.testing.assert_array_equal(solution.t, TIMES[: len(solution.t)])
+        close(solution.states, expected[: len(solution.t)])
+        reached.append(len(solution.t))
+    if kind is not RefusingError:
+        assert reached[:2] == [1, 1]
+        assert reached == sorted(reached)
+        assert reached[-1] >= 298 if linearization == "sequential" else reached[-1] > 200
+
+
+def test_what_was_reached_on_a_grid_with_substeps() -> None:
+    count = 0
+
+    def field(t: Any, y: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 4 * 25:
+            raise KeyboardInterrupt
+        return pendulum(t, y)
+
+    with pytest.raises(KeyboardInterrupt) as info:
+        integrate(field, START, TIMES, substeps=10, linearization="sequential")
+    solution = info.value.solution  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(solution.t, TIMES[:3])
+    whole = integrate(pendulum, START, TIMES, substeps=10, linearization="sequential")
+    np.testing.assert_array_equal(solution.states, whole.states[:3])
+
+
 def test_substeps_refine_the_grid() -> None:
     coarse, fine = TIMES[::10], TIMES
     close(odeint(pendulum, START, coarse, substeps=10), odeint(pendulum, START, fine)[::10], 1e-12)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from parasolver_adapters.vector_field.newton import ParallelIntegrator, basin, settled
-from parasolver_adapters.vector_field.problem import Problem, steps
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_adapters.vector_field.verification import is_rounding
 
 _MOST_ROUNDS = 40  # backward passes through one batched step; then the plain loop is differentiated
@@ -126,5 +126,5 @@ class _Adjoint:
         """By differentiating the plain loop."""
         with torch.enable_grad():
             first = self.states[:1].detach().requires_grad_()
-            states = [first, *steps(self.problem, 0, len(self.problem.grid), first)]
+            states = integrate_sequentially(self.problem, 0, len(self.problem.grid), [first])
             return torch.cat(torch.autograd.grad(states, states, list(g.split(1))))

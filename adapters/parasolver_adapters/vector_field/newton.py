@@ -28,6 +28,7 @@ _RATIO = 25  # the most steps of one level for one of the level before
 _COARSE_TOLERANCE = 1e-7  # a coarse level is no nearer to the finest than this anyway
 _MOST_ROUNDS = 40  # of one level; what needs more does not pay
 _SMALL = 16  # roundings: defects that need no further correction
+_DOUBT = 1 / 32  # of a defect may be left after a correction, whatever the corrections before say
 _DIVERGED = 1e3  # times the smallest correction
 _WASTE = 0.08  # of the sequential cost may go into windows that fail
 
@@ -41,6 +42,7 @@ class Effort:
         windows: windows solved in parallel.
         sequential_steps: steps of the grid made one after another.
         note: why steps were made one after another where parallel integration was tried.
+        reached: the trajectory so far, in pieces ``(n, *state)``.
         samples: rows of batches, to be compared with the field called alone.
         defects: of the steps made in parallel, in pieces, as far as is known: what the last correction left of them.
     """
@@ -49,6 +51,7 @@ class Effort:
     windows: int = 0
     sequential_steps: int = 0
     note: str = ""
+    reached: list[Array] = dataclasses.field(default_factory=list)
     samples: Samples = dataclasses.field(default_factory=Samples)
     defects: list[Array] = dataclasses.field(default_factory=list)
 
@@ -72,9 +75,9 @@ class ParallelIntegrator:
     window: int | None
     coarse_steps: int
 
-    def integrate(self, problem: Problem, y0: Array, effort: Effort) -> Array:
-        """``(N + 1, *state)`` from ``y0``, ``(1, *state)``; counts what it did in ``effort``."""
-        n, states, lo = len(problem.grid), [y0], 0
+    def integrate(self, problem: Problem, effort: Effort) -> Array:
+        """``(N + 1, *state)`` from the first state in ``effort.reached``; counts there what it did."""
+        n, states, lo = len(problem.grid), effort.reached, 0
         width = cap = min(self.window or n, n)
         allowance = _WASTE * problem.sequential_cost(n)
         while lo < n:
@@ -99,7 +102,7 @@ class ParallelIntegrator:
                 break
         if lo < n:
             effort.sequential_steps += n - lo
-            states.append(integrate_sequentially(problem, lo, n, states[-1][-1:, ...], problem.past(lo, states)))
+            integrate_sequentially(problem, lo, n, states, problem.past(lo, states))
         return problem.xp.concat(states, axis=0)
 
     def surrogate(self, problem: Problem, lo: int, hi: int) -> Surrogate:
@@ -125,7 +128,7 @@ class ParallelIntegrator:
         xp, y = problem.xp, states[-1][-1:, ...]
         nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
         level = problem.coarse(nodes)
-        found = xp.concat([y, integrate_sequentially(level, 0, len(level.grid), y)], axis=0)
+        found = xp.concat(integrate_sequentially(level, 0, len(level.grid), [y]), axis=0)
         if not bool(xp.all(xp.isfinite(found))):
             return y[:0, ...], False
         for after in finer[:-1]:
@@ -170,7 +173,7 @@ class ParallelIntegrator:
                     done = self._rests(problem, lo, hi, y, ends, past, scale)
             y = corrected
             if done:
-                moved[:], defects = 0, defects * min(size / before, 1.0)
+                moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)
                 break
             surrogate.update(size, size / before)
             before, best = size, min(size, best)
@@ -210,8 +213,8 @@ def settled(size: float, before: float, tolerance: float, basin: float) -> bool:
 
 
 def basin(xp: Any, dtype: Any) -> float:
-    """Corrections that leave no doubt that they are those of the solution, since their squares are rounding."""
-    return 0.1 * float(xp.finfo(dtype).eps) ** 0.5
+    """The largest correction behind which one may guess what is to come; if the guess is wrong, no harm is done."""
+    return float(xp.finfo(dtype).eps) ** 0.7
 
 
 def level_nodes(lo: int, hi: int, coarse_steps: int) -> list[NDArray[np.int64]]:

@@ -26,7 +26,7 @@ LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each
 _SENSITIVE = {64: 2e-9, 32: 1e-3}  # of the local scale, by bits of a number: rounding that may show
 _ALONE = 1e2  # roundings of the state, in a step: what a row alone may differ by
 _ALONE_OUTPUT = 1e3  # roundings of the output
-_ROUNDING = 1e3  # in roundings: defects that are no more than rounding
+_ROUNDING = {64: 1e3, 32: 16.0}  # in roundings, by bits: defects that are no more than rounding
 _JITTER = 4.0  # roundings
 
 
@@ -113,7 +113,8 @@ def is_rounding(xp: Any, defects: Array, size: Array, shaken: Callable[[Array], 
         shaken: by how much the steps' ends change if their beginnings do by these factors.
     """
     eps, defects = float(xp.finfo(size.dtype).eps), xp.abs(defects)
-    allowed = _ROUNDING * eps * size
+    roundings = _ROUNDING[xp.finfo(size.dtype).bits]
+    allowed = roundings * eps * size
     if bool(xp.all(defects <= allowed)):
         return True
     whole = xp.max(allowed, axis=-1, keepdims=True)  # a jump of the field is not rounding
@@ -121,7 +122,7 @@ def is_rounding(xp: Any, defects: Array, size: Array, shaken: Callable[[Array], 
         return False
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=tuple(size.shape))
     signs = xp.asarray(signs, dtype=size.dtype, device=device(size))
-    answer = xp.abs(shaken(signs * (_JITTER * eps))) * (_ROUNDING / _JITTER)
+    answer = xp.abs(shaken(signs * (_JITTER * eps))) * (roundings / _JITTER)
     return bool(xp.all(defects <= xp.maximum(allowed, xp.minimum(answer, whole))))
 
 
@@ -151,7 +152,11 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
         return why
     if problem.size > LARGEST_DENSE:
         return ""
+    limit = max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance)
     grown = sensitivity(problem, states, effort.defects)
-    if not grown <= max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance):
-        return f"rounding may grow to {grown:.1g} of the solution along it, by which two ways to the same trajectory differ"
+    if not grown <= limit:  # by the defects that were guessed at
+        ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
+        grown = sensitivity(problem, states, [problem.flat(ends - states[1:, ...])])
+    if not grown <= limit:
+        return f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much"
     return ""

@@ -1,1 +1,0 @@
-"""Random problems against the plain loop, each repeatable from its seed."""
