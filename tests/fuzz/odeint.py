@@ -266,7 +266,7 @@ FAMILIES = (
 )
 
 
-def local_scale(states: np.ndarray, axes: int) -> np.ndarray:
+def local_scale(states: np.ndarray, axes: int, tiny: float = 0.0) -> np.ndarray:
     """What a difference is held against: the largest value of each element within a fiftieth of the nodes around.
 
     But at least a thousandth of the largest element of the state there, since what is no more than the rounding of
@@ -276,7 +276,7 @@ def local_scale(states: np.ndarray, axes: int) -> np.ndarray:
     reach = max(n // 50, 1)
     around = np.stack([np.max(size[max(k - reach, 0) : k + reach + 1], axis=0) for k in range(n)])
     whole = np.max(size, axis=tuple(range(1, size.ndim)), keepdims=True) if axes else size
-    return np.maximum(np.maximum(around, 1e-3 * whole), np.finfo(states.dtype).tiny)
+    return np.maximum(np.maximum(around, 1e-3 * whole), max(tiny, np.finfo(states.dtype).tiny))
 
 
 def run(seed: int) -> tuple[str, str]:
@@ -292,7 +292,7 @@ def run(seed: int) -> tuple[str, str]:
             warnings.simplefilter("always")
             got = integrate(f, y0, t, throw=False, **options)
         told = "; ".join(str(w.message) for w in seen if issubclass(w.category, SequentialFallbackWarning))
-        wrong = compare(got, want, draw, told)
+        wrong = compare(got, want, draw, options.get("tolerance", 0.0))
     except NonFiniteError:
         raise
     except Exception as error:
@@ -305,7 +305,7 @@ def run(seed: int) -> tuple[str, str]:
     return wrong, f"{words} {told[:160]}"
 
 
-def compare(got: Any, want: Any, draw: Draw, told: str) -> str:
+def compare(got: Any, want: Any, draw: Draw, tolerance: float) -> str:
     """Why the answer is not the plain loop's."""
     a, b = to_host(got.states).astype(np.float64), to_host(want.states).astype(np.float64)
     if got.success != want.success:
@@ -313,9 +313,9 @@ def compare(got: Any, want: Any, draw: Draw, told: str) -> str:
     finite = np.isfinite(b).reshape(len(b), -1).all(axis=1) & np.isfinite(a).reshape(len(a), -1).all(axis=1)
     last = len(finite) if finite.all() else int(np.argmin(finite))
     with np.errstate(all="ignore"):
-        far = np.abs(a[:last] - b[:last]) / local_scale(b[:last], b.ndim - 1)
+        far = np.abs(a[:last] - b[:last]) / local_scale(b[:last], b.ndim - 1, float(np.finfo(draw.dtype).tiny))
     worst = np.unravel_index(int(np.argmax(far)), far.shape)
-    limit = LIMITS[draw.dtype]
+    limit = max(LIMITS[draw.dtype], 1e3 * tolerance)  # which is of the largest element of a state
     if not far[worst] <= limit:
         return f"off by {far[worst]:.2g} at node {worst}: {a[worst]!r} for {b[worst]!r}"
     return ""

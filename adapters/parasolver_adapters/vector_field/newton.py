@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from parasolver_adapters.vector_field.jacobian import FieldJacobian
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_adapters.vector_field.surrogate import IdentitySurrogate, SecantSurrogate, Surrogate
-from parasolver_adapters.vector_field.verification import Recorder, Samples, is_rounding, local_scale, reach
+from parasolver_adapters.vector_field.verification import (
+    LARGEST_DENSE,
+    Recorder,
+    Samples,
+    Twin,
+    is_rounding,
+    local_scale,
+    reach,
+)
 from parasolver_core.arrays import Array, to_host
 
 Linearization = Literal["auto", "identity", "secant", "diagonal", "full", "sequential"]
@@ -43,6 +51,7 @@ class Effort:
         sequential_steps: steps of the grid made one after another.
         note: why steps were made one after another where parallel integration was tried.
         reached: the trajectory so far, in pieces ``(n, *state)``.
+        twin: how rounding grew along coarse solutions of wide states.
         samples: rows of batches, to be compared with the field called alone.
         defects: of the steps made in parallel, in pieces, as far as is known: what the last correction left of them.
     """
@@ -52,6 +61,7 @@ class Effort:
     sequential_steps: int = 0
     note: str = ""
     reached: list[Array] = dataclasses.field(default_factory=list)
+    twin: Twin = dataclasses.field(default_factory=Twin)
     samples: Samples = dataclasses.field(default_factory=Samples)
     defects: list[Array] = dataclasses.field(default_factory=list)
 
@@ -101,6 +111,9 @@ class ParallelIntegrator:
                 effort.note = "Newton's method left its basin, and trying shorter windows would not pay"
                 break
         if lo < n:
+            if problem.size > LARGEST_DENSE:  # how an error grows in the steps to come is not known: let there be none
+                del states[1:]
+                lo = 0
             effort.sequential_steps += n - lo
             integrate_sequentially(problem, lo, n, states, problem.past(lo, states))
         return problem.xp.concat(states, axis=0)
@@ -128,7 +141,10 @@ class ParallelIntegrator:
         xp, y = problem.xp, states[-1][-1:, ...]
         nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
         level = problem.coarse(nodes)
-        found = xp.concat(integrate_sequentially(level, 0, len(level.grid), [y]), axis=0)
+        if problem.size > LARGEST_DENSE:
+            found = effort.twin.integrate(level, nodes, y)
+        else:
+            found = xp.concat(integrate_sequentially(level, 0, len(level.grid), [y]), axis=0)
         if not bool(xp.all(xp.isfinite(found))):
             return y[:0, ...], False
         for after in finer[:-1]:
@@ -183,6 +199,7 @@ class ParallelIntegrator:
         accepted = n if good.all() else int(np.argmin(good))
         if final and accepted:
             effort.samples.keep(field, problem.grid.h[lo : lo + accepted])
+            effort.twin.accept(lo + accepted, tolerance)
             effort.defects.append(defects[:accepted, ...])
         return y, accepted
 

@@ -144,19 +144,70 @@ def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
     return float(xp.max(xp.abs(grown) / xp.maximum(scale, 1e-3 * whole)))
 
 
+class Twin:
+    """How far rounding grows along coarse solutions, window after window: for states too large for matrices.
+
+    Beside the coarse trajectory goes another, nearly the same, in the same calls of the field. Before each step their
+    difference is made small, and the rounding of the steps that this one stands for is added to it.
+
+    Attributes:
+        grown: the largest difference so far, of the largest element of its sample.
+    """
+
+    def __init__(self) -> None:
+        self.grown = 0.0
+        self._apart: Any = None
+        self._trial: list[tuple[int, Array, float]] = []
+
+    def integrate(self, level: Problem, nodes: NDArray[np.int64], y: Array) -> Array:
+        """The coarse solution at the nodes of a level, from y, ``(1, *state)``."""
+        xp, states, eps = level.xp, [y], float(level.xp.finfo(y.dtype).eps)
+        field, samples = level.field, np.random.default_rng(2)
+        apart = xp.zeros_like(y) if self._apart is None else self._apart
+        self._trial = []
+        for k, steps in enumerate(np.diff(nodes)):
+            signs = samples.choice([-1.0, 1.0], size=(1, *field.shape))
+            apart = apart + xp.abs(y) * level.grid.asarray(signs * (eps / 2 * np.sqrt(steps)))
+            small = xp.max(xp.abs(y)) * eps**0.5 / xp.max(xp.abs(apart))
+            small = float(small) if bool(xp.isfinite(small)) else 1.0
+            pair = xp.concat([y, y + apart * small], axis=0)
+            pair, _ = level.method.advance(lambda t, y: field(xp.concat([t, t]), y), level.grid, k, k + 1, pair)
+            y, apart = pair[:1, ...], (pair[1:, ...] - pair[:1, ...]) / small
+            states.append(y)
+            largest = (xp.max(xp.abs(level.flat(values)), axis=-1) for values in (apart, y))
+            grown = float(xp.max(next(largest) / next(largest)))
+            self._trial.append((int(nodes[k + 1]), apart, grown))
+        return xp.concat(states, axis=0)
+
+    def accept(self, hi: int, tolerance: float) -> None:
+        """The last window was found up to the node ``hi``, to that tolerance."""
+        for node, apart, grown in self._trial:
+            if node > hi:
+                break
+            self._apart, self.grown = apart, max(self.grown, grown)
+        if self._apart is not None:
+            self._apart = self._apart * (1 + tolerance / max(self.grown, tolerance))
+
+
 def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> str:
     """Why the plain loop's answer may be another; empty if there is no reason."""
+    if effort.sequential_steps == len(problem.grid):
+        return ""
     if not bool(problem.xp.all(problem.xp.isfinite(states))):
         return "the trajectory that was found in parallel is not finite"
     if why := rows_differ(problem, effort.samples):
         return why
-    if problem.size > LARGEST_DENSE:
-        return ""
     limit = max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance)
-    grown = sensitivity(problem, states, effort.defects)
-    if not grown <= limit:  # by the defects that were guessed at
-        ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
-        grown = sensitivity(problem, states, [problem.flat(ends - states[1:, ...])])
+    grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit)
     if not grown <= limit:
         return f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much"
     return ""
+
+
+def _grown(problem: Problem, states: Array, effort: Effort, limit: float) -> float:
+    """The sensitivity, by defects that are guessed at if these are good enough, and else measured."""
+    grown = sensitivity(problem, states, effort.defects)
+    if grown <= limit:
+        return grown
+    ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
+    return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])])
