@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -85,6 +86,23 @@ class SharedDenoiser(ABC):
     @abstractmethod
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the processes, so that all of them decide alike."""
+
+    def end(self, error: BaseException | None = None) -> None:  # noqa: B027
+        """Called after the last round, or with the exception that ended the run here: other processes are told.
+
+        Raises if another process has left the run, unless this one leaves it too.
+        """
+
+
+@contextmanager
+def telling(denoiser: Any) -> Iterator[None]:
+    """Within the block, an exception that ends the run is told to the processes that share the rows."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(denoiser, SharedDenoiser):
+            denoiser.end(error)
+        raise
 
 
 class BatchedCall:
@@ -265,6 +283,11 @@ class Evaluator:
         """Before the first round: processes that share the rows compare what they were given."""
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.begin(plan())
+
+    def end(self) -> None:
+        """After the last round: no process has left the run."""
+        if isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.end()
 
     def __call__(self, x: Array | list[Array], nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).

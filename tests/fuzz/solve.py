@@ -276,7 +276,7 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
     for i in range(final):
         m = oracle.output(drawn, i, sample, states[i])
         near = [
-            oracle.output(drawn, i, sample, oracle._moved(drawn.xp, states[i], 2 * ROUNDING * ulp, rng))
+            oracle.output(drawn, i, sample, oracle.moved(drawn.xp, states[i], 2 * ROUNDING * ulp, rng))
             for _ in range(2)
         ]
         outputs.append(m)
