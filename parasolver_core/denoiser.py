@@ -297,7 +297,8 @@ class Evaluator:
         xp, parts, first = self._xp, [], 0
         for part in x if isinstance(x, list) else [x]:
             own = nodes[first : first + part.shape[0]]
-            parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
+            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
+                parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
