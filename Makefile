@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz check docs bench clean
+.PHONY: help demo test test-all fuzz check mutants docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ check: $(VENV)/.dev ## lint, formatting, types, import contracts, documentation
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory docs
+
+mutants: $(VENV)/.dev ## change the code in many small ways and count what the tests notice: SEED=0 SECONDS=1200
+	PYTHONPATH=.:adapters $(BIN)/python -m tests.mutants --seed $(SEED) --seconds $(SECONDS) --workers $(JOBS)
 
 docs: $(VENV)/.dev ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -E -q docs docs/_build/html

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -103,6 +104,23 @@ class SharedDenoiser(ABC):
     @abstractmethod
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the processes, so that all of them decide alike."""
+
+    def end(self, error: BaseException | None = None) -> None:  # noqa: B027
+        """Called after the last round, or with the exception that ended the run here: other processes are told.
+
+        Raises if another process has left the run, unless this one leaves it too.
+        """
+
+
+@contextmanager
+def telling(denoiser: Any) -> Iterator[None]:
+    """Within the block, an exception that ends the run is told to the processes that share the rows."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(denoiser, SharedDenoiser):
+            denoiser.end(error)
+        raise
 
 
 class BatchedCall:
@@ -284,6 +302,11 @@ class Evaluator:
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.begin(plan())
 
+    def end(self) -> None:
+        """After the last round: no process has left the run."""
+        if isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.end()
+
     def __call__(self, x: Array | list[Array], nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).
 
@@ -292,7 +315,8 @@ class Evaluator:
         xp, parts, first = self._xp, [], 0
         for part in x if isinstance(x, list) else [x]:
             own = nodes[first : first + part.shape[0]]
-            parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
+            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
+                parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -65,15 +66,22 @@ class NoiseSource:
             self._kept[at] = self._draw(step, sample)
         return self._kept[at]
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells two sources apart, short: the seeds, a hash of the array, or the function's name."""
+    def fingerprint(self, steps: Sequence[int]) -> str:
+        """What tells two sources apart, short: the seeds, or a hash of the array, or of what a function gives.
+
+        Args:
+            steps: of which steps a function is asked, for every sample; it is not asked again.
+        """
         if self._noise is None:
             keys = ", ".join(f"{seed}/{sample}" for seed, sample in self._keys)
             return f"seeds {keys}" if len(keys) < 100 else hashlib.sha256(keys.encode()).hexdigest()[:16]
-        if callable(self._noise):
-            return f"function {getattr(self._noise, '__qualname__', type(self._noise).__qualname__)}"
-        return hashlib.sha256(np.ascontiguousarray(to_host(self._noise)).tobytes()).hexdigest()[:16]
+        if not callable(self._noise):
+            return hashlib.sha256(np.ascontiguousarray(to_host(self._noise)).tobytes()).hexdigest()[:16]
+        digest, batch = hashlib.sha256(), self._like.shape[0]
+        for step, sample in itertools.product(steps, range(batch)):
+            digest.update(np.ascontiguousarray(to_host(self.flat(step, sample))).tobytes())
+        name = getattr(self._noise, "__qualname__", type(self._noise).__qualname__)
+        return f"function {name} {digest.hexdigest()[:16]}"
 
     def forget(self, step: int, sample: int) -> None:
         """Free the noise of a step that is final."""

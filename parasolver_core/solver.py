@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
-from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
+from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
 from parasolver_core.errors import (
     ConvergenceError,
     NonFiniteError,
@@ -204,13 +204,15 @@ class Solver(ABC):
         state: SolverState | None = None
         solution: Solution | None = None
         try:
-            state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
-            with Meter(progress, len(state.recurrence) * state.batch) as show:
-                while not self.done(state):
-                    self.step(state)
-                    show(sum(state.steps), state.stats.rounds)
-                    if callback is not None and not _call_back(callback, state):
-                        state.halt(Status.STOPPED)
+            with telling(denoiser):
+                state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
+                with Meter(progress, len(state.recurrence) * state.batch) as show:
+                    while not self.done(state):
+                        self.step(state)
+                        show(sum(state.steps), state.stats.rounds)
+                        if callback is not None and not _call_back(callback, state):
+                            state.halt(Status.STOPPED)
+                state.evaluator.end()
             solution = self.result(state)
             if throw:
                 _raise_for(solution)
@@ -521,6 +523,10 @@ def _chosen(
     rounds = {"warmup_steps": parallel.warmup_steps, "max_rounds": parallel.max_rounds}
 
     def choose_now() -> Choice:
+        with telling(denoiser):
+            return choose_timed()
+
+    def choose_timed() -> Choice:
         probe = solver.init(denoiser, x_T, timesteps, seed=run["seed"], noise=run["noise"])
         chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
         try:

@@ -166,12 +166,13 @@ class SolverState(ABC):
     def plan(self) -> dict[str, str]:
         """What processes that share the rows must have been given alike: hashes of the arrays, by name."""
         own = self.recurrence
+        noisy = np.flatnonzero(own.c)[[0, -1]].tolist() if own.stochastic else []
         tables = [own.timesteps, own.a, own.b, own.c, own.held, own.slope, own.identity_slope]
         return {
             "timesteps and step rule": _hash(*tables),
             "shape and dtype of x_T": f"{tuple(self.x_T.shape)}, {self.x_T.dtype}",
             "x_T": _hash(to_host(self.xp.astype(self.x_T, self.dtype))),
-            "seed or noise": self.noise.fingerprint,
+            "seed or noise": self.noise.fingerprint(noisy),
         }
 
     def _given_back(self, values: Array) -> Array:

@@ -74,9 +74,26 @@ def test_levels_are_remembered_for_equal_samplers_alone() -> None:
     assert Levels.of(DDIM(SCHEDULE).recurrence(timesteps)) is first
     for other in (DDPM(SCHEDULE), DPMSolver(SCHEDULE, order=2)):
         assert Levels.of(other.recurrence(timesteps)) is not first
+    own = DDIM(SCHEDULE).recurrence(timesteps)
+    assert own.signal is not None
+    noisier = replace(own, signal=own.signal / 2)  # nodes are placed by it
+    assert Levels.of(noisier) is not Levels.of(own)
+    assert not np.array_equal(placement(noisier), placement(own))
+    first = Levels.of(own)
     for steps in range(41, 51):
         Levels.of(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(steps)))
     assert Levels.of(DDIM(SCHEDULE).recurrence(timesteps)) is not first  # few are kept
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_every_level_begins_with_the_first_nodes_and_ends_with_the_last_of_each_stage(stages: int) -> None:
+    n = 60
+    own = replace(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(n)), stages=stages)
+    level = Levels(own).first(9)
+    for _ in range(3):
+        assert level.nodes[:stages].tolist() == list(range(stages))
+        assert level.nodes[-stages:].tolist() == list(range(n - stages, n))
+        level = Levels(own).finer(level)
 
 
 def test_interpolation_is_linear_between_nodes_and_constant_beyond() -> None:

@@ -148,11 +148,24 @@ def test_parataa_with_noise_is_exact_without_tolerance() -> None:
     assert relative(got.trajectory, exact.trajectory) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["order", "memory"])
+def test_numbers_of_parataa_that_cannot_be(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected an integer of at least {int(name == 'order')}, got -1$"):
+        Anderson(**{name: -1})
+
+
+def test_parataa_with_a_window_beyond_the_last_step() -> None:
+    arguments = (TanhNetwork(), normal((2, 6)), SCHEDULE.timesteps(9), DDIM(SCHEDULE))
+    got = solve(*arguments, 40, tolerance=0, method="parataa")
+    assert relative(got.sample, solve_sequential(*arguments).sample) < 1e-10
+    assert got.stats.history[0].window == 9
+
+
 def test_parataa_reports_a_network_that_fails() -> None:
     def broken(x, t):
         return np.where(t[:, None] < 500, np.nan, x)
 
-    with pytest.raises(NonFiniteError) as raised:
+    with pytest.raises(NonFiniteError, match=r"^The denoiser gave NaN or infinity for sample 0 at step") as raised:
         solve(broken, normal((1, 6)), SCHEDULE.timesteps(16), DDIM(SCHEDULE), 8, method="parataa")
     assert np.all(np.isfinite(raised.value.solution.states))
 

@@ -146,6 +146,7 @@ REFUSED = {
     "sigma_data NaN": ("sigma_data", lambda: NoiseSchedule.flow_matching(sigma_data=float("nan"))),
     "sigma_min 0": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=0.0)),
     "sigma_min above sigma_max": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=3.0, sigma_max=2.0)),
+    "sigma_min is sigma_max": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=2.0, sigma_max=2.0)),
     "sigma_max inf": ("sigma_max", lambda: NoiseSchedule.karras(sigma_max=float("inf"))),
     "rho negative": ("rho", lambda: NoiseSchedule.karras(rho=-7.0)),
     "shift 0": ("shift", lambda: NoiseSchedule.flow_matching(0.0)),

@@ -31,6 +31,7 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
+from parasolver_core.denoiser import SharedDenoiser
 from parasolver_core.solution import RoundRecord
 
 
@@ -53,6 +54,7 @@ class Replay(Listener):
             self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
         )
         self._step, self._plain = 0, False
+        self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
         self._blanks: dict[tuple[Any, ...], Any] = {}
         self._prelude = collections.deque(capture.prelude)
         capture.prelude.clear()
@@ -183,8 +185,15 @@ class Replay(Listener):
         if self._choices.preview is not None:
             self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Once: tell the processes that share the networks that this one goes on alone, for what reason, or is done."""
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.end(error)
+
     def _give_up(self, reason: str) -> None:
         self._plain, self._run.reason = True, reason
+        self.end(PipelineNotParallelError(reason))
         warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
 
     def _publish(self) -> None:

@@ -84,6 +84,9 @@ class SharedSteps(RecordedDenoiser, SharedDenoiser):
     def agree(self, values: Sequence[float]) -> list[float]:
         return self._processes.agree(values)
 
+    def end(self, error: BaseException | None = None) -> None:
+        self._processes.end(error)
+
 
 def modules_of(programs: Sequence[Program]) -> list[torch.nn.Module]:
     """The networks that the steps call, each once."""
