@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import shares
-from parasolver_core.arrays import Array, host_view
+from parasolver_core.arrays import Array, given_back, host_view
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.methods import sliding_rounds
 from parasolver_core.recurrence import UNDECIDED, Recurrence
@@ -509,7 +509,7 @@ class SpreadNodes:
 
     def _give(self, array: Array) -> Array:
         """An array of the nodes' as one of the user's library, in the same memory."""
-        return self._plan.xp.asarray(array)
+        return given_back(self._plan.xp, array)
 
     def _take(self, rows: Array, index: Indices) -> Array:
         return self._xp.take(rows, self._xp.asarray(index, device=device(rows)), axis=0)

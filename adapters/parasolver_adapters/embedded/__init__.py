@@ -103,7 +103,8 @@ def load_embedded_model(dtype: torch.dtype = torch.float32, device: torch.device
         The network in evaluation mode, with gradients of the weights switched off.
     """
     folder = resources.files(__name__)
-    model = NoiseUNet2DModel(**json.loads(folder.joinpath("config.json").read_text()))
+    with torch.device("cpu"):  # and not on the default device, which may hold no values
+        model = NoiseUNet2DModel(**json.loads(folder.joinpath("config.json").read_text()))
     model.load_state_dict(load(folder.joinpath("fashion_mnist.safetensors").read_bytes()))
     torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own ``to`` warns without cause
     return model.eval().requires_grad_(False)
