@@ -211,9 +211,7 @@ class Correction(ABC):
 
     def _shift(self, rows: slice) -> None:
         front = (slice(0, rows.stop - rows.start), slice(None))
-        self.X, self.M = (
-            assign(buffer, front, copied(self._xp, buffer[rows, :])) for buffer in (self.X, self.M)
-        )
+        self.X, self.M = (assign(buffer, front, copied(self._xp, buffer[rows, :])) for buffer in (self.X, self.M))
 
     def _zeros(self, rows: int, like: Array) -> Array:
         return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))

@@ -299,6 +299,12 @@ class SpreadNodes:
         """All final states, if they are to be kept and are known."""
         return None if self._kept is None else [self._give(state) for state in self._kept]
 
+    def expected(self, i: int) -> Array:
+        """What the network is expected to say at node i, evaluated or not, of the kept states, (size,)."""
+        assert self._kept is not None
+        weights = interpolation(np.array([i]), self._level.nodes, self._recurrence.stages)
+        return self._give(self._output(i, self._kept[i], weights))
+
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
@@ -494,13 +500,17 @@ class SpreadNodes:
         weights = interpolation(np.arange(len(recurrence)), self._level.nodes, recurrence.stages)
         states, outputs = [self._start], []
         for i in range(len(recurrence)):
-            h = self._xp.reshape(self._xp.matmul(self._asarray(weights[i : i + 1]), self._H), (-1,))
-            p, q = recurrence.held[i]
-            outputs.insert(0, (h - states[-1] * float(p)) * float(1 / q))
+            outputs.insert(0, self._output(i, states[-1], weights[i : i + 1]))
             del outputs[recurrence.memory :]
             z = self._noise(i) if recurrence.c[i] != 0 else None
             states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return states
+
+    def _output(self, i: int, x: Array, weights: Float64) -> Array:
+        """The output at node i for the state x, (size,), of the interpolated prediction; weights (1, n)."""
+        h = self._xp.reshape(self._xp.matmul(self._asarray(weights), self._H), (-1,))
+        p, q = self._recurrence.held[i]
+        return (h - x * float(p)) * float(1 / q)
 
     def _abandon(self, nodes: Indices) -> SampleRecord:
         self._lost = self._wild = True
