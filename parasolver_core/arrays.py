@@ -44,7 +44,19 @@ def host_view(array: Array) -> Array:
 def own_copy(xp: Any, array: Array) -> Array:
     """A copy in new memory; on a CPU that is NumPy's, which asks for large pages: many times as fast for large ones."""
     view = host_view(array)
-    return xp.asarray(view, copy=True) if view is array else xp.asarray(np.array(view))
+    return copied(xp, array) if view is array else given_back(xp, np.array(view))
+
+
+def copied(xp: Any, array: Array) -> Array:
+    """A copy on the same device, whichever is the library's default."""
+    return xp.asarray(array, copy=True, device=array_api_compat.device(array))
+
+
+def given_back(xp: Any, view: Array) -> Array:
+    """What :func:`host_view` made, as an array of the library, in the same memory; not on its default device."""
+    if array_api_compat.is_torch_namespace(xp) and isinstance(view, np.ndarray):
+        return xp.from_numpy(view)
+    return xp.asarray(view, device=array_api_compat.device(view))
 
 
 def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import shares
-from parasolver_core.arrays import Array, host_view, matmul
+from parasolver_core.arrays import Array, given_back, host_view, matmul
 from parasolver_core.correction import Moments, inner_products
 from parasolver_core.methods import sliding_rounds
 from parasolver_core.recurrence import UNDECIDED, Recurrence
@@ -299,6 +299,12 @@ class SpreadNodes:
         """All final states, if they are to be kept and are known."""
         return None if self._kept is None else [self._give(state) for state in self._kept]
 
+    def expected(self, i: int) -> Array:
+        """What the network is expected to say at node i, evaluated or not, of the kept states, (size,)."""
+        assert self._kept is not None
+        weights = interpolation(np.array([i]), self._level.nodes, self._recurrence.stages)
+        return self._give(self._output(i, self._kept[i], weights))
+
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
@@ -494,13 +500,17 @@ class SpreadNodes:
         weights = interpolation(np.arange(len(recurrence)), self._level.nodes, recurrence.stages)
         states, outputs = [self._start], []
         for i in range(len(recurrence)):
-            h = self._xp.reshape(matmul(self._xp, self._asarray(weights[i : i + 1]), self._H), (-1,))
-            p, q = recurrence.held[i]
-            outputs.insert(0, (h - states[-1] * float(p)) * float(1 / q))
+            outputs.insert(0, self._output(i, states[-1], weights[i : i + 1]))
             del outputs[recurrence.memory :]
             z = self._noise(i) if recurrence.c[i] != 0 else None
             states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return states
+
+    def _output(self, i: int, x: Array, weights: Float64) -> Array:
+        """The output at node i for the state x, (size,), of the interpolated prediction; weights (1, n)."""
+        h = self._xp.reshape(matmul(self._xp, self._asarray(weights), self._H), (-1,))
+        p, q = self._recurrence.held[i]
+        return (h - x * float(p)) * float(1 / q)
 
     def _abandon(self, nodes: Indices) -> SampleRecord:
         self._lost = self._wild = True
@@ -509,7 +519,7 @@ class SpreadNodes:
 
     def _give(self, array: Array) -> Array:
         """An array of the nodes' as one of the user's library, in the same memory."""
-        return self._plan.xp.asarray(array)
+        return given_back(self._plan.xp, array)
 
     def _take(self, rows: Array, index: Indices) -> Array:
         return self._xp.take(rows, self._xp.asarray(index, device=device(rows)), axis=0)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, host_view, is_array, to_host
+from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host
 from parasolver_core.validation import check_plain, check_width
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
@@ -57,7 +57,7 @@ class NoiseSource:
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
-        return self._xp.reshape(self._xp.asarray(self.flat(step, sample)), self._event)
+        return self._xp.reshape(given_back(self._xp, self.flat(step, sample)), self._event)
 
     def flat(self, step: int, sample: int) -> Array:
         """The same numbers, (size,), as :func:`~parasolver_core.arrays.host_view` gives them; read in every round."""

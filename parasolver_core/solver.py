@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
@@ -602,7 +602,7 @@ def _status_after(error: BaseException) -> Status:
 def _untouched(x_T: Array, timesteps: ArrayLike, save: Save, error: BaseException) -> Solution:
     """What an exception left that came before a run had begun: ``x_T``."""
     xp, status = array_api_compat.array_namespace(x_T), _status_after(error)
-    x, batch, trajectory = xp.asarray(detach(x_T), copy=True), int(x_T.shape[0]), None
+    x, batch, trajectory = copied(xp, detach(x_T)), int(x_T.shape[0]), None
     if save == "trajectory":
         trajectory = xp.stack([x, *[xp.full_like(x, float("nan"))] * len(check_timesteps(timesteps))])
     ended = "Interrupted" if status is Status.INTERRUPTED else "An error ended the run"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.anderson import AndersonWindow
-from parasolver_core.arrays import Array, detach, host_view, is_array, narrow, to_host, working_dtype
+from parasolver_core.arrays import Array, copied, detach, host_view, is_array, narrow, to_host, working_dtype
 from parasolver_core.checking import RowCheck, remembered
 from parasolver_core.denoiser import DenoiserFn, Evaluator, check_agreement
 from parasolver_core.hierarchy import Levels, SpreadNodes
@@ -278,7 +278,7 @@ class ParallelState(SolverState):
         before = self._reached.steps if stats.rounds else (-1,) * self.batch
         self._finals = finals = [
             # a copy: rounds to come write into the window's memory
-            self._finals[sample] if steps[sample] == before[sample] else self.xp.asarray(window.state, copy=True)
+            self._finals[sample] if steps[sample] == before[sample] else copied(self.xp, window.state)
             for sample, window in enumerate(self.windows)
         ]
         return Reached(
@@ -337,7 +337,7 @@ class SequentialState(SolverState):
         return Reached(
             steps=tuple(ended[sample][1] if sample in ended else step for sample in samples),
             statuses=tuple(ended[sample][0] if sample in ended else done for sample in samples),
-            states=partial(self.xp.asarray, states, copy=True),
+            states=partial(copied, self.xp, states),
             kept=[partial(_rows, kept, sample) for sample in samples] if self.save == "trajectory" else (),
             errors=np.zeros(self.batch),
             failures=self._failures({sample: node for sample, (_, node, _) in ended.items()}, stats),

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView, shares
-from parasolver_core.arrays import Array, coarse, finite_rows, host_view
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view
 from parasolver_core.correction import Correction, SweepCorrection
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence, combine
@@ -238,7 +238,7 @@ class SampleWindow:
 
     def _give(self, array: Array) -> Array:
         """An array of the window's as one of the user's library, in the same memory."""
-        return self._plan.xp.asarray(array)
+        return given_back(self._plan.xp, array)
 
     def _slide(self, accepted: int, sound: int, D: Array, rounding: NDArray[np.bool_]) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones.
@@ -256,7 +256,7 @@ class SampleWindow:
             if not made and i + 1 < first_new:
                 self._correction.write("X", i + 1, x)
             if self._kept is not None:
-                self._kept.append(self._xp.asarray(x, copy=True))
+                self._kept.append(copied(self._xp, x))
             if i + 1 == n:
                 self._end(x)
                 return

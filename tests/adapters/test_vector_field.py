@@ -428,7 +428,7 @@ def test_linear_field_backwards_in_time(steps: int) -> None:
 @pytest.mark.parametrize("field", [np.tanh, lambda y: y * (1 - y)])
 @pytest.mark.parametrize("other", [False, True])
 def test_element_that_decays_to_nothing_and_grows_again(rate: float, field: Any, other: bool) -> None:
-    """Defects once were held against the largest value so far, and 19.7 accepted for 1.0004; others gave a false NaN."""
+    """Held against the largest value so far, defects let 19.7 pass for 1.0004; others gave a false NaN."""
     t = np.linspace(0, 10, 2001)
 
     def f(t: Any, y: Any) -> Any:

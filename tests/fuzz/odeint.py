@@ -338,10 +338,10 @@ def main(argv: list[str] | None = None) -> int:
         done += 1
         failures += bool(wrong)
         if wrong or arguments.verbose:
-            print(f"{seed}: {wrong or 'right'}\n    {words}", flush=True)  # noqa: T201
+            print(f"{seed}: {wrong or 'right'}\n    {words}", flush=True)
         if wrong:
-            print(f"    python -m tests.fuzz.odeint --seed {seed} --count 1 --verbose", flush=True)  # noqa: T201
-    print(f"odeint: {done} problems from seed {arguments.seed}, {failures} failures")  # noqa: T201
+            print(f"    python -m tests.fuzz.odeint --seed {seed} --count 1 --verbose", flush=True)
+    print(f"odeint: {done} problems from seed {arguments.seed}, {failures} failures")
     return int(failures > 0)
 
 
