@@ -398,7 +398,7 @@ def solve(
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
             (seed, sample, step) alone; 0 if neither seed nor noise is given.
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``.
-        max_rounds: the most rounds; by default unlimited, as N suffice (with spread nodes as many and a sliding window's).
+        max_rounds: the most rounds; by default unlimited, as N suffice (with spread nodes N and a window's).
         max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
             the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.
         buckets: the only row counts to call the network with, for example (1, 4, 16), so that compiled code is compiled
