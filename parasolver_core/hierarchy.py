@@ -40,11 +40,11 @@ _SETTLED = 0.2  # the last sweep's change of the sample, in units of the toleran
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
-_ASTRAY = 2.0  # a sample that the k-th sweep over a level, from the second on, still changes by more than 2 / k is lost
+_ASTRAY = 2.0  # a sample that the k-th sweep over a level changes by more than 2 / k is lost, k = 2 and on,
+_PATIENCE = 20.0  # and (N / window / 20)^2 and on: where a window would slide for long, much is at stake
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 _MOST_KNOWN = 4  # samplers whose levels a process remembers
-_CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class SpreadNodes:
         self._result: Array | None = None
         self._kept: list[Array] | None = None
         noisy = recurrence.stochastic
-        self._tolerance = plan.tolerance * (_CAUTION_NOISY if noisy else 1.0)
+        self._tolerance = plan.method.acceptance.spread_tolerance(recurrence, plan.tolerance)
         self._gain = _GAIN_NOISY if noisy else _GAIN
         first = (_FIRST_NOISY if noisy else _FIRST) * recurrence.stages
         self._first, self._fewest = min(first, plan.width), min(_FEWEST * first, _FEWEST_SHARE * len(recurrence))
@@ -265,8 +265,9 @@ class SpreadNodes:
     @property
     def _astray(self) -> bool:
         """Whether the sample is as far from settling as networks are that expand everywhere."""
-        sweeps = len(self._changes)
-        return sweeps > 1 and self._changes[-1] > _ASTRAY / sweeps
+        sweeps, lengths = len(self._changes), len(self._recurrence) / self._plan.width
+        judged = not self._opening and sweeps >= max(2.0, (lengths / _PATIENCE) ** 2)
+        return judged and self._changes[-1] > _ASTRAY / sweeps
 
     def handover(self) -> tuple[Forecast, Float64] | None:
         """For a sliding window: the outputs expected, and all N slopes.
