@@ -102,18 +102,31 @@ def _loop(diffusion: Any, own: Any, name: str, choices: Choices) -> Callable[...
 
 
 def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:
-    bound = inspect.signature(getattr(diffusion, name)).bind(*args, **kwargs)
-    silent = {**bound.arguments, **({"progress": False} if "progress" in bound.arguments else {})}
-    quiet = inspect.BoundArguments(bound.signature, silent)  # type: ignore[arg-type]
+    given = _named(getattr(diffusion, name), args, kwargs)
+    quiet = given | ({"progress": False} if "progress" in given else {})
     draft = Draft(diffusion)
-    device = next((one for one in (bound.arguments.get("device"), _device(bound.arguments.get("model"))) if one), "cpu")
-    with same_draws(torch.empty(0, device=device), bound.arguments):
-        result = getattr(draft.object, name)(*quiet.args, **quiet.kwargs)
+    device = next((one for one in (given.get("device"), _device(given.get("model"))) if one), "cpu")
+    with same_draws(torch.empty(0, device=device), given):
+        result = getattr(draft.object, name)(**quiet)
         if inspect.isgenerator(result):
             for _ in result:
                 pass
     live = _Live(draft, choices, done)
     return getattr(live.object, name)(*args, **kwargs)
+
+
+def _named(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of a call by name, with defaults."""
+    signature = inspect.signature(function)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL and not named[name]:
+            del named[name]
+    return named
 
 
 def _device(model: Any) -> torch.device | None:
@@ -151,9 +164,7 @@ class _Stepped:
                 setattr(self.object, name, functools.partial(self._called, name, getattr(diffusion, name)))
 
     def _called(self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(step).bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
+        arguments = _named(step, args, kwargs)
         x, t = arguments.pop("x"), arguments.pop("t")
         return self.step(name, step, x, t, arguments)
 
@@ -327,7 +338,7 @@ class _StepDenoiser:
         return draw
 
     def predicted(self, i: int) -> Tensor:
-        """The predicted clean samples of step i, asked for in order; between steps that were evaluated, interpolated."""
+        """The predicted clean samples of step i, asked for in order; interpolated where it was not evaluated."""
         rows = [self._predicted(i, sample) for sample in range(self._rows.batch)]
         if i:
             self._predictions[i - 1].clear()
