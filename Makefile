@@ -7,6 +7,8 @@ BENCH ?= overhead
 SEED ?= 0
 SECONDS ?= 1200
 BIN := $(VENV)/bin
+# Tests and benchmarks compare with it; its samplers need nothing of what its training does.
+PUBLISHED := k-diffusion
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -58,6 +60,7 @@ $(VENV)/.demo: pyproject.toml setup.cfg | $(BIN)/python
 $(VENV)/.dev: pyproject.toml setup.cfg | $(BIN)/python
 	@echo 'Installing into $(VENV); PyTorch is large, the first time takes minutes'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PUBLISHED)
 	@touch $(VENV)/.demo $@
 
 $(BIN)/python:

@@ -72,8 +72,8 @@ class Margins:
 
     Chosen on four networks (two perceptrons trained on digits, random features fitted to patches of photographs, the
     exact mixture of such patches) so that with DDIM-50, DPM-Solver++(2M)-25 and DDPM-100, windows of 8, 16 and all
-    steps, and tolerances of 5 and 1 %, 95 % of samples keep within the tolerance, but for those that a small error takes
-    to another mode of the data. Checked on networks that had no part in it: ``docs/benchmarks.md``.
+    steps, and tolerances of 5 and 1 %, 95 % of samples keep within the tolerance, but for those that a small error
+    takes to another mode of the data. Checked on networks that had no part in it: ``docs/benchmarks.md``.
 
     Args:
         factor: of the largest accepted move times the root of its influence.

@@ -103,7 +103,7 @@ class _DiffusionRule(StepRule):
             after = timesteps[i + 1] if i + 1 < len(timesteps) else "the clean end"
             raise ValueError(
                 "timesteps: a sampler goes from noise to data, so the noise level must fall at every step; got "
-                f"{timesteps[i]} at index {i}, then {after}. Sort the timesteps in decreasing order, without repeats"
+                f"{timesteps[i]} at index {i}, then {after}. {self.schedule.advice}"
             )
         a, b, c = self._sample_form(alpha, sigma)
         return from_sample_form(

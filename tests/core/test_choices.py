@@ -15,7 +15,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.acceptance import RelativeMove, RoundView
+from parasolver_core.acceptance import Margins, RelativeMove, RoundView
 from parasolver_core.costs import CostTable
 from parasolver_core.linearization import Secant
 from parasolver_core.methods import METHODS, sliding
@@ -61,16 +61,17 @@ def test_an_acceptance_of_ones_own_is_asked_in_every_round() -> None:
     assert rows_of(got) == rows_of(solve(network, X, LONG, RULE, method=Method(spread=False), **SPREAD))
 
 
-@pytest.mark.parametrize("acceptance", [RelativeMove(factor=1e-3), RelativeMove(noisy_factor=1e-3)])
-def test_another_factor_is_not_the_default_acceptance(acceptance: RelativeMove) -> None:
-    assert not Method(acceptance=acceptance).spreads(RULE.recurrence(LONG), 16, 0.05)
+def test_a_margin_of_ones_own_asks_for_more_nodes_than_can_be_spread() -> None:
+    recurrence = RULE.recurrence(LONG)
+    assert Method(acceptance=RelativeMove(Margins())).spreads(recurrence, 16, 0.05)
+    assert not Method(acceptance=RelativeMove(Margins(spread=1e-3))).spreads(recurrence, 16, 0.05)
 
 
 def test_a_smaller_factor_is_closer() -> None:
     truth = solve_sequential(network, X, LONG, RULE).sample
     loose, strict = (
-        solve(network, X, LONG, RULE, method=Method(acceptance=RelativeMove(factor)), **SPREAD)
-        for factor in (0.15, 1e-6)
+        solve(network, X, LONG, RULE, method=Method(acceptance=RelativeMove(Margins().times(gain))), **SPREAD)
+        for gain in (1.0, 1e-5)
     )
     assert relative(strict.sample, truth) < 1e-2 * relative(loose.sample, truth)
 

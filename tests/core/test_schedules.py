@@ -270,3 +270,9 @@ def test_a_final_level_above_the_last_timestep_is_refused() -> None:
     schedule = NoiseSchedule.flow_matching(final_sigma=0.3)
     with pytest.raises(ValueError, match=r"^timesteps: .*the noise level must fall"):
         solve(denoised, np.ones((1, 5)), [1.0, 0.5, 0.2], Euler(schedule))
+
+
+@pytest.mark.parametrize("timesteps", [[0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1.0]])
+def test_flow_timesteps_of_the_other_convention_are_told_how_to_convert(timesteps: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"data is at t = 0 here.* take 1 - t for the timesteps and -v\(x, 1 - t\)"):
+        solve(lambda x, t: x, np.ones((1, 2)), timesteps, Euler(NoiseSchedule.flow_matching()))
