@@ -7,10 +7,12 @@ BENCH ?= overhead
 SEED ?= 0
 SECONDS ?= 1200
 BIN := $(VENV)/bin
+# Tests and benchmarks compare with it; its samplers need nothing of what its training does.
+PUBLISHED := k-diffusion
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz check docs bench clean
+.PHONY: help demo test test-all fuzz check mutants docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +38,9 @@ check: $(VENV)/.dev ## lint, formatting, types, import contracts, documentation
 	$(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory docs
 
+mutants: $(VENV)/.dev ## change the code in many small ways and count what the tests notice: SEED=0 SECONDS=1200
+	PYTHONPATH=.:adapters $(BIN)/python -m tests.mutants --seed $(SEED) --seconds $(SECONDS) --workers $(JOBS)
+
 docs: $(VENV)/.dev ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -E -q docs docs/_build/html
 
@@ -55,6 +60,7 @@ $(VENV)/.demo: pyproject.toml setup.cfg | $(BIN)/python
 $(VENV)/.dev: pyproject.toml setup.cfg | $(BIN)/python
 	@echo 'Installing into $(VENV); PyTorch is large, the first time takes minutes'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PUBLISHED)
 	@touch $(VENV)/.demo $@
 
 $(BIN)/python:

@@ -21,7 +21,7 @@ from rich.progress import track
 from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
 from parasolver_core import solve
-from parasolver_core.methods import _SLIDING, _SLIDING_NOISY, get_method, needed_nodes
+from parasolver_core.methods import _SLIDING, _SLIDING_NOISY, get_method
 from parasolver_core.planning import predicted_rounds, predicted_rows
 
 SAMPLERS = ("DDIM", "2M", "DDPM")
@@ -97,7 +97,7 @@ def count(case: Case, denoiser: Denoiser, seed: int) -> Count:
     kind = KINDS[method.spreads(recurrence, case.window, case.tolerance), recurrence.stochastic]
     predicted = predicted_rounds(recurrence, method, case.window, case.tolerance)
     rows = sum(predicted_rows(recurrence, method, case.window, case.tolerance))
-    nodes = needed_nodes(recurrence, case.tolerance)
+    nodes = method.needed_nodes(recurrence, case.tolerance)
     return Count(case, kind, solution.stats.rounds, predicted, solution.stats.evaluations, rows, nodes)
 
 

@@ -8,6 +8,7 @@ from parasolver_core.conformance import DenoiserReport, check_denoiser
 from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
 from parasolver_core.errors import (
     ConvergenceError,
+    CoupledRowsError,
     NondeterministicDenoiserError,
     NonFiniteError,
     SolverError,
@@ -24,6 +25,7 @@ __all__ = [
     "DDIM",
     "DDPM",
     "ConvergenceError",
+    "CoupledRowsError",
     "DPMSolver",
     "DenoiserFn",
     "DenoiserReport",

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, finite_rows
+from parasolver_core.arrays import Array, finite_rows, matmul, vecdot
 from parasolver_core.methods import Anderson
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
 
 Float64 = NDArray[np.float64]
+
+_MOST_WEIGHT = 1e4  # a larger weight on an earlier round is the least squares problem's own noise: a plain step instead
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ class AndersonWindow:
         before, after = self._X[:-1, :], self._X[1:, :]
         first = self._column(recurrence.a[nodes, 0]) * before + forcing - after
         from_states, from_forcing = high_order(recurrence.a[nodes, 0], self._method.order or len(nodes))
-        R = xp.matmul(self._asarray(from_states), before) + xp.matmul(self._asarray(from_forcing), forcing) - after
+        self._target = matmul(xp, self._asarray(from_states), before)
+        self._target = self._target + matmul(xp, self._asarray(from_forcing), forcing)
+        R = self._target - after
         self._past = [*self._past, Iterate(after, R, len(nodes))][-self._method.memory - 1 :]
         self._changes = [self._change(*pair) for pair in zip(self._past, self._past[1:], strict=False)]
-        dot, residuals = xp.linalg.vecdot, [change.residuals for change in self._changes]
+        dot, residuals = partial(vecdot, xp), [change.residuals for change in self._changes]
         products = [dot(p, q) for p in residuals for q in residuals] + [dot(p, R) for p in residuals]
         return xp.concat([dot(first, first), dot(R, R), dot(after, after), *products])
 
@@ -121,6 +126,8 @@ class AndersonWindow:
         new = now.states + now.residuals
         for weight, change in zip(weights, self._changes, strict=True):
             new = new - self._column(weight) * (change.states + change.residuals)
+        # what is final is not x + (target - x), which loses the target where x was far off
+        new = self._xp.concat([self._first(D)[None, :], self._target[1:count, :], new[count:, :]])
         self.error = max(self.error, float(np.max(residual[: count - 1], initial=0.0)))
         move = np.sqrt(high / np.maximum(squared, np.finfo(float).tiny))
         record = SampleRecord(self.index, nodes, count, np.append(0.0, move[:-1]), residual, self.error)
@@ -159,10 +166,9 @@ class AndersonWindow:
 
     def _first_alone(self, D: Array) -> SampleRecord:
         """Numbers ran out of range. Only the first node has its true input: its step is final, all else begins anew."""
-        xp, nodes, recurrence, nothing = self._xp, self.nodes, self._plan.recurrence, np.full(len(self.nodes), np.nan)
-        m, z = xp.astype(D[0, :], self._X.dtype), self._noise(self.lo) if recurrence.c[self.lo] != 0 else None
-        x = recurrence.advance(self.lo, [self._X[0, :]], [m], z)
-        output_ok, state_ok = finite_rows(xp, xp.stack([m, x]))
+        xp, nodes, nothing = self._xp, self.nodes, np.full(len(self.nodes), np.nan)
+        x = self._first(D)
+        output_ok, state_ok = finite_rows(xp, xp.stack([xp.astype(D[0, :], x.dtype), x]))
         if output_ok and state_ok:
             self._past = []
             self._slide(xp.stack([x] * len(nodes)), 1)
@@ -170,6 +176,12 @@ class AndersonWindow:
         self.status = Status.NONFINITE_SOLVER if output_ok else Status.NONFINITE_MODEL
         self.failed_node = self.lo
         return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+
+    def _first(self, D: Array) -> Array:
+        """The state behind the first node, which has its true input: as the sequential sampler makes it."""
+        recurrence = self._plan.recurrence
+        z = self._noise(self.lo) if recurrence.c[self.lo] != 0 else None
+        return recurrence.advance(self.lo, [self._X[0, :]], [self._xp.astype(D[0, :], self._X.dtype)], z)
 
     def _asarray(self, table: Float64) -> Array:
         return self._xp.asarray(table, dtype=self._X.dtype, device=device(self._X))
@@ -208,11 +220,20 @@ def triangular_weights(gram: Float64, cross: Float64, ridge: float) -> Float64:
         ridge: added to the diagonal.
 
     Returns:
-        (m, n).
+        (m, n). The least of them where the rounds do not tell them apart; 0 for a node whose sums or weights are out of
+        range, which then makes a plain step.
     """
     m = len(cross)
     if m == 0:
         return np.zeros(cross.shape)
-    left = np.cumsum(gram, axis=2).transpose(2, 0, 1) + ridge * np.eye(m)
-    right = np.cumsum(cross, axis=1).T[:, :, None]
-    return np.linalg.solve(left, right)[:, :, 0].T.astype(np.float64, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = np.cumsum(gram, axis=2).transpose(2, 0, 1) + ridge * np.eye(m)
+        right = np.cumsum(cross, axis=1).T[:, :, None]
+    known = (np.isfinite(left).all(axis=(1, 2)) & np.isfinite(right).all(axis=(1, 2))).reshape(-1, 1, 1)
+    left, right = np.where(known, left, np.eye(m)), np.where(known, right, 0.0)
+    try:
+        weights = np.linalg.solve(left, right)
+    except np.linalg.LinAlgError:  # rounds that changed nothing, or the same
+        weights = np.linalg.pinv(left, hermitian=True) @ right
+    sound = np.all(np.abs(weights) <= _MOST_WEIGHT, axis=1, keepdims=True)  # NaN is not
+    return np.where(sound, weights, 0.0)[:, :, 0].T.astype(np.float64, copy=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = Any  # an array of any library that array-api-compat knows
+
+
+_SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
 
 
 def is_array(value: Any) -> bool:
@@ -39,12 +44,90 @@ def host_view(array: Array) -> Array:
 def own_copy(xp: Any, array: Array) -> Array:
     """A copy in new memory; on a CPU that is NumPy's, which asks for large pages: many times as fast for large ones."""
     view = host_view(array)
-    return xp.asarray(view, copy=True) if view is array else xp.asarray(np.array(view))
+    return copied(xp, array) if view is array else given_back(xp, np.array(view))
+
+
+def copied(xp: Any, array: Array) -> Array:
+    """A copy on the same device, whichever is the library's default."""
+    return xp.asarray(array, copy=True, device=array_api_compat.device(array))
+
+
+def given_back(xp: Any, view: Array) -> Array:
+    """What :func:`host_view` made, as an array of the library, in the same memory; not on its default device."""
+    if array_api_compat.is_torch_namespace(xp) and isinstance(view, np.ndarray):
+        return xp.from_numpy(view)
+    return xp.asarray(view, device=array_api_compat.device(view))
 
 
 def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
     """Which rows of ``(rows, *event)`` hold neither NaN nor infinity, on the host."""
     return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
+
+
+def coarse(xp: Any, row: Array) -> Array:
+    """``[unit]``: float32's rounding unit where float64 numbers (size,) are all float32's, else 0."""
+    if row.dtype != xp.float64:
+        return xp.zeros_like(row[:1])
+    single = xp.all(xp.astype(xp.astype(row, xp.float32), row.dtype) == row)
+    return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
+
+
+def matmul(xp: Any, a: Array, b: Array) -> Array:
+    """``a @ b`` in the full precision of their dtype, whatever a user has allowed for a network's products.
+
+    Where float32 factors would be rounded to fewer bits (TF32), they are split into parts that have no more, whose
+    products are exact: no setting is touched, which other threads and compiled code would see.
+    """
+    if array_api_compat.is_jax_array(a):
+        return xp.matmul(a, b, precision="highest")
+    bits = _product_bits(xp, a)
+    if bits == _SINGLE:
+        return xp.matmul(a, b)
+    count = -(-(_SINGLE - 2) // bits)  # the last two bits of TF32's 11 + 11 are no more than sums lose
+    left, right = _parts(xp, a, bits, count), _parts(xp, b, bits, count)
+    total = None
+    for i in reversed(range(count)):
+        for j in reversed(range(count - i)):  # the smallest first
+            product = xp.matmul(left[i], right[j])
+            total = product if total is None else total + product
+    return total
+
+
+def vecdot(xp: Any, a: Array, b: Array) -> Array:
+    """Inner products along the last axis, in the full precision of their dtype."""
+    if array_api_compat.is_jax_array(a):
+        return xp.vecdot(a, b, precision="highest")
+    return xp.linalg.vecdot(a, b)  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
+
+
+def _product_bits(xp: Any, array: Array) -> int:
+    """Significant bits to which a library may round the float32 factors of a matrix product."""
+    if array_api_compat.is_torch_array(array) and array.dtype == xp.float32:
+        return _torch_bits(sys.modules["torch"])
+    if array_api_compat.is_cupy_array(array) and array.dtype == xp.float32:
+        return _TF32 if os.environ.get("CUPY_TF32") == "1" else _SINGLE
+    return _SINGLE
+
+
+def _torch_bits(torch: Any) -> int:
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set in the newer way: by backend and operation
+        return _TF32
+    newer = {getattr(place, "fp32_precision", "none") for place in (torch.backends, torch.backends.cuda.matmul)}
+    if precision == "medium" or "bf16" in newer:
+        return _BFLOAT16
+    return _TF32 if precision != "highest" or "tf32" in newer else _SINGLE
+
+
+def _parts(xp: Any, array: Array, bits: int, count: int) -> list[Array]:
+    """Arrays of so many significant bits each, whose sum is the array."""
+    parts, mask, half = [], -1 << (_SINGLE - bits), 1 << (_SINGLE - bits - 1)
+    for _ in range(count):
+        part = ((array.view(xp.int32) + half) & mask).view(xp.float32)
+        parts.append(part)
+        array = array - part
+    return parts
 
 
 def assign(target: Array, index: Any, value: Array) -> Array:

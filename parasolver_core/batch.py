@@ -16,7 +16,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView, shares
-from parasolver_core.arrays import Array, finite_rows, host_view, take_rows
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, matmul, take_rows, vecdot
 from parasolver_core.fill import Entering, Fill
 from parasolver_core.held_form import Float64, HeldForm, Indices
 from parasolver_core.recurrence import combine
@@ -25,6 +25,10 @@ from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.window import Plan
 
 _ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
+_ROOM, _ROOM_TOLERATED = (
+    4.0,
+    1e-4,
+)  # a state may have been so many times its size, or lose such a share of the tolerance
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
@@ -86,6 +90,10 @@ class WindowBatch(Run):
         slope = np.where(np.isfinite(slope), slope, plan.recurrence.slope)
         self._slope = np.array(np.broadcast_to(slope, (count, form.steps)))  # dm/dx
         self._moved = np.zeros((count, form.steps))  # sum of squares of each node's last move; 0: unknown
+        self._size_of = np.ones((count, form.steps + 1))  # of each node's state, the root of its sum of squares,
+        self._largest = np.ones((count, form.steps + 1))  # and the largest it ever was: its rounding is that one's
+        self._unit = self._eps  # rounding unit of what the network returns
+        self._room = max(_ROOM, _ROOM_TOLERATED * plan.tolerance / self._eps)
         self._error = np.zeros(count)
         self._begun = False  # whether the network has been asked
         self.ended = {}
@@ -139,16 +147,16 @@ class WindowBatch(Run):
         r = q * xp.reshape(D, (count, n, self._size))
         r += p * X
         r -= H
-        dot = xp.linalg.vecdot
-        gram = xp.reshape(xp.matmul(r, xp.matrix_transpose(r)), (count, -1))
-        sums = xp.concat([gram, dot(self._dX[:, past:, :], r), dot(X, X)], axis=1)
         self._r = r
-        return xp.reshape(sums, (-1,))
+        gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
+        sums = xp.concat([gram, vecdot(xp, self._dX[:, past:, :], r), vecdot(xp, X, X)], axis=1)
+        return xp.concat([xp.reshape(sums, (-1,)), coarse(xp, D[0, :])])
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move all states, accept what is final, slide and fill in."""
         n, past = self._longest, self._form.past
-        sums = sums.reshape(len(self._n), -1)
+        self._unit = max(self._eps, float(sums[-1]))
+        sums = sums[:-1].reshape(len(self._n), -1)
         self._begun = True
         usable, failed = self._n, {}
         if not np.all(np.isfinite(sums)):
@@ -164,7 +172,7 @@ class WindowBatch(Run):
         ]
         lo, ending = self._lo, self._lo + decision.accepted == self._form.steps
         risky = ending.any() or not sums[:, -n:].max() <= self._large  # a state may run out of range: keep those before
-        before = self._xp.asarray(self._S[:, past, :], copy=True) if risky else None
+        before = copied(self._xp, self._S[:, past, :]) if risky else None
         warm = lo + decision.accepted > self._plan.warmup_steps
         self._write(decision, np.where(warm, self._plan.width, 1))
         if before is not None:
@@ -184,7 +192,7 @@ class WindowBatch(Run):
         return self._error
 
     def states(self) -> Array:
-        return self._give(self._xp.asarray(self._S[:, self._form.past, :], copy=True))
+        return self._give(copied(self._xp, self._S[:, self._form.past, :]))
 
     def kept(self, sample: int) -> Sequence[Array]:
         return () if self._kept is None else self._kept[sample]
@@ -241,12 +249,18 @@ class WindowBatch(Run):
         T, norms = self._form.propagation(self._lo, slope_held, gram)
         length, move = np.sqrt(squares), np.sqrt(norms)
         relative = shares(move, length)
-        sound = _leading(inside & (relative <= _WILD))
-        sound = np.maximum(sound, 1)
+        sound = np.maximum(_leading(inside & (relative <= _WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), usable, sound)
+        # a final node whose move was rounding keeps what the network said: a slope would only add to the noise
+        still = inside & (relative > 0) & (relative <= _ROUNDING * self._unit) & (np.arange(n) < accepted[:, None])
+        if still.any():
+            slope_held = np.where(still, p, slope_held)
+            T, _ = self._form.propagation(self._lo, slope_held, gram)
         at = np.nonzero(inside)
         self._slope[at[0], nodes[at]] = new[at]
         self._moved[at[0], nodes[at]] = np.where(np.arange(n) < sound[:, None], norms, 0.0)[at]
+        self._size_of[at[0], nodes[at]] = (length + move)[at]
+        self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], (length + move)[at])
         defects = np.sqrt(np.einsum("bii->bi", gram) / size) / np.abs(q)
         return Decision(T, slope_held, relative, accepted, sound), defects
 
@@ -254,7 +268,7 @@ class WindowBatch(Run):
         """How many leading nodes of each sample are final."""
         plan, accepted = self._plan, np.ones(len(move), dtype=np.int64)
         for row, (lo, n) in enumerate(zip(self._lo.tolist(), usable.tolist(), strict=True)):
-            bound, rounding = plan.bound[lo : lo + n], _ROUNDING * self._eps
+            bound, rounding = plan.bound[lo : lo + n], _ROUNDING * self._unit
             view = RoundView(lo=lo, move=move[row, :n], size=length[row, :n], bound=bound, rounding=rounding)
             count, error = plan.method.acceptance.accept(view, plan.tolerance)
             accepted[row] = min(max(count, 1), sound[row])  # the first node's input was final
@@ -276,7 +290,8 @@ class WindowBatch(Run):
         entering = self._fill.entering(last, max(int(behind.max()), 1), self._slope_held())
         C = self._table(decision, last, kept, behind, entering)
         every, flat = np.arange(count)[:, None] * rows, xp.reshape(self._S, (-1, size))
-        self._keep_between(decision, flat)
+        final = self._final_states(decision, flat)
+        self._keep_between(decision, flat, final)
         base = take_rows(flat, (self._base_rows(last) + every).reshape(-1))
         parts = [self._r, xp.reshape(base, (count, -1, size)), self._fill.rows(self._places, last, entering.x.shape[1])]
         if entering.noise:
@@ -286,8 +301,10 @@ class WindowBatch(Run):
         source = np.concatenate([kept, kept + rows // 2], axis=1) + every
         self._S = xp.reshape(take_rows(flat, source.reshape(-1)), (count, source.shape[1], size))
         del flat
-        moves = xp.matmul(self._put(C), sources)  # everything that is computed
+        moves = matmul(xp, self._put(C), sources)  # everything that is computed
         self._S += moves
+        if final is not None:
+            self._put_final(final, decision.accepted)
         self._dX, self._lo, self._n = moves[:, : kept.shape[1], :], lo, hi - lo
         self._keep_first(decision.accepted)
 
@@ -311,10 +328,10 @@ class WindowBatch(Run):
             moves_base[:, -1] = np.arange(n) == (last - self._lo)[:, None]
         columns, first_belief = n + entering.x.shape[2], n + self._form.reads[0]
         C = np.zeros((count, 2, behind.shape[1], columns))
-        for part, (answer, copied) in enumerate(((entering.x, n), (entering.h, first_belief))):
+        for part, (answer, source) in enumerate(((entering.x, n), (entering.h, first_belief))):
             new = answer[every, begins]
             C[:, part, :, n:] = np.where(is_new, new, 0.0)
-            C[:, part, :, copied] -= behind > 0  # a new row begins as a copy of the last
+            C[:, part, :, source] -= behind > 0  # a new row begins as a copy of the last
             C[:, part, :, :n] = np.where(
                 is_new, new[..., : base.shape[1]] @ moves_base, moves[every, kept + part * half]
             )
@@ -333,23 +350,67 @@ class WindowBatch(Run):
             rows += [self._noise(i, sample) if i < end and c[i] != 0 else nothing for i in steps]
         return self._xp.reshape(self._xp.stack(rows), (len(last), count, self._size))
 
-    def _keep_between(self, decision: Decision, flat: Array) -> None:
+    def _final_states(self, decision: Decision, flat: Array) -> Array | None:
+        """The states behind final nodes, (B, most, size), by the recurrence itself; None where moving them is as good.
+
+        A state that is moved keeps the rounding of the largest that it ever was.
+        """
+        form, count, n, most = self._form, len(self._n), self._longest, int(decision.accepted.max())
+        every, ahead = np.arange(count)[:, None], np.arange(most)
+        behind = np.minimum(self._lo[:, None] + 1 + ahead, form.steps)
+        grown = self._largest[every, behind] > self._room * self._size_of[every, behind]
+        if not np.any(grown & (ahead < decision.accepted[:, None])):
+            return None
+        half, own = self._S.shape[1] // 2, form.base - 1
+        x_rows, h_rows = form.past - np.arange(form.reads[0]), half + form.past - 1 - np.arange(form.reads[1] - 1)
+        rows = np.concatenate([x_rows, h_rows, half + form.past + ahead])
+        table = form.onwards(self._lo, most)
+        C = np.zeros((count, most, n + table.shape[2]))
+        C[:, :, n:] = table
+        moves = decision.T * decision.slope[..., None] + np.eye(n)  # of the beliefs, in terms of r
+        C[:, :, :n] = table[:, :, own : own + most] @ moves[:, :most]
+        parts = [
+            self._r,
+            self._xp.reshape(take_rows(flat, (every * 2 * half + rows).reshape(-1)), (count, -1, self._size)),
+        ]
+        if form.noisy:
+            parts.append(self._draw(self._lo, self._lo + decision.accepted, most))
+        return matmul(self._xp, self._put(C), self._xp.concat(parts, axis=1))
+
+    def _put_final(self, final: Array, accepted: Indices) -> None:
+        """Write the states at which the windows now begin, and those before that the sampler reads."""
+        xp, past, (count, most, _) = self._xp, self._form.past, final.shape
+        at = accepted[:, None] - 1 - np.arange(past, -1, -1)
+        rows = take_rows(
+            xp.reshape(final, (-1, self._size)), (np.arange(count)[:, None] * most + np.maximum(at, 0)).reshape(-1)
+        )
+        known = self._put((at >= 0).astype(np.float64)[..., None]) > 0
+        head = xp.where(known, xp.reshape(rows, (count, past + 1, -1)), self._S[:, : past + 1, :])
+        self._S = xp.concat([head, self._S[:, past + 1 :, :]], axis=1)
+
+    def _keep_between(self, decision: Decision, flat: Array, final: Array | None) -> None:
         """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
         most = int(decision.accepted.max()) - 1
         if self._kept is None or most < 1:
             return
+        if final is None:
+            final = self._moved_states(decision, flat, most)
+        for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
+            self._kept[sample] += [self._give(final[row, j, :]) for j in range(count - 1)]
+
+    def _moved_states(self, decision: Decision, flat: Array, most: int) -> Array:
+        """The states behind the first ``most`` nodes as the round moves them, (B, most, size)."""
         behind = np.minimum(np.arange(1, most + 1), np.maximum(decision.accepted - 1, 0)[:, None])  # (B, most)
         at = np.arange(len(behind))[:, None]
         rows = take_rows(flat, (at * self._S.shape[1] + self._form.past + behind).reshape(-1))
         states = self._xp.reshape(rows, (len(behind), most, -1))
-        states += self._xp.matmul(self._put(decision.T[at, behind]), self._r)
-        for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
-            self._kept[sample] += [self._give(states[row, j, :]) for j in range(count - 1)]
+        states += matmul(self._xp, self._put(decision.T[at, behind]), self._r)
+        return states
 
     def _keep_first(self, accepted: Indices) -> None:
         """Add the states where windows now begin."""
         if self._kept is not None:
-            first = self._xp.asarray(self._S[:, self._form.past, :], copy=True)
+            first = copied(self._xp, self._S[:, self._form.past, :])
             for row in np.flatnonzero(accepted).tolist():
                 self._kept[int(self.samples[row])].append(self._give(first[row, :]))
 
@@ -372,7 +433,7 @@ class WindowBatch(Run):
         failed = {}
         for row in np.flatnonzero(~(states_ok & outputs_ok)).tolist():
             status = Status.NONFINITE_MODEL if states_ok[row] else Status.NONFINITE_SOLVER
-            failed[row] = status, int(self._lo[row]), xp.asarray(self._S[row, past, :], copy=True)
+            failed[row] = status, int(self._lo[row]), copied(xp, self._S[row, past, :])
             inside[row] = False
         at = self._put(inside.astype(np.float64)[..., None]) > 0
         self._r = xp.where(at, self._r, xp.zeros_like(self._r))
@@ -389,12 +450,12 @@ class WindowBatch(Run):
             return
         for row, (status, step, state) in leaving.items():
             sample = int(self.samples[row])
-            own = self._give(self._xp.asarray(state, copy=True))
+            own = self._give(copied(self._xp, state))
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(self._error[row]), own, self.kept(sample), node)
         stay = np.array([row for row in range(len(self._n)) if row not in leaving], dtype=np.int64)
         self._S, self._dX = take_rows(self._S, stay), take_rows(self._dX, stay)
-        for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_error"):
+        for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_size_of", "_largest", "_error"):
             setattr(self, name, getattr(self, name)[stay])
 
     def _put(self, table: Float64) -> Array:
@@ -403,7 +464,7 @@ class WindowBatch(Run):
 
     def _give(self, array: Array) -> Array:
         """An array of the windows' as one of the user's library, in the same memory."""
-        return self._plan.xp.asarray(array)
+        return given_back(self._plan.xp, array)
 
 
 def _leading(flags: NDArray[np.bool_]) -> Indices:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, no_grad, to_host, working_dtype
+from parasolver_core.checking import distance
 from parasolver_core.denoiser import DenoiserFn, Evaluator
 from parasolver_core.noise import NoiseSource
 from parasolver_core.recurrence import Recurrence
@@ -17,6 +18,7 @@ from parasolver_core.step_rules import StepRule, table
 from parasolver_core.validation import check_start, check_timesteps
 
 _STEPS, _SAMPLES = 4, 2  # rows tried: the first, the last and two steps in between, of two samples
+_BETWEEN = 12  # further steps, of one sample: a network may take another way at some of them only
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ def check_denoiser(
 
     Tried are: shape, dtype, device and array library of the prediction; any number of rows; finite values; equal calls
     giving equal predictions (no dropout, no random numbers); each row depending on itself alone (no normalisation over
-    the batch); and rows of different timesteps together giving what each gives alone.
+    the batch, no conditions tiled over the rows); and rows of different timesteps together giving what each gives
+    alone, at steps between as well, where a network may take another way. What it does only at steps that are not
+    tried, or only away from ``x_T``, is not seen.
 
     Args:
         denoiser: ``denoiser(x, t) -> prediction``, as :func:`~parasolver_core.solver.solve` takes it.
         x_T: where sampling would start, ``(batch, *event)``; up to two of its samples are used.
-        timesteps: (N,), of which up to four are used.
+        timesteps: (N,), of which up to four are used for all tests, and up to twelve between them for the last.
 
     Other arguments:
         step_rule: the sampler, for a denoiser that reads it (see :class:`~parasolver_core.denoiser.Rows`).
@@ -97,26 +101,32 @@ class _Trial:
         self._timesteps = recurrence.timesteps
         steps = np.unique(np.linspace(0, len(recurrence) - 1, _STEPS).round().astype(np.int64))
         samples = np.arange(min(_SAMPLES, x_T.shape[0]))
-        self._steps, self._samples = np.tile(steps, len(samples)), np.repeat(samples, len(steps))
+        between = np.linspace(0, len(recurrence) - 1, _BETWEEN + 2).round().astype(np.int64)
+        self._main = len(steps) * len(samples)
+        between = np.setdiff1d(between, steps)
+        self._steps = np.concatenate([np.tile(steps, len(samples)), between])
+        self._samples = np.concatenate([np.repeat(samples, len(steps)), np.full(len(between), samples[-1])])
         self._limit = float(np.sqrt(float(xp.finfo(x_T.dtype).eps)))
 
     def report(self) -> DenoiserReport:
-        everything = np.arange(len(self._steps))
+        everything, rows = np.arange(self._main), np.arange(len(self._steps))
         try:
-            alone = np.concatenate([self._predict(everything[i : i + 1]) for i in everything])
+            alone = np.concatenate([self._predict(rows[i : i + 1]) for i in rows])
         except Exception as error:
             return self._broken(f"It fails for a single row: {_describe(error)}{self._hint_of_pairs()}")
         try:
             together, again = self._predict(everything), self._predict(everything)
+            between = self._predict(rows[self._main :]) if len(rows) > self._main else alone[self._main :]
         except Exception as error:
             return self._broken(
                 f"It works for one row and fails for {len(everything)}: {_describe(error)}. A round evaluates any "
                 "number of rows; conditions must be repeated to x.shape[0] rows, not to a fixed batch"
             )
-        problems = self._not_finite(alone) or self._not_finite(together)
+        alone, between = alone[: self._main], (alone[self._main :], between)
+        problems = tuple(one for told in (alone, together, again) for one in self._not_finite(told))[:1]
         if problems:
-            return DenoiserReport(problems, float("nan"), float("nan"), len(everything))
-        batching, repeat = _distance(together, alone), _distance(again, together)
+            return DenoiserReport(problems, float("nan"), float("nan"), len(rows))
+        batching, repeat = distance(together, alone), distance(again, together)
         if not repeat <= self._limit:
             problems = (
                 f"Two equal calls differ by {repeat:.1e} of their size: it draws random numbers or changes with each "
@@ -124,12 +134,18 @@ class _Trial:
             )
         elif not batching <= self._limit:
             problems = (self._why_batches_differ(alone, batching),)
-        return DenoiserReport(problems, batching, repeat, len(everything))
+        else:
+            finite = np.isfinite(between[0]).all(axis=1)  # a network need not like x_T at every step
+            further = distance(between[1][finite], between[0][finite]) if finite.any() else 0.0
+            batching = max(batching, further)
+            if not further <= self._limit:
+                problems = (self._one_timestep(further),)
+        return DenoiserReport(problems, batching, repeat, len(rows))
 
     def _hint_of_pairs(self) -> str:
         """What to do, if it works for the samples of one timestep, as a plain loop over timesteps calls it."""
         try:
-            self._predict(np.flatnonzero(self._steps == self._steps[0]))
+            self._predict(np.flatnonzero(self._steps[: self._main] == self._steps[0]))
         except Exception:
             return ""
         return (
@@ -160,18 +176,23 @@ class _Trial:
     def _why_batches_differ(self, alone: NDArray[np.float64], batching: float) -> str:
         """Copies of one row, and rows of one timestep, tell the usual causes apart."""
         differ = f"differ from the same rows alone by up to {batching:.1e} of their size"
-        copies = np.zeros(len(self._steps), dtype=np.int64)
-        if _distance(self._predict(copies), alone[copies]) > self._limit:
+        copies = np.zeros(self._main, dtype=np.int64)
+        if not distance(self._predict(copies), alone[copies]) <= self._limit:
             return f"Copies of one row in a batch {differ}: the network depends on the number of rows"
-        same_step = np.flatnonzero(self._steps == self._steps[0])
-        if len(same_step) > 1 and _distance(self._predict(same_step), alone[same_step]) > self._limit:
+        same_step = np.flatnonzero(self._steps[: self._main] == self._steps[0])
+        if len(same_step) > 1 and not distance(self._predict(same_step), alone[same_step]) <= self._limit:
             return (
                 f"Rows in a batch {differ}: the network mixes its rows. Call .eval() (batch normalisation in training "
                 "mode does this), and take no mean, norm or attention over the first axis"
             )
+        return self._one_timestep(batching)
+
+    @staticmethod
+    def _one_timestep(batching: float) -> str:
         return (
-            f"Rows of different timesteps in one batch {differ}: the network mixes its rows, or takes one timestep for "
-            "all of them, such as t[0]. Use each row's own t, shaped (rows, 1, ...), and call .eval()"
+            f"Rows of different timesteps in one batch differ from the same rows alone by up to {batching:.1e} of "
+            "their size: the network mixes its rows, or takes one timestep for all of them, such as t[0]. Use each "
+            "row's own t, shaped (rows, 1, ...), and call .eval()"
         )
 
     def _broken(self, problem: str) -> DenoiserReport:
@@ -184,13 +205,6 @@ def _no_sampler(timesteps: NDArray[Any]) -> Recurrence:
     one = np.ones((n, 1))
     nothing = np.zeros(n)
     return Recurrence(timesteps, one, one, nothing, np.ones((n, 2)), nothing, nothing)
-
-
-def _distance(got: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
-    """The largest distance of a row, RMS over RMS."""
-    size = np.sqrt(np.mean(expected**2, axis=1))
-    difference = np.sqrt(np.mean((got - expected) ** 2, axis=1))
-    return float(np.max(np.where(difference > 0, difference / np.where(size > 0, size, 1.0), 0.0)))
 
 
 def _describe(error: Exception) -> str:

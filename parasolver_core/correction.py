@@ -19,7 +19,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, assign, to_host
+from parasolver_core.arrays import Array, assign, copied, to_host
 from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
@@ -128,9 +128,7 @@ class Correction(ABC):
 
     def _shift(self, rows: slice) -> None:
         front = (slice(0, rows.stop - rows.start), slice(None))
-        self.X, self.M = (
-            assign(buffer, front, self._xp.asarray(buffer[rows, :], copy=True)) for buffer in (self.X, self.M)
-        )
+        self.X, self.M = (assign(buffer, front, copied(self._xp, buffer[rows, :])) for buffer in (self.X, self.M))
 
     def _zeros(self, rows: int, like: Array) -> Array:
         return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, assign, own_copy
 from parasolver_core.errors import note
 from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
-from parasolver_core.schedules import NoiseSchedule
+from parasolver_core.schedules import NoiseSchedule, check_prediction_type
+from parasolver_core.step_rules import StepRule
 
 
 class DenoiserFn(Protocol):
@@ -27,7 +29,8 @@ class DenoiserFn(Protocol):
     same prediction (evaluation mode, no dropout).
 
     A denoiser whose attribute ``takes_rows`` is ``True`` is called ``denoiser(x, t, rows)`` with :class:`Rows`, which
-    tell the samples of the batch apart: each may have its own class label or prompt.
+    tell the samples of the batch apart: each may have its own class label or prompt. One with the attribute
+    ``prediction_type`` is refused where the step rule reads another.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
@@ -61,6 +64,22 @@ def takes_rows(denoiser: Any) -> bool:
     return getattr(denoiser, "takes_rows", False) is True
 
 
+def predicted_by(denoiser: Any) -> str | None:
+    """What a denoiser says that it predicts, by its attribute ``prediction_type``; those that wrap one pass it on."""
+    told = getattr(denoiser, "prediction_type", None)
+    return told if isinstance(told, str) else None
+
+
+def check_agreement(denoiser: Any, step_rule: StepRule) -> None:
+    """Refuse a denoiser that predicts something else than the step rule reads, where both say what."""
+    given, read = predicted_by(denoiser), step_rule.predicts
+    if given is not None and read is not None and given != read:
+        raise ValueError(
+            f"step_rule: it reads the network's output as {read!r}, and the denoiser predicts {given!r}; give the rule "
+            f"prediction_type={given!r}, or make it from denoiser.schedule where there is one"
+        )
+
+
 class SharedDenoiser(ABC):
     """A denoiser whose rows several processes share, each of which runs the same solver on the same arguments."""
 
@@ -85,6 +104,23 @@ class SharedDenoiser(ABC):
     @abstractmethod
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the processes, so that all of them decide alike."""
+
+    def end(self, error: BaseException | None = None) -> None:  # noqa: B027
+        """Called after the last round, or with the exception that ended the run here: other processes are told.
+
+        Raises if another process has left the run, unless this one leaves it too.
+        """
+
+
+@contextmanager
+def telling(denoiser: Any) -> Iterator[None]:
+    """Within the block, an exception that ends the run is told to the processes that share the rows."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(denoiser, SharedDenoiser):
+            denoiser.end(error)
+        raise
 
 
 class BatchedCall:
@@ -266,6 +302,11 @@ class Evaluator:
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.begin(plan())
 
+    def end(self) -> None:
+        """After the last round: no process has left the run."""
+        if isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.end()
+
     def __call__(self, x: Array | list[Array], nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).
 
@@ -274,7 +315,8 @@ class Evaluator:
         xp, parts, first = self._xp, [], 0
         for part in x if isinstance(x, list) else [x]:
             own = nodes[first : first + part.shape[0]]
-            parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
+            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
+                parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
         t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
         started = time.perf_counter()
@@ -346,6 +388,15 @@ class ClippedDenoiser:
     prediction_type: str
     clip_range: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_prediction_type("prediction_type", self.prediction_type)
+        inner = predicted_by(self.denoiser)
+        if inner is not None and inner != self.prediction_type:
+            raise ValueError(
+                f"prediction_type: the denoiser predicts {inner!r}, got {self.prediction_type!r}, of which the clean "
+                "sample is another one"
+            )
+
     @property
     def takes_rows(self) -> bool:
         return takes_rows(self.denoiser)
@@ -377,12 +428,14 @@ def clip_sample(
     Args:
         denoiser: the network.
         schedule: the path that relates its prediction to the clean sample.
-        prediction_type: what it predicts; the schedule's default if None.
+        prediction_type: what it predicts; None: what it says itself (its attribute ``prediction_type``), or else the
+            schedule's default.
         clip_range: the largest absolute value kept, in the units of the data.
     """
     if not clip_range > 0:
         raise ValueError(f"clip_range: expected a number > 0, got {clip_range}")
-    return ClippedDenoiser(denoiser, schedule, prediction_type or schedule.default_prediction_type, clip_range)
+    kind = prediction_type or predicted_by(denoiser) or schedule.default_prediction_type
+    return ClippedDenoiser(denoiser, schedule, kind, clip_range)
 
 
 def _time_dtype(xp: Any, dtype: Any) -> Any:

@@ -30,6 +30,10 @@ class NondeterministicDenoiserError(SolverError):
     """The denoiser gives different predictions for the same input."""
 
 
+class CoupledRowsError(NondeterministicDenoiserError):
+    """A row's prediction depends on the other rows of the call, on its place among them or on how many they are."""
+
+
 def attach(error: BaseException, reached: Callable[[], Solution]) -> None:
     """Give an exception ``solution``: what was reached. One that refuses attributes stays as it is.
 

@@ -59,6 +59,29 @@ class HeldForm:
         T, with_gram = both[:, :, :n], both[:, :, n:]
         return T.swapaxes(0, 1), np.maximum(np.vecdot(T, with_gram), 0.0).T
 
+    def onwards(self, lo: Indices, count: int) -> Float64:
+        """The states ``x_{lo+1} .. x_{lo+count}`` in terms of ``x_lo``, those before it and the held quantities.
+
+        Args:
+            lo: (B,).
+            count: how many.
+
+        Returns:
+            (B, count, columns), of ``x_lo, x_{lo-1}, ..``, ``h_{lo-1}, h_{lo-2}, ..``, ``h_lo .. h_{lo+count-1}`` and,
+            where the sampler adds noise, ``z_lo .. z_{lo+count-1}``. Entries of states beyond N have no meaning.
+        """
+        own = self.base - 1  # the first column of the new held quantities
+        unit = np.eye(own + count * (1 + self.noisy))
+        xs, hs = list(unit[: self.reads[0]]), list(unit[self.reads[0] : own])
+        states = np.zeros((len(lo), count, len(unit)))
+        for ahead in range(count):
+            i, hs = np.minimum(lo + ahead, self.steps - 1), [unit[own + ahead], *hs]
+            states[:, ahead] = self.after(i, xs, hs)
+            if self.noisy:
+                states[:, ahead, own + count + ahead] += self.c[i]
+            xs = [states[:, ahead], *xs]
+        return states
+
     def after(self, i: Indices, xs: list[Float64], hs: list[Float64]) -> Float64:
         """``x_{i+1}`` without its noise, one step for each of B samples.
 

@@ -19,7 +19,7 @@ from parasolver_core.validation import check_count
 
 _FEWEST_NODES = 5  # fewer do not show a trajectory's shape
 _FEWEST_STEPS = 64  # a window slides over fewer in as few rounds
-_NODES, _NODES_NOISY = 5.5, 20.0  # spread nodes: over the root of the tolerance; over the tolerance
+_NODES, _NODES_NOISY = 5.5, 8.0  # spread nodes: over the root of the tolerance; over the tolerance
 _SHARE, _SHARE_NOISY = 3, 2  # how many times as many steps there must be before nodes are spread
 _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
@@ -35,8 +35,8 @@ class Method:
         linearization: how the surrogate's slope is chosen.
         acceptance: how many nodes are final after a round.
         spread: whether to begin with nodes spread over the whole trajectory where that takes fewer evaluations than a
-            sliding window (:meth:`spreads`). Never with a tolerance of 0, nor with another acceptance or fill than the
-            default ones: both are a window's, and spread nodes would not ask them.
+            sliding window (:meth:`spreads`). Never with a tolerance of 0, nor with another kind of acceptance or fill
+            than the default ones: both are a window's, and spread nodes would not ask them.
         fill: where nodes that enter a window begin. ``"held"``: with the predicted sample of the node before them, as
             corrected, held constant; ``"evaluated"``: as the network gave it; ``"copy"``: all at the state before them,
             also in the first round, which is then a full window. A warm start takes its place.
@@ -75,7 +75,7 @@ class Method:
         about every other attempt finds that more nodes are needed and slides after all, some rounds later, so the gain
         must be worth the risk.
         """
-        if not self.spread or self.fill != "held" or not _is_default(self.acceptance):
+        if not self.spread or self.fill != "held" or type(self.acceptance) is not RelativeMove:
             return False
         few = window < _FEWEST_NODES or len(recurrence) < _FEWEST_STEPS * recurrence.stages
         if few or tolerance <= 0:
@@ -84,27 +84,23 @@ class Method:
             share, lost = _SHARE_NOISY, _LOST_ROUNDS * window
         else:
             share, lost = _SHARE, _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
-        return share * needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+        return share * self.needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
 
+    def needed_nodes(self, recurrence: Recurrence, tolerance: float) -> float:
+        """About how many nodes must be spread for a tolerance.
 
-def _is_default(acceptance: Acceptance) -> bool:
-    return type(acceptance) is RelativeMove and acceptance == RelativeMove()
+        Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of
+        ``20 / n`` times a margin where noise makes the trajectory rough; without noise, estimating that error safely
+        takes twice as many nodes. Where a step has several nodes, so many steps are needed.
+        """
+        tolerance = self.acceptance.spread_tolerance(recurrence, tolerance)
+        nodes = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
+        return nodes * recurrence.stages
 
 
 def sliding(method: Method) -> Method:
     """The same method without spread nodes."""
     return replace(method, spread=False) if method.spread else method
-
-
-def needed_nodes(recurrence: Recurrence, tolerance: float) -> float:
-    """About how many nodes must be spread for a tolerance.
-
-    Interpolating linearly between n nodes was measured to leave an error of about ``(2.5 / n)^2``, and of ``20 / n``
-    times a margin where noise makes the trajectory rough; without noise, estimating that error safely takes twice as
-    many nodes. Where a step has several nodes, so many steps are needed.
-    """
-    nodes = _NODES_NOISY / tolerance if recurrence.stochastic else _NODES / math.sqrt(tolerance)
-    return nodes * recurrence.stages
 
 
 def sliding_rounds(recurrence: Recurrence, window: int, tolerance: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, host_view, is_array, to_host
+from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host
 from parasolver_core.validation import check_plain, check_width
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
@@ -56,7 +57,7 @@ class NoiseSource:
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
-        return self._xp.reshape(self._xp.asarray(self.flat(step, sample)), self._event)
+        return self._xp.reshape(given_back(self._xp, self.flat(step, sample)), self._event)
 
     def flat(self, step: int, sample: int) -> Array:
         """The same numbers, (size,), as :func:`~parasolver_core.arrays.host_view` gives them; read in every round."""
@@ -65,15 +66,22 @@ class NoiseSource:
             self._kept[at] = self._draw(step, sample)
         return self._kept[at]
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells two sources apart, short: the seeds, a hash of the array, or the function's name."""
+    def fingerprint(self, steps: Sequence[int]) -> str:
+        """What tells two sources apart, short: the seeds, or a hash of the array, or of what a function gives.
+
+        Args:
+            steps: of which steps a function is asked, for every sample; it is not asked again.
+        """
         if self._noise is None:
             keys = ", ".join(f"{seed}/{sample}" for seed, sample in self._keys)
             return f"seeds {keys}" if len(keys) < 100 else hashlib.sha256(keys.encode()).hexdigest()[:16]
-        if callable(self._noise):
-            return f"function {getattr(self._noise, '__qualname__', type(self._noise).__qualname__)}"
-        return hashlib.sha256(np.ascontiguousarray(to_host(self._noise)).tobytes()).hexdigest()[:16]
+        if not callable(self._noise):
+            return hashlib.sha256(np.ascontiguousarray(to_host(self._noise)).tobytes()).hexdigest()[:16]
+        digest, batch = hashlib.sha256(), self._like.shape[0]
+        for step, sample in itertools.product(steps, range(batch)):
+            digest.update(np.ascontiguousarray(to_host(self.flat(step, sample))).tobytes())
+        name = getattr(self._noise, "__qualname__", type(self._noise).__qualname__)
+        return f"function {name} {digest.hexdigest()[:16]}"
 
     def forget(self, step: int, sample: int) -> None:
         """Free the noise of a step that is final."""

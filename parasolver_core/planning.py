@@ -20,7 +20,7 @@ import numpy as np
 
 from parasolver_core.arrays import to_host
 from parasolver_core.costs import CostTable, keep, measure, recall
-from parasolver_core.methods import FINEST, Method, needed_nodes, sliding_rounds
+from parasolver_core.methods import FINEST, Method, sliding_rounds
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
@@ -93,7 +93,7 @@ def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolera
         tolerance = max(tolerance, FINEST)
         p, q, r = _SPREAD_NOISY if recurrence.stochastic else _SPREAD
         digits = math.log10(1 / min(tolerance, 1.0))
-        return min(p + q * digits + r * needed_nodes(recurrence, tolerance) / window, float(len(recurrence)))
+        return min(p + q * digits + r * method.needed_nodes(recurrence, tolerance) / window, float(len(recurrence)))
     return sliding_rounds(recurrence, window, tolerance)
 
 
@@ -103,7 +103,7 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
     if window == 1 or rounds == 1:
         return [1] * rounds
     if method.spreads(recurrence, window, tolerance):
-        needed = needed_nodes(recurrence, tolerance)
+        needed = method.needed_nodes(recurrence, tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
     first = min(window, recurrence.blind) if method.fill == "held" else 1
     power = _TAPER_NOISY if recurrence.stochastic else 1.0

@@ -24,10 +24,10 @@ _SETTLED = 0.2  # the last sweep's change of the sample, in units of the toleran
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
-_ASTRAY = 2.0  # a sample that the k-th sweep over a level, from the second on, still changes by more than 2 / k is lost
+_ASTRAY = 2.0  # a sample that the k-th sweep over a level changes by more than 2 / k is lost, k = 2 and on,
+_PATIENCE = 20.0  # and (N / window / 20)^2 and on: where a window would slide for long, much is at stake
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
-_CAUTION_NOISY = 0.4  # noise: what is asked of all changes, in units of the tolerance; found by calibration
 
 
 class Verdict(Enum):
@@ -47,16 +47,13 @@ class Aims:
         recurrence: the sampler.
         width: the most nodes of a round.
         wanted: wanted relative error.
+        tolerance: what changes and the interpolation error must be within.
     """
 
     recurrence: Recurrence
     width: int
     wanted: float
-
-    @property
-    def tolerance(self) -> float:
-        """What is asked of changes and of the interpolation error."""
-        return self.wanted * (_CAUTION_NOISY if self.recurrence.stochastic else 1.0)
+    tolerance: float
 
     @property
     def patience(self) -> float:
@@ -154,8 +151,9 @@ class Refinement:
     @property
     def _astray(self) -> bool:
         """Whether the sample is as far from settling as networks are that expand everywhere."""
-        sweeps = len(self._changes)
-        return sweeps > 1 and self._changes[-1] > _ASTRAY / sweeps
+        sweeps, lengths = len(self._changes), len(self.aims.recurrence) / self.aims.width
+        judged = not self._opening and sweeps >= max(2.0, (lengths / _PATIENCE) ** 2)
+        return judged and self._changes[-1] > _ASTRAY / sweeps
 
     @property
     def worthless(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, copied
 from parasolver_core.solution import SampleRecord, Status
 
 
@@ -142,7 +142,7 @@ class Alone(Run):
 
     def states(self) -> Array:
         xp = array_namespace(self._window.state)
-        return xp.asarray(self._window.state, copy=True)[None, :]
+        return copied(xp, self._window.state)[None, :]
 
     def estimate(self, sample: int) -> Array:
         return self._window.estimate()

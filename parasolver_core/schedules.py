@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,12 @@ _MEANT = {
 }
 
 
+DATA_AT_0 = (
+    "In flow matching data is at t = 0 here, noise at t = 1, and timesteps fall; for a network v with data at t = 1 "
+    "take 1 - t for the timesteps and -v(x, 1 - t) for the denoiser"
+)
+
+
 class NoiseSchedule(ABC):
     """A Gaussian path ``x_t = alpha(t) x_0 + sigma(t) eps``; build one with the class methods.
 
@@ -47,6 +53,7 @@ class NoiseSchedule(ABC):
 
     default_prediction_type: PredictionType
     sigma_data: float
+    advice: ClassVar[str] = "Sort the timesteps in decreasing order, without repeats"  # where they do not fall
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if cls is NoiseSchedule:
@@ -263,6 +270,7 @@ class FlowSchedule(NoiseSchedule):
     sigma_data: float = 1.0
     default_prediction_type: PredictionType = field(default="flow", repr=False)
     final_sigma: float = 0.0
+    advice: ClassVar[str] = DATA_AT_0
 
     def __post_init__(self) -> None:
         _check_positive("shift", self.shift)
@@ -287,7 +295,7 @@ class FlowSchedule(NoiseSchedule):
             raise ValueError(
                 f"timesteps: expected values in (0, 1] (the step to {self.final_sigma:g} is implied), got "
                 f"{_first(outside, t[:-1])}; "
-                "for a network trained on 0..1000, divide the timesteps and multiply t in the denoiser"
+                f"for a network trained on 0..1000, divide the timesteps and multiply t in the denoiser. {DATA_AT_0}"
             )
         return 1 - t, t
 

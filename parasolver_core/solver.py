@@ -15,13 +15,12 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
-from parasolver_core.denoiser import DenoiserFn, SharedDenoiser
+from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
 from parasolver_core.errors import (
     ConvergenceError,
-    NondeterministicDenoiserError,
     NonFiniteError,
     SolverError,
     attach,
@@ -206,13 +205,15 @@ class Solver(ABC):
         state: SolverState | None = None
         solution: Solution | None = None
         try:
-            state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
-            with Meter(progress, len(state.recurrence) * state.batch) as show:
-                while not self.done(state):
-                    self.step(state)
-                    show(sum(state.steps), state.stats.rounds)
-                    if callback is not None and not _call_back(callback, state):
-                        state.halt(Status.STOPPED)
+            with telling(denoiser):
+                state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
+                with Meter(progress, len(state.recurrence) * state.batch) as show:
+                    while not self.done(state):
+                        self.step(state)
+                        show(sum(state.steps), state.stats.rounds)
+                        if callback is not None and not _call_back(callback, state):
+                            state.halt(Status.STOPPED)
+                state.evaluator.end()
             solution = self.result(state)
             if throw:
                 _raise_for(solution)
@@ -316,7 +317,7 @@ class ParallelIntegralSolver(Solver):
         if self.window == 1:
             del options["start"]
             return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
-        return ParallelState(
+        state = ParallelState(
             denoiser,
             x_T,
             timesteps,
@@ -328,60 +329,40 @@ class ParallelIntegralSolver(Solver):
             **self._evaluation,
             **options,
         )
+        if self.check and self.window > 1:
+            state.check_rows(denoiser)
+        return state
 
     def _round(self, state: ParallelState | SequentialState) -> tuple[int, list[SampleRecord]]:
         if isinstance(state, SequentialState):
             return sequential_round(state)
-        runs, records = state.runs, []
-        outputs, evaluations, repeated = self._evaluate(state, runs)
+        runs, check, records = state.runs, state.check, []
+        outputs, evaluations = self._evaluate(state, runs)
         state.torn = True
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
             packed = [run.compare(D) for run, D in zip(runs, outputs, strict=True)]
-            fetched = fetch(state.xp, packed + repeated)
-            for run, D, sums in zip(runs, outputs, fetched[: len(runs)], strict=True):
+            for run, D, sums in zip(runs, outputs, fetch(state.xp, packed), strict=True):
                 records += run.correct(D, sums)
             state.go_on(records)
-        for compared in fetched[len(runs) :]:
-            self._check_repeated(state, compared)
+        if check is not None:
+            evaluations += check.look(records)
+            if state.converged:
+                evaluations += check.finish()
         return evaluations, records
 
-    def _evaluate(self, state: ParallelState, runs: list[Run]) -> tuple[list[Array], int, list[Array]]:
-        """The round's network call: the outputs for each run, (rows, size), and the number of rows.
-
-        Where a row was evaluated a second time, also how the two outputs compare; fetched with the round's sums, as
-        waiting for the device once more would cost time.
-        """
-        xp, event = state.xp, tuple(state.x_T.shape[1:])
+    def _evaluate(self, state: ParallelState, runs: list[Run]) -> tuple[list[Array], int]:
+        """The round's network call: the outputs for each run, (rows, size), and the number of rows."""
+        xp, event, check = state.xp, tuple(state.x_T.shape[1:]), state.check
         inputs, nodes, owners = ([getattr(run, name) for run in runs] for name in ("inputs", "nodes", "owners"))
-        repeat = self.check and state.first_prediction is not None and len(nodes[0]) > 1
-        if repeat:
-            inputs.append(xp.reshape(xp.astype(state.x_T[:1, ...], state.dtype, copy=False), (1, -1)))
-            nodes.append(np.zeros(1, dtype=np.int64))
-            owners.append(np.zeros(1, dtype=np.int64))
+        ends = np.cumsum([len(own) for own in nodes]).tolist()
+        if check is not None:
+            inputs, nodes, owners = check.with_extra(inputs, nodes, owners)
         rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
         D = state.evaluator(rows, np.concatenate(nodes), np.concatenate(owners))
         D = xp.reshape(D, (D.shape[0], inputs[0].shape[1]))
-        repeated = []
-        if repeat:
-            first, again = (xp.astype(row, state.dtype) for row in (state.first_prediction, D[-1, :]))
-            repeated = [xp.stack([xp.max(xp.abs(row)) for row in (again - first, first, again)])]
-            state.first_prediction = None
-        elif state.stats.rounds == 0:
-            state.first_prediction = xp.asarray(D[0, :], copy=True)
-        ends = np.cumsum([len(own) for own in nodes]).tolist()
-        outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
-        return outputs[: len(runs)], ends[-1], repeated
-
-    def _check_repeated(self, state: ParallelState, compared: NDArray[np.float64]) -> None:
-        """Refuse a denoiser that answers the same row differently by more than rounding explains."""
-        difference, size = float(compared[0]), float(max(compared[1:]))
-        limit = float(np.sqrt(float(state.xp.finfo(state.x_T.dtype).eps)))
-        if difference > limit * size:
-            raise NondeterministicDenoiserError(
-                f"denoiser: the same input (sample 0, timestep {state.recurrence.timesteps[0]}) gave predictions that "
-                f"differ by {difference / size:.2g} of their size. Call .eval() on the network, remove "
-                "dropout, random numbers and normalisation over the batch; check=False skips this test"
-            )
+        if check is not None:
+            check.note(inputs, nodes, owners, D)
+        return [D[start:end, :] for start, end in pairwise([0, *ends])], D.shape[0]
 
 
 def solve(
@@ -510,6 +491,7 @@ def _solver(
     sequential = isinstance(method, str) and method == "sequential"
     if costs is not None and not isinstance(window, str):
         raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
+    given = None if costs is None else CostTable.of(costs)
     parallel = ParallelIntegralSolver(
         step_rule,
         2 if isinstance(window, str) else window,
@@ -524,7 +506,7 @@ def _solver(
             f'{name}: the plain loop of method="sequential" has no use for it; leave it out, or choose another method'
         )
     if isinstance(window, str) and not sequential:
-        chosen, told = _chosen(problem, parallel, costs, run)
+        chosen, told = _chosen(problem, parallel, given, run)
         limits["max_rows"] = chosen.max_rows
         parallel = replace(parallel, window=chosen.window, max_rows=chosen.max_rows)
         sequential, start = chosen.window == 1, None if chosen.window == 1 else start
@@ -534,13 +516,12 @@ def _solver(
 def _chosen(
     problem: Problem,
     parallel: ParallelIntegralSolver,
-    costs: CostTable | Mapping[int, float] | None,
+    given: CostTable | None,
     run: dict[str, Any],
 ) -> tuple[Prediction, str]:
     """The window with the least predicted time, and what to say of it."""
     denoiser, x_T, timesteps, step_rule = problem
-    given, tolerance = None if costs is None else CostTable.of(costs), parallel.tolerance
-    method = parallel.method_of(run["start"])
+    tolerance, method = parallel.tolerance, parallel.method_of(run["start"])
     steps = len(check_timesteps(timesteps))
     solver = SequentialSolver(step_rule, max_rounds=parallel.max_rounds, **parallel._evaluation)
     if not is_array(x_T):
@@ -548,6 +529,10 @@ def _chosen(
     rounds = {"warmup_steps": parallel.warmup_steps, "max_rounds": parallel.max_rounds}
 
     def choose_now() -> Choice:
+        with telling(denoiser):
+            return choose_timed()
+
+    def choose_timed() -> Choice:
         probe = solver.init(denoiser, x_T, timesteps, seed=run["seed"], noise=run["noise"])
         chosen = {"window": "auto", "tolerance": repr(tolerance), "method": repr(method), "costs": repr(given)}
         try:
@@ -623,7 +608,7 @@ def _status_after(error: BaseException) -> Status:
 def _untouched(x_T: Array, timesteps: ArrayLike, save: Save, error: BaseException) -> Solution:
     """What an exception left that came before a run had begun: ``x_T``."""
     xp, status = array_api_compat.array_namespace(x_T), _status_after(error)
-    x, batch, trajectory = xp.asarray(detach(x_T), copy=True), int(x_T.shape[0]), None
+    x, batch, trajectory = copied(xp, detach(x_T)), int(x_T.shape[0]), None
     if save == "trajectory":
         trajectory = xp.stack([x, *[xp.full_like(x, float("nan"))] * len(check_timesteps(timesteps))])
     ended = "Interrupted" if status is Status.INTERRUPTED else "An error ended the run"

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import shares
-from parasolver_core.arrays import Array, host_view, take_rows
+from parasolver_core.arrays import Array, given_back, host_view, matmul, take_rows, vecdot
 from parasolver_core.held_form import Float64, HeldForm, Indices
 from parasolver_core.levels import Level, Levels, interpolation
 from parasolver_core.recurrence import combine
@@ -73,7 +73,7 @@ class SpreadNodes(Run):
         self._dtype = np.dtype(f"f{xp.finfo(start.dtype).bits // 8}")
         self._free, self._end_free = self._made_of_start()
         nothing = xp.zeros_like(self._free)
-        X = self._free if held is None else self._free + xp.matmul(self._put(level.response), held)
+        X = self._free if held is None else self._free + matmul(xp, self._put(level.response), held)
         self._S = xp.concat([X, nothing if held is None else held], axis=1)
         self._since = nothing if since is None else since
         p, q = np.moveaxis(form.held, 1, 0)
@@ -106,7 +106,7 @@ class SpreadNodes(Run):
     def inputs(self) -> Array:
         """What the network is asked next, (rows, size): sample by sample, each sample's nodes in order."""
         at = np.concatenate([row * self._S.shape[1] + one.picked for row, one in enumerate(self.refinements)])
-        return self._plan.xp.asarray(take_rows(self._xp.reshape(self._S, (-1, self._S.shape[2])), at))
+        return self._give(take_rows(self._xp.reshape(self._S, (-1, self._S.shape[2])), at))
 
     def compare(self, D: Array) -> Array:
         """First half of a round: the defects of the outputs D, (rows, size), and the sums that the host needs."""
@@ -124,9 +124,10 @@ class SpreadNodes(Run):
         r = r - xp.reshape(take_rows(flat, (every * rows + n + picks).reshape(-1)), (count, k, size))
         since = xp.reshape(self._since, (-1, size))
         moved = xp.reshape(take_rows(since, (every * n + picks).reshape(-1)), (count, k, size))
-        self._r, dot = r, xp.linalg.vecdot
-        gram = xp.reshape(xp.matmul(r, xp.matrix_transpose(r)), (count, -1))
-        return xp.reshape(xp.concat([gram, dot(moved, r), dot(moved, moved), dot(X, X)], axis=1), (-1,))
+        self._r = r
+        gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
+        sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (X, X))]
+        return xp.reshape(xp.concat([gram, *sums], axis=1), (-1,))
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move all states, and decide how each sample goes on."""
@@ -215,7 +216,7 @@ class SpreadNodes(Run):
         evaluated[rows, picks, np.arange(k)] = real
         kept = np.ones((count, n))
         kept[np.broadcast_to(rows, picks.shape)[real], picks[real]] = 0.0
-        moves = self._xp.matmul(self._put(np.concatenate([T, evaluated + g[..., None] * T], axis=1)), self._r)
+        moves = matmul(self._xp, self._put(np.concatenate([T, evaluated + g[..., None] * T], axis=1)), self._r)
         self._S += moves
         self._since = self._put(kept[..., None]) * self._since + moves[:, :n, :]
         self._r = None
@@ -291,8 +292,8 @@ class SpreadNodes(Run):
             self._noise,
             self._sliding,
             refinements,
-            held=xp.matmul(self._put(weights), take_rows(self._S, rows)[:, n:, :]),
-            since=xp.matmul(self._put(weights * known[:, None]), take_rows(self._since, rows)),
+            held=matmul(xp, self._put(weights), take_rows(self._S, rows)[:, n:, :]),
+            since=matmul(xp, self._put(weights * known[:, None]), take_rows(self._since, rows)),
             slope=slope,
         )
         run._go_on([one.refine(level, weights, known) for one in refinements])
@@ -322,7 +323,7 @@ class SpreadNodes(Run):
         """The samples, (rows, size), of predictions interpolated between the nodes."""
         n = len(self._level.nodes)
         held = take_rows(self._S, rows)[:, n:, :]
-        end = self._xp.matmul(self._put(self._level.end[None, :]), held)[:, 0, :]
+        end = matmul(self._xp, self._put(self._level.end[None, :]), held)[:, 0, :]
         return take_rows(self._end_free, rows) + end
 
     def _all_states(self, row: int, final: Array) -> list[Array]:
@@ -340,7 +341,7 @@ class SpreadNodes(Run):
 
     def _give(self, array: Array) -> Array:
         """An array of the nodes' as one of the user's library, in the same memory."""
-        return self._plan.xp.asarray(array)
+        return given_back(self._plan.xp, array)
 
     def _held_at(self, rows: Indices) -> Float64:
         return self._form.held[self._level.nodes[rows]]

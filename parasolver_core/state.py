@@ -13,8 +13,9 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, detach, is_array, narrow, to_host, working_dtype
-from parasolver_core.denoiser import DenoiserFn, Evaluator
+from parasolver_core.arrays import Array, copied, detach, is_array, narrow, to_host, working_dtype
+from parasolver_core.checking import RowCheck, remembered
+from parasolver_core.denoiser import DenoiserFn, Evaluator, check_agreement
 from parasolver_core.held_form import HeldForm
 from parasolver_core.levels import Levels
 from parasolver_core.methods import Method
@@ -26,7 +27,7 @@ from parasolver_core.sliding import Sliding
 from parasolver_core.solution import RoundRecord, SampleRecord, Stats, Status
 from parasolver_core.spread import SpreadNodes
 from parasolver_core.step_rules import StepRule, table
-from parasolver_core.validation import check_plain, check_start
+from parasolver_core.validation import check_plain, check_scale, check_start
 from parasolver_core.window import Plan
 
 Float64 = NDArray[np.float64]
@@ -88,6 +89,8 @@ class SolverState(ABC):
         self.xp = array_api_compat.array_namespace(x_T)
         self.dtype = working_dtype(self.xp, x_T.dtype)
         self.recurrence: Recurrence = table(step_rule, timesteps)
+        check_agreement(denoiser, step_rule)
+        check_scale(self.x_T, step_rule.start_scale(self.recurrence.timesteps))
         self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
         self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
         self.halted: Status | None = None
@@ -166,12 +169,13 @@ class SolverState(ABC):
     def plan(self) -> dict[str, str]:
         """What processes that share the rows must have been given alike: hashes of the arrays, by name."""
         own = self.recurrence
+        noisy = np.flatnonzero(own.c)[[0, -1]].tolist() if own.stochastic else []
         tables = [own.timesteps, own.a, own.b, own.c, own.held, own.slope, own.identity_slope]
         return {
             "timesteps and step rule": _hash(*tables),
             "shape and dtype of x_T": f"{tuple(self.x_T.shape)}, {self.x_T.dtype}",
             "x_T": _hash(to_host(self.xp.astype(self.x_T, self.dtype))),
-            "seed or noise": self.noise.fingerprint,
+            "seed or noise": self.noise.fingerprint(noisy),
         }
 
     def _given_back(self, values: Array) -> Array:
@@ -207,8 +211,13 @@ class ParallelState(SolverState):
         with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
             self.runs: list[Run] = self._begin()
         self._outcomes: dict[int, Outcome] = {}
-        self.first_prediction: Array | None = None
+        self.check: RowCheck | None = None
         self._reached = self._survey(Stats())
+
+    def check_rows(self, denoiser: DenoiserFn) -> None:
+        """Look at rows of this run alone, if the denoiser is not remembered for having passed."""
+        options = (denoiser, self.evaluator, self.x_T, self.dtype, self.recurrence, self._plan.tolerance)
+        self.check = RowCheck(*options) if not remembered(denoiser, self.batch) else None
 
     def _begin(self) -> list[Run]:
         """The runs that take the samples from ``x_T``."""
@@ -223,7 +232,8 @@ class ParallelState(SolverState):
             source.release(step, sample)
             return z
 
-        aims, levels = Aims(self.recurrence, plan.width, plan.tolerance), Levels.of(self.recurrence)
+        within = plan.method.acceptance.spread_tolerance(self.recurrence, plan.tolerance)
+        aims, levels = Aims(self.recurrence, plan.width, plan.tolerance, within), Levels.of(self.recurrence)
         level = levels.opening(aims.first)
         refinements = [Refinement(aims, level) for _ in range(self.batch)]
         return [SpreadNodes(plan, form, levels, level, samples, flat, noise, sliding, refinements)]
@@ -237,6 +247,11 @@ class ParallelState(SolverState):
         for run in self.runs:
             self._outcomes |= run.ended
         self.runs = [successor for run in self.runs for successor in run.successors()]
+
+    @property
+    def converged(self) -> bool:
+        """Whether all samples are final, before the round is committed."""
+        return not self.runs and all(one.status is Status.CONVERGED for one in self._outcomes.values())
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""
@@ -279,7 +294,7 @@ class ParallelState(SolverState):
 
     def plan(self) -> dict[str, str]:
         start = "none" if self._start is None else _hash(to_host(self._start))
-        return super().plan() | {"warm start": start}
+        return super().plan() | {"warm start": start, "whether rows are checked": str(self.check is not None)}
 
     def estimate(self) -> Array:
         if self.torn:
@@ -325,7 +340,7 @@ class SequentialState(SolverState):
         return Reached(
             steps=tuple(ended[sample][1] if sample in ended else step for sample in samples),
             statuses=tuple(ended[sample][0] if sample in ended else done for sample in samples),
-            states=partial(self.xp.asarray, states, copy=True),
+            states=partial(copied, self.xp, states),
             kept=[partial(_rows, kept, sample) for sample in samples] if self.save == "trajectory" else (),
             errors=np.zeros(self.batch),
             failures=self._failures({sample: node for sample, (_, node, _) in ended.items()}, stats),

@@ -30,6 +30,16 @@ class StepRule(ABC):
         """
         check_monotone(timesteps)
 
+    @property
+    def predicts(self) -> str | None:
+        """What the network has to predict, one of the names of ``prediction_type``; None if the rule does not say."""
+        told = getattr(self, "prediction_type", None)
+        return told if isinstance(told, str) else None
+
+    def start_scale(self, timesteps: NDArray[Any]) -> float:
+        """What standard normal noise is multiplied with to begin at the first timestep; unless overridden 1."""
+        return 1.0
+
     @abstractmethod
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
         """The sampler's coefficients on ``timesteps``, (N,), finite and accepted by :meth:`check_grid`."""
@@ -37,6 +47,9 @@ class StepRule(ABC):
 
 def table(step_rule: StepRule, timesteps: ArrayLike) -> Recurrence:
     """The sampler's coefficients on the timesteps, once both are known to be what they should be."""
+    if isinstance(step_rule, type) and issubclass(step_rule, StepRule):
+        name = step_rule.__name__
+        raise TypeError(f"step_rule: got the class {name}; make an object of it, such as {name}(schedule)")
     if not isinstance(step_rule, StepRule):
         raise TypeError(f"step_rule: expected a StepRule such as DDIM(schedule), got {type(step_rule).__name__}")
     grid = check_timesteps(timesteps)
@@ -70,6 +83,16 @@ class _DiffusionRule(StepRule):
         if self.prediction_type is not None:
             check_prediction_type("prediction_type", self.prediction_type)
 
+    @property
+    def predicts(self) -> str:
+        return self.prediction_type or self.schedule.default_prediction_type
+
+    def start_scale(self, timesteps: NDArray[Any]) -> float:
+        if self.schedule.init_noise_sigma == 1:
+            return 1.0
+        alpha, sigma = self.schedule.levels(timesteps)
+        return float(np.hypot(alpha[0] * self.schedule.sigma_data, sigma[0]))
+
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:
         alpha, sigma = self.schedule.levels(timesteps)
         rise = sigma[1:] * alpha[:-1] - sigma[:-1] * alpha[1:]
@@ -80,7 +103,7 @@ class _DiffusionRule(StepRule):
             after = timesteps[i + 1] if i + 1 < len(timesteps) else "the clean end"
             raise ValueError(
                 "timesteps: a sampler goes from noise to data, so the noise level must fall at every step; got "
-                f"{timesteps[i]} at index {i}, then {after}. Sort the timesteps in decreasing order, without repeats"
+                f"{timesteps[i]} at index {i}, then {after}. {self.schedule.advice}"
             )
         a, b, c = self._sample_form(alpha, sigma)
         return from_sample_form(
@@ -89,7 +112,7 @@ class _DiffusionRule(StepRule):
             b,
             c,
             (alpha, sigma),
-            self.prediction_type or self.schedule.default_prediction_type,
+            self.predicts,
             self.schedule.sigma_data,
         )
 

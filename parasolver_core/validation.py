@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, is_array, to_host
+
+_NORMAL, _SCALE, _ENOUGH = (0.5, 2.0), 2.0, 16  # the RMS of standard normal noise; times as much wanted; numbers
 
 
 def check_start(x_T: Array) -> None:
@@ -77,6 +80,23 @@ def _check_plain_torch(name: str, value: Any) -> None:
         raise TypeError(
             f"{name}: expected a plain tensor, got the subclass {kind}, whose own arithmetic the solver does not "
             "follow; give tensor.as_subclass(torch.Tensor), or what it holds as a tensor"
+        )
+
+
+def check_scale(x_T: Array, scale: float) -> None:
+    """Warn of a start that is standard normal noise where it has to be larger.
+
+    Only where that is sure: far more noise is wanted, and enough numbers are near 1 in size.
+    """
+    if not scale >= _SCALE * _NORMAL[1] or math.prod(x_T.shape) < _ENOUGH:
+        return
+    xp: Any = array_api_compat.array_namespace(x_T)
+    size = float(xp.sqrt(xp.mean(xp.astype(x_T, xp.float64 if x_T.dtype == xp.float64 else xp.float32) ** 2)))
+    if _NORMAL[0] <= size <= _NORMAL[1]:
+        warnings.warn(
+            f"x_T: has an RMS of {size:.3g}, as standard normal noise, and this schedule begins with noise of "
+            f"{scale:.4g}; give noise * schedule.init_noise_sigma",
+            stacklevel=2,
         )
 
 

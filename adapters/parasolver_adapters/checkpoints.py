@@ -218,7 +218,7 @@ def _fitted(averaged: Any, raw: StateDict) -> StateDict | None:
     if isinstance(averaged, list):
         averaged = dict(zip(raw, averaged, strict=True)) if len(averaged) == len(raw) else {"": averaged[0]}
     without_dots = {key.replace(".", ""): key for key in raw}  # some libraries cannot have dots in names
-    names: dict[str, str] = {key: key if key in raw else without_dots.get(key, key) for key in averaged}
+    names = {key: without_dots[key] if key in without_dots and key not in raw else key for key in averaged}
     counted = {names[key]: value for key, value in averaged.items() if names[key] in raw or value.numel() > 1}
     if not counted or any(key not in raw or raw[key].shape != value.shape for key, value in counted.items()):
         return None

@@ -50,7 +50,7 @@ class Recorder:
     """Independent normal draws in place of a sampler's, kept until they are taken."""
 
     def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._draws: list[torch.Tensor] = []
 
     def __call__(
@@ -83,6 +83,6 @@ class Listener(TorchFunctionMode):
         return drawn
 
     def playback(self) -> Float64:
-        """The same draws once more, in float64."""
-        draws = iter(self.draws)
+        """The same draws once more, in float64 and on the CPU."""
+        draws = (drawn.cpu() for drawn in self.draws)
         return Float64(lambda function, args, kwargs: next(draws))

@@ -77,8 +77,8 @@ def _spread(part: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def starting_noise(batch: int, event: tuple[int, ...], seed: int = 0, device: Any = "cpu") -> Tensor:
     """Standard normal ``x_T``, ``(batch, *event)``, float32; a sample's noise does not depend on how many follow it."""
     check_count("batch", batch)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(event, generator=generator) for _ in range(batch)]).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.stack([torch.randn(event, generator=generator, device="cpu") for _ in range(batch)]).to(device)
 
 
 def guided(null: Tensor, given: Tensor, scale: float) -> Tensor:
@@ -149,6 +149,7 @@ class EpsilonModel:
     clip_denoised: bool = False
 
     takes_rows: ClassVar[bool] = True
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         needed = [name for name, used in self._uses_of_labels().items() if used]
@@ -280,6 +281,7 @@ class LearnedVariance:
     )
 
     takes_rows: ClassVar[bool] = True
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if not self.model.learn_sigma:

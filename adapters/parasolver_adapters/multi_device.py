@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from parasolver_adapters.distributed import WorkersDisagreeError, fingerprint, shares
 from parasolver_core.arrays import Array
 from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, takes_rows
+from parasolver_core.errors import note
 from parasolver_core.introspection import reachable
 
 
@@ -97,10 +98,10 @@ class MultiDeviceDenoiser(SharedDenoiser):
         failed = {i: job.exception() for i, job in jobs.items() if job.exception() is not None}
         for i, error in failed.items():
             assert error is not None
-            error.add_note(f"raised by replica {i} of {self.devices}, on {self._place(i)}, in call {self._calls}")
+            note(error, f"raised by replica {i} of {self.devices}, on {self._place(i)}, in call {self._calls}")
             for j, other in failed.items():
                 if j > i:
-                    error.add_note(f"replica {j} failed as well: {type(other).__name__}: {other}")
+                    note(error, f"replica {j} failed as well: {type(other).__name__}: {other}")
             raise error
         return torch.cat([job.result() for job in jobs.values()])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parasolver_core import ParallelIntegralSolver, Recurrence, Solution, Status, StepRule
 from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.errors import ConvergenceError, NonFiniteError
+from parasolver_core.errors import ConvergenceError, NonFiniteError, attach
 from parasolver_core.methods import get_method
 from parasolver_core.planning import choose
 from parasolver_core.solver import measure_run
@@ -105,7 +105,7 @@ class Stepwise:
                 self._solver.step(state)
         except BaseException as error:
             state.halt(Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED)
-            error.solution = self._solver.result(state)  # type: ignore[attr-defined]
+            attach(error, lambda: self._solver.result(state))
             raise
         if min(state.steps) < steps:
             solution = self._solver.result(state)

@@ -149,7 +149,7 @@ def _time_function(schedule: NoiseSchedule, convention: Convention | TimeFn | No
     if isinstance(schedule, DiscreteSchedule) and convention in ("unit", "sigma"):
         alpha, sigma = (level[:-1] for level in schedule.levels(np.arange(schedule.train_steps)))
         table = np.linspace(0.0, 1.0, schedule.train_steps) if convention == "unit" else sigma / alpha
-        values = torch.as_tensor(table, dtype=torch.float32)
+        values = torch.as_tensor(table, dtype=torch.float32, device="cpu")
         return lambda t: values.to(t.device)[t]
     if isinstance(schedule, FlowSchedule) and convention == "timestep":
         return lambda t: _TRAIN_STEPS * t

@@ -100,6 +100,29 @@ def fails(rank: int, fault: str) -> dict[str, Any]:
     return _error(lambda: _call(pipe, {"timeout": TIMEOUT}, {}))
 
 
+def leaves(rank: int, how: str) -> dict[str, Any]:
+    """Rank 1 leaves a run alone; then both make one more."""
+    pipe = stable_diffusion()
+
+    def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 3:
+            if how == "callback":
+                raise KeyError("mine")
+            if how == "latents":
+                return {"latents": given["latents"] * 1.5}
+        return given
+
+    def preview(rounds: int, latents: torch.Tensor) -> None:
+        if rank == 1 and how == "preview" and rounds == 3:
+            raise OSError("no room for the preview")
+
+    warnings.simplefilter("ignore")  # the rest is sampled sequentially
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
+    seen = _error(lambda: _call(pipe, {"preview": preview}, given), Exception)
+    with shared(pipe):
+        return seen | {"after": bits(sample(pipe))}
+
+
 def refused(rank: int) -> dict[str, Any]:
     """Pipelines that cannot be sampled in parallel are left to themselves, in every process alike."""
     diffusers.logging.set_verbosity_error()
@@ -117,9 +140,9 @@ def _call(pipe: Any, options: dict[str, Any], given: dict[str, Any]) -> None:
         sample(pipe, **given)
 
 
-def _error(call: Callable[[], Any]) -> dict[str, Any]:
+def _error(call: Callable[[], Any], kind: type[Exception] = WorkerError) -> dict[str, Any]:
     try:
         call()
-    except WorkerError as error:
+    except kind as error:
         return {"type": type(error).__name__, "text": str(error)}
     return {"type": None}

@@ -374,3 +374,25 @@ def test_clipping_is_known_also_where_nothing_was_clipped_before() -> None:
         x, m = start(), 3 * start().flip(-1)
         got = rule.table.advance(node, [x], [rule.clip.correct(node, x, m)])
         assert distance(got, scheduler.step(m, scheduler.timesteps[node], x).prev_sample) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "predicts"),
+    [
+        (DDPMScheduler(prediction_type="v_prediction", clip_sample=False), "v_prediction"),
+        (DPMSolverMultistepScheduler(), "epsilon"),
+    ],
+    ids=["v", "epsilon"],
+)
+def test_a_rule_knows_what_its_scheduler_is_given(scheduler: Any, predicts: str) -> None:
+    rule = step_rule_from_scheduler(scheduler, 8)
+    assert rule.predicts == predicts
+
+    class Sample:
+        prediction_type = "sample"
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match=rf"^step_rule: it reads .*'{predicts}'.* predicts 'sample'"):
+        solve(Sample(), torch.zeros(1, 3, 8, 8), rule.timesteps, rule)

@@ -73,6 +73,22 @@ def test_a_fault_in_one_process_ends_all(fault: str, kind: str, told: str, tmp_p
     assert all(told in one["text"] for one in seen)
 
 
+@pytest.mark.parametrize(
+    ("how", "own", "told"),
+    [
+        ("callback", "KeyError", "KeyError: 'mine'"),
+        ("preview", "OSError", "OSError: no room for the preview"),
+        ("latents", None, "changed what the pipeline goes on with"),  # it goes on alone, sequentially
+    ],
+)
+def test_a_run_left_by_one_process_ends_the_others(how: str, own: str | None, told: str, tmp_path: Path) -> None:
+    seen = launch(scenarios.leaves, 2, tmp_path, how)
+    assert [one["type"] for one in seen] == ["WorkerError", own]
+    assert "rank 1 of 2 left run 1 after network call" in seen[0]["text"]
+    assert told in seen[0]["text"]
+    assert seen[0]["after"] == seen[1]["after"]
+
+
 def test_what_is_refused_is_refused_everywhere(tmp_path: Path) -> None:
     seen = launch(scenarios.refused, 2, tmp_path)
     assert seen[0] == seen[1]

@@ -350,6 +350,156 @@ def test_overflow_of_the_solution_is_told_apart_from_nan_of_the_field() -> None:
     assert "t = " in found.message
 
 
+class RefusingError(Exception):
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "solution":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("linearization", ["auto", "sequential"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, StopIteration, RefusingError])
+def test_what_was_reached_is_there_after_an_exception(linearization: Any, kind: type[BaseException]) -> None:
+    """All states found before the field raised once were lost."""
+    expected = odeint(pendulum, START, TIMES, linearization="sequential")
+    options: dict[str, Any] = {"linearization": linearization, "window": 100}
+    calls = integrate(pendulum, START, TIMES, **options).calls
+    reached = []
+    for fatal in (1, 3, calls // 3, calls // 2, calls - 7):
+        count = 0
+
+        def field(t: Any, y: Any, fatal: int = fatal) -> Any:
+            nonlocal count
+            count += 1
+            if count == fatal:
+                raise kind("stop")
+            return pendulum(t, y)
+
+        with pytest.raises(kind, match="stop") as info:
+            integrate(field, START, TIMES, **options)
+        if kind is RefusingError:
+            assert not hasattr(info.value, "solution")
+            continue
+        solution = info.value.solution  # type: ignore[attr-defined]
+        assert solution.status is (Status.INTERRUPTED if kind is KeyboardInterrupt else Status.FAILED)
+        assert len(solution.t) == len(solution.states)
+        assert f"after {len(solution.t) - 1} of 300 steps" in solution.message
+        np.testing.assert_array_equal(solution.t, TIMES[: len(solution.t)])
+        close(solution.states, expected[: len(solution.t)])
+        reached.append(len(solution.t))
+    if kind is not RefusingError:
+        assert reached[:2] == [1, 1]
+        assert reached == sorted(reached)
+        assert reached[-1] >= 298 if linearization == "sequential" else reached[-1] > 200
+
+
+def test_what_was_reached_on_a_grid_with_substeps() -> None:
+    count = 0
+
+    def field(t: Any, y: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 4 * 25:
+            raise KeyboardInterrupt
+        return pendulum(t, y)
+
+    with pytest.raises(KeyboardInterrupt) as info:
+        integrate(field, START, TIMES, substeps=10, linearization="sequential")
+    solution = info.value.solution  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(solution.t, TIMES[:3])
+    whole = integrate(pendulum, START, TIMES, substeps=10, linearization="sequential")
+    np.testing.assert_array_equal(solution.states, whole.states[:3])
+
+
+@pytest.mark.parametrize("steps", [100, 200])
+def test_linear_field_backwards_in_time(steps: int) -> None:
+    """A ratio of two corrections was trusted although neither was small: -2e226 was accepted for 1.9e138."""
+    t, h = np.linspace(5.15, 0, steps + 1), 5.15 / steps
+    y = odeint(lambda t, y: -155.0 * y + np.sin(t), np.array([0.0375]), t, method="euler")[:, 0]
+    expected = [0.0375]
+    for now in t[:-1]:
+        expected.append((1 + 155 * h) * expected[-1] - h * np.sin(now))
+    np.testing.assert_allclose(y, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("rate", [6, 10, 15])
+@pytest.mark.parametrize("field", [np.tanh, lambda y: y * (1 - y)])
+@pytest.mark.parametrize("other", [False, True])
+def test_element_that_decays_to_nothing_and_grows_again(rate: float, field: Any, other: bool) -> None:
+    """Held against the largest value so far, defects let 19.7 pass for 1.0004; others gave a false NaN."""
+    t = np.linspace(0, 10, 2001)
+
+    def f(t: Any, y: Any) -> Any:
+        if not other:
+            return rate * (t - 5) * field(y)
+        return np.stack([rate * (t - 5) * field(y[0]), np.cos(t) + 0 * y[1]])
+
+    y0 = np.array([0.5, 1.0]) if other else np.array([0.5])
+    found = integrate(f, y0, t)
+    assert found.sequential_steps == 0
+    assert found.states[1000, 0] < 1e-25
+    np.testing.assert_allclose(found.states, odeint(f, y0, t, linearization="sequential"), rtol=1e-10)
+
+
+def test_rounding_that_grows_is_announced() -> None:
+    """Multistep methods have modes of their own, which nobody looked at: 1e-3 off, without a word."""
+
+    def field(t: Any, y: Any) -> Any:
+        return 60 * np.cos(0.7 * t) * y + np.sin(t)
+
+    t, y0 = np.linspace(0, 15, 900), np.array([1.9, 2.5])
+    with pytest.warns(SequentialFallbackWarning, match=r"rounding may grow to .* two ways to a trajectory differ"):
+        found = integrate(field, y0, t, method="ab2")
+    np.testing.assert_array_equal(found.states, odeint(field, y0, t, method="ab2", linearization="sequential"))
+
+
+def test_wide_chaotic_state_in_windows_is_announced() -> None:
+    """Every window was right, and the end was not: small errors of the first windows had grown."""
+
+    def field(t: Any, y: Any) -> Any:
+        return (np.roll(y, -1, -1) - np.roll(y, 2, -1)) * np.roll(y, 1, -1) - y + 8.0
+
+    y0, t = 8 + np.random.default_rng(0).standard_normal(40), np.linspace(0, 12, 1801)
+    with pytest.warns(SequentialFallbackWarning, match="one after another"):
+        found = integrate(field, y0, t, window=100, method="heun3")
+    expected = odeint(field, y0, t, linearization="sequential", method="heun3")
+    np.testing.assert_array_equal(found.states, expected)
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("method", ["rk4", "ab3"])
+def test_field_that_acts_on_all_times_at_once(xp: Any, steps: int, method: str) -> None:
+    """A norm over all that is given, too small to matter where it was tried: 0.168 was accepted for -0.168."""
+
+    def field(t: Any, y: Any) -> Any:
+        norm = xp.sqrt(xp.sum(y * y))
+        turned = xp.stack([0.3 * y[..., 0] + 2 * y[..., 1], 0.3 * y[..., 1] - 2 * y[..., 0]], axis=-1)
+        return turned / xp.where(norm > 3, norm, 3 + 0 * norm)
+
+    y0, t = xp.asarray([0.5, 0.2], dtype=xp.float64), np.linspace(0, 1, steps + 1)
+    with pytest.warns(SequentialFallbackWarning, match=r"among other times than alone.*one after another|basin"):
+        found = integrate(field, y0, t, method=method)
+    assert found.sequential_steps == steps
+    growth, angle = np.exp(0.1), 2 / 3
+    exact = growth * np.array([0.5 * np.cos(angle) + 0.2 * np.sin(angle), 0.2 * np.cos(angle) - 0.5 * np.sin(angle)])
+    np.testing.assert_allclose(np.from_dlpack(found.states)[-1], exact, rtol=1e-6)
+
+
+def test_gradient_of_a_field_that_acts_on_all_times_at_once() -> None:
+    y0 = torch.tensor([0.5, 0.2], dtype=torch.float64, requires_grad=True)
+
+    def gradient(linearization: Any) -> Any:
+        y = odeint(lambda t, y: -y / torch.clamp(y.norm(), min=3.0), y0, TIMES, linearization=linearization)
+        return torch.autograd.grad(y[-1].sum(), y0)[0]
+
+    with pytest.warns(SequentialFallbackWarning, match="among other times than alone"):
+        found = gradient("auto")
+    torch.testing.assert_close(found, gradient("sequential"))
+    torch.testing.assert_close(found, torch.full((2,), np.exp(-2.0), dtype=torch.float64), rtol=1e-8, atol=0)
+
+
 def test_substeps_refine_the_grid() -> None:
     coarse, fine = TIMES[::10], TIMES
     close(odeint(pendulum, START, coarse, substeps=10), odeint(pendulum, START, fine)[::10], 1e-12)

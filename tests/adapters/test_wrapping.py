@@ -184,3 +184,13 @@ def test_conditions_that_do_not_fit_the_batch_are_refused() -> None:
     pair: dict[str, Any] = {"conditions": {"mean": MEANS[:, None]}, "null_conditions": {"mean": None}}
     with pytest.raises(ValueError, match=r"null_conditions\['mean'\]: expected a tensor shaped like"):
         ModelDenoiser(at_a_point, LINEAR, "epsilon", guidance_scale=2.0, **pair)(normal(3, 4), torch.tensor([1, 2, 3]))
+
+
+def test_a_step_rule_that_reads_another_prediction_is_refused() -> None:
+    schedule = NoiseSchedule.linear()
+    denoiser = ModelDenoiser(lambda x, t: x, schedule, "v_prediction")
+    x_T, timesteps = torch.zeros(1, 4), schedule.timesteps(9)
+    with pytest.raises(ValueError, match=r"^step_rule: it reads .*'epsilon'.* predicts 'v_prediction'"):
+        solve(denoiser, x_T, timesteps, DDIM(schedule))
+    assert solve(denoiser, x_T, timesteps, DDIM(denoiser.schedule)).success
+    assert solve(denoiser, x_T, timesteps, DDIM(schedule, prediction_type="v_prediction")).success

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from parasolver_adapters.distributed import DistributedDenoiser, WorkerError, process_group
+from parasolver_adapters.exchange import exchange_of
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, solve
 from tests.core.problems import Rational
 
 SCHEDULE = NoiseSchedule.linear()
-TIMEOUT = 3.0  # for the test of the timeout; elsewhere a busy machine must not be taken for a lost process
-PATIENCE = 25.0
+TIMEOUT = 3.0  # for the tests of the timeout; elsewhere a busy machine must not be taken for a lost process
+PATIENCE = 50.0
+FOREVER = 300.0  # whoever waits so long is found by the guard of `launch`
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
 _PROCESSES = multiprocessing.get_context("forkserver")  # PyTorch and diffusers are imported once
@@ -60,7 +62,7 @@ def _work(rank: int, ranks: int, port: int, folder: Path, scenario: Callable[...
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with process_group(timeout=30):
+    with process_group(timeout=FOREVER):
         seen = scenario(rank, *args)
     part = folder / f"rank{rank}.part"
     part.write_text(json.dumps(seen))
@@ -133,7 +135,7 @@ def same_sample(rank: int, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fails(rank: int, fault: str) -> dict[str, Any]:
+def fails(rank: int, fault: str, folder: str) -> dict[str, Any]:
     """A fault in the third call of rank 1, and what each rank makes of it."""
     faults: dict[str, Callable[[torch.Tensor], Any]] = {
         "raise": lambda x: _raise(ValueError("boom")),
@@ -141,20 +143,24 @@ def fails(rank: int, fault: str) -> dict[str, Any]:
         "dtype": lambda x: x.double(),
         "memory": lambda x: _raise(torch.OutOfMemoryError("no room for a single row")),
         "die": lambda x: os._exit(3),
-        "hang": lambda x: time.sleep(2 * TIMEOUT) or x,
+        "hang": lambda x: _until_rank_0_has_left(folder) or x,
     }
-    timeout = TIMEOUT if fault == "hang" else PATIENCE
+    timeout = TIMEOUT if fault == "hang" else FOREVER if fault == "die" else PATIENCE
     denoiser = DistributedDenoiser(
         Faulty(rank, faults[fault]), timeout=timeout, max_rows=1 if fault == "memory" else None
     )
-    started = time.monotonic()
     seen = _error(lambda: sample(denoiser, window=8))
-    seen["seconds"] = time.monotonic() - started
     if fault in ("raise", "shape", "dtype", "memory"):  # the group is as good as new
         seen["after"] = sample(DistributedDenoiser(Rational(), timeout=PATIENCE)).success
     else:
-        seen["after"] = _error(lambda: sample(denoiser))["type"]
+        seen["after"] = _error(lambda: sample(DistributedDenoiser(Rational(), timeout=PATIENCE)))
     return seen
+
+
+def _until_rank_0_has_left(folder: str) -> None:
+    """Sleep until rank 0 is out of its process group."""
+    while not (Path(folder) / "rank0.json").exists():
+        time.sleep(0.05)
 
 
 def disagree(rank: int, options: list[dict[str, Any]], gain: list[float]) -> dict[str, Any]:
@@ -166,15 +172,62 @@ def disagree(rank: int, options: list[dict[str, Any]], gain: list[float]) -> dic
     return _error(lambda: sample(denoiser, **options[rank]))
 
 
-def leaves(rank: int) -> dict[str, Any]:
-    """A callback raises on rank 1 only."""
+def leaves(rank: int, how: str) -> dict[str, Any]:
+    """Rank 1 leaves its second run alone; a run of both before and after, on the same group."""
+
+    def callback(state: Any) -> None:
+        rounds = state.stats.rounds
+        if rank == 1 and (rounds == 2 or (how == "last round" and sum(state.steps) == 20)):
+            if how in ("callback", "last round"):
+                raise KeyError("mine")
+            if how == "stop":
+                raise StopIteration
+            if how == "states":
+                state.windows[0].inputs[...] += 1.0
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if rank == 1 and how == "interrupt" and len(calls) == 3:
+            raise KeyboardInterrupt
+        return Rational()(x, t)
+
+    calls: list[int] = []
+    late = how == "last round"
+    seed = {"seed": "x"} if how == "argument" and rank == 1 else {}
+    denoiser = DistributedDenoiser(network, timeout=PATIENCE)
+    before = bits(sample(DistributedDenoiser(Rational(), timeout=PATIENCE)))
+    options: dict[str, Any] = seed | ({"window": 20, "tolerance": 0.0} if late else {"window": 7})
+    seen = _error(lambda: sample(denoiser, callback=callback, **options), BaseException)
+    seen["calls"] = len(calls)
+    return seen | {"before": before, "after": bits(sample(denoiser))}
+
+
+def torn(rank: int) -> dict[str, Any]:
+    """Rank 1 is interrupted while the processes talk to each other, and starts another run."""
+    denoiser = DistributedDenoiser(Rational(), timeout=TIMEOUT)
 
     def callback(state: Any) -> None:
         if rank == 1 and state.stats.rounds == 2:
-            raise KeyError("mine")
+            exchange: Any = exchange_of(None)
+            exchange._gather = lambda *args: _raise(KeyboardInterrupt())
 
-    denoiser = DistributedDenoiser(Rational(), timeout=PATIENCE)
-    return _error(lambda: sample(denoiser, callback=callback), Exception)
+    seen = _error(lambda: sample(denoiser, callback=callback), BaseException)
+    return seen | {"after": _error(lambda: sample(DistributedDenoiser(Rational(), timeout=TIMEOUT)))}
+
+
+def other_noise(rank: int, kind: str) -> dict[str, Any]:
+    """Noise that differs by rank; the network must not be called."""
+    calls: list[int] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return Rational()(x, t)
+
+    values = torch.randn(20, 2, 2, 3, generator=torch.Generator().manual_seed(rank if kind != "same" else 0))
+    noise: Any = values if kind == "array" else lambda step, sample: values[step, sample]
+    denoiser = DistributedDenoiser(network, timeout=PATIENCE)
+    seen = _error(lambda: bits(sample(denoiser, batch=2, noisy=True, noise=noise)))
+    return seen | {"calls": len(calls)}
 
 
 def small_memory(rank: int) -> dict[str, Any]:
@@ -238,7 +291,7 @@ def automatic(rank: int, cache: str) -> dict[str, Any]:
     return {"bits": bits(got), "rounds": got.stats.rounds, "message": got.message}
 
 
-def _raise(error: Exception) -> Any:
+def _raise(error: BaseException) -> Any:
     raise error
 
 
@@ -250,13 +303,15 @@ def _refused(call: Callable[[], Any]) -> str:
     return ""
 
 
-def _error(call: Callable[[], Any], kind: type[Exception] = WorkerError) -> dict[str, Any]:
+def _error(call: Callable[[], Any], kind: type[BaseException] = WorkerError) -> dict[str, Any]:
     """The error that a run ends in, and the state that can be had from it."""
     try:
         call()
     except kind as error:
-        solution: Solution = error.solution  # type: ignore[attr-defined]
-        finite = bool(np.isfinite(solution.sample.numpy()).all())
+        solution: Solution | None = getattr(error, "solution", None)
         told = {"type": type(error).__name__, "text": str(error), "rank": getattr(error, "rank", None)}
+        if solution is None:
+            return told
+        finite = bool(np.isfinite(solution.sample.numpy()).all())
         return told | {"status": solution.status.name, "rounds": solution.stats.rounds, "finite": finite}
     return {"type": None}

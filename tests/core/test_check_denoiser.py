@@ -27,7 +27,7 @@ def test_a_fitting_denoiser_has_no_problems(xp: ModuleType) -> None:
     assert report.ok
     assert report.repeat_error == 0
     assert report.batching_error < 1e-14
-    assert report.rows == 8
+    assert report.rows == 8 + 12  # and twelve steps between
     assert str(report).startswith("The denoiser fits parallel sampling")
 
 
@@ -86,6 +86,22 @@ def torch_batch_norm() -> Callable[[Any, Any], Any]:
 )
 def test_problem(denoiser: Any, said: str) -> None:
     assert re.search(said, problems(denoiser), flags=re.DOTALL), problems(denoiser)
+
+
+@pytest.mark.parametrize(("first", "last"), [(100, 400), (450, 550), (700, 980)])
+def test_a_branch_on_the_first_rows_time_is_found_between_the_four_steps(first: int, last: int) -> None:
+    network = lambda x, t: x * (1.5 if first <= int(t[0]) <= last else 1.0)  # noqa: E731
+    assert re.search(r"t\[0\].*each row's own t", problems(network))
+
+
+def test_a_repeated_call_that_is_not_finite_is_told() -> None:
+    calls: list[int] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return x * (float("nan") if calls.count(8) == 2 else 1.0)
+
+    assert "NaN or infinity" in problems(network)
 
 
 def test_a_broken_denoiser_is_described() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from parasolver_core import (
     DDIM,
@@ -99,6 +100,21 @@ def test_blocks_and_samples_keep_the_promises(rule: Any, method: str, dtype: Any
     near = solve(Rational(), x_T, TIMESTEPS, rule, 8, tolerance=1e-2, method=Method(spread=False))
     assert near.stats.rounds < len(TIMESTEPS)
     assert relative(near.sample, exact) < 1e-2
+
+
+@pytest.mark.parametrize("element", [0, 3000, 8999])
+@pytest.mark.parametrize("node", [0, 7, 29])
+@pytest.mark.parametrize("kind", [torch.asarray, np.asarray], ids=["torch", "numpy"])
+def test_one_number_that_is_not_finite_in_a_large_state(kind: Any, node: int, element: int) -> None:
+    """Sums are taken over some elements of a large state; what is not finite is found in all, also at the last node."""
+
+    def network(x: Any, t: Any) -> Any:
+        out = Rational()(x, t)
+        out[t == TIMESTEPS[node], element] = np.inf
+        return out
+
+    with pytest.raises(NonFiniteError, match=rf"at step {node} \(timestep {TIMESTEPS[node]}\)"):
+        solve(network, kind(normal((1, 9000))), TIMESTEPS, DDIM(SCHEDULE), 6)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -10,7 +10,7 @@ from scipy.linalg import expm
 
 from parasolver_core import DDIM, Identity, Linearization, Method, NoiseSchedule, Recurrence, Secant, StepRule, solve
 from parasolver_core import solve_sequential as sequential
-from parasolver_core.acceptance import Acceptance
+from parasolver_core.acceptance import Acceptance, RelativeMove, RoundView, StepVariance
 from tests.core.problems import EPS, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.scaled_linear()
@@ -34,6 +34,74 @@ def table(timesteps: np.ndarray, **changes: Any) -> Recurrence:
 def steps_of(timesteps: np.ndarray) -> np.ndarray:
     h = np.diff(timesteps)
     return np.append(h, h[-1])
+
+
+class Remembering(Acceptance):
+    """The default rule; it notes what it said in every round of the one sample."""
+
+    def __init__(self) -> None:
+        self.inner, self.errors = RelativeMove(), []
+
+    def bounds(self, recurrence: Recurrence) -> np.ndarray:
+        return self.inner.bounds(recurrence)
+
+    def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
+        count, error = self.inner.accept(view, tolerance)
+        self.errors.append(error)
+        return count, error
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 5e-2])
+def test_the_error_estimate_is_the_largest_error_accepted_in_any_round(tolerance: float) -> None:
+    said = Remembering()
+    got = solve(
+        TanhNetwork(), normal((1, 6)), TABLE.timesteps(30), DDIM(TABLE), 8,
+        tolerance=tolerance, method=Method(acceptance=said, spread=False),
+    )  # fmt: skip
+    assert got.error_estimate[0] == max(said.errors)
+    assert got.error_estimate[0] > (1e-3 * tolerance if tolerance else 0)
+    assert [record.samples[0].error for record in got.stats.history] == np.maximum.accumulate(said.errors).tolist()
+    assert got.error_estimate[0] <= max(tolerance, 1e-12)
+
+
+def test_what_the_default_acceptance_says() -> None:
+    """The largest effect of the leading nodes that are within the tolerance, or not moved but for rounding."""
+    view = RoundView(
+        lo=3, move=np.array([0.0, 1e-3, 2e-3, 9.0, 1e-4]), size=np.ones(5), bound=np.full(5, 0.5), rounding=1e-12
+    )
+    rule = RelativeMove()
+    assert rule.accept(view, 5e-3) == (3, 4e-3)
+    assert rule.accept(view, 3e-3) == (2, 2e-3)
+    assert rule.accept(view, 1e-9) == (1, 0.0)
+    assert rule.accept(view, 20.0) == (5, 18.0)
+    nan = RoundView(3, np.array([0.0, np.nan, 0.0]), np.ones(3), np.ones(3), 1e-12)
+    assert rule.accept(nan, 1.0) == (1, 0.0)
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-4])
+def test_the_published_stop_rule_estimates_a_finite_error(end: float) -> None:
+    """A step to no noise at all allows no move: it is final where its input is, and adds nothing to the estimate."""
+    rule = StepVariance(end=end)
+    bound = rule.bounds(DDIM(TABLE).recurrence(TABLE.timesteps(20)))
+    assert (bound[-1] == 0) == (end == 0)
+    assert np.all(bound[:-1] > 0)
+    view = RoundView(17, np.array([0.0, 1e-3, 1e-17]), np.ones(3), bound[-3:], 1e-12)
+    count, error = rule.accept(view, 0.1)
+    assert count == 3
+    assert error == pytest.approx(1e-3 / bound[-2])
+    moved = RoundView(17, np.array([0.0, 1e-3, 1e-3]), np.ones(3), bound[-3:], 1e-12)
+    assert rule.accept(moved, 1.0)[0] == (2 if end == 0 else 3)
+
+
+class Longer(StepRule):
+    def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+        return table(np.append(timesteps, timesteps[-1] + 1))
+
+
+def test_a_table_with_another_number_of_rows_is_refused() -> None:
+    for run in (solve, sequential):
+        with pytest.raises(ValueError, match=r"^step_rule: its table has 6 steps for 5 timesteps; one row a timestep$"):
+            run(Rational(), normal((1, 3)), np.arange(5.0), Longer())
 
 
 class ExplicitEuler(StepRule):
@@ -237,7 +305,7 @@ def test_linearization_is_told_once_a_round() -> None:
 )
 def test_a_method_is_its_preset(method: Method, name: str) -> None:
     arguments = (TanhNetwork(), normal((2, 6)), TABLE.timesteps(20), DDIM(TABLE), 8)
-    by_object, by_name = solve(*arguments, method=method), solve(*arguments, method=name)
+    by_object, by_name = (solve(*arguments, method=one, check=False) for one in (method, name))
     np.testing.assert_array_equal(by_object.sample, by_name.sample)
     assert by_object.stats.evaluations == by_name.stats.evaluations
 

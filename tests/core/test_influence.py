@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
-from parasolver_core.acceptance import RelativeMove
+from parasolver_core.acceptance import Margins, RelativeMove, RoundView
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -38,10 +38,27 @@ def test_influence_of_flow_and_diffusion() -> None:
 def test_accepted_moves_are_weighed_by_the_root_of_the_influence() -> None:
     timesteps = SCHEDULE.timesteps(50)
     alpha = np.sqrt(SCHEDULE.alphas_cumprod[timesteps])
-    accept = RelativeMove(factor=0.15, noisy_factor=0.05)
+    accept = RelativeMove(Margins(factor=0.15))
     bounds = accept.bounds(DDIM(SCHEDULE).recurrence(timesteps))
     np.testing.assert_allclose(bounds[alpha > 0.01], 0.15 * np.sqrt(alpha[alpha > 0.01]))
-    np.testing.assert_allclose(accept.bounds(DDPM(SCHEDULE).recurrence(timesteps)), 0.05)
+    np.testing.assert_allclose(accept.bounds(DDPM(SCHEDULE).recurrence(timesteps)), 0.15)
+
+
+def test_margins_shrink_at_loose_tolerances() -> None:
+    recurrence = DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(50))
+    accept = RelativeMove(Margins(factor=0.2, spread=3.0, loosest=0.1))
+    for tolerance, trusted in ((1e-6, 1 / (1 + 1e-5)), (0.1, 0.5), (0.9, 0.1)):
+        moves = np.array([0.0, 1.0, 1.0]) * tolerance * trusted
+        for grown, count in ((0.999, 3), (1.001, 1)):
+            view = RoundView(lo=0, move=grown * moves, size=np.ones(3), bound=np.ones(3), rounding=0.0)
+            assert accept.accept(view, tolerance)[0] == pytest.approx(count)
+        assert accept.spread_tolerance(recurrence, tolerance) == pytest.approx(3 * tolerance)
+
+
+@pytest.mark.parametrize("wrong", [{"factor": 0.0}, {"spread": -1.0}, {"loosest": float("nan")}])
+def test_wrong_margins_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        Margins(**wrong)
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.3, 0.6, 1.0])

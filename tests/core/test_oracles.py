@@ -133,6 +133,33 @@ def test_ddpm_statistics_with_seeded_noise() -> None:
     assert np.var(run.sample) == pytest.approx(0.25, rel=0.04 + 5 * np.sqrt(2 / 4096))  # 0.04: of 100 steps
 
 
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("n", [6, 14, 15, 20])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_last_step_of_length_zero(order: int, n: int, lower_order_final: bool) -> None:
+    """Where the clean end is a node itself, as with diffusers' ``set_alpha_to_one=False``: the state stays."""
+    schedule = NoiseSchedule.linear(final_alpha_cumprod=float(NoiseSchedule.linear().alphas_cumprod[0]))
+    grid = schedule.timesteps(n, "leading")
+    assert grid[-1] == 0
+    rule = DPMSolver(schedule, order=order, lower_order_final=lower_order_final)
+    table = rule.recurrence(grid)
+    assert table.a[-1, 0] == pytest.approx(1, abs=8 * EPS)
+    assert np.abs(np.append(table.a[-1, 1:], table.b[-1])).max() <= 8 * EPS
+    run = solve_sequential(Gaussian(schedule, "epsilon"), normal((1, 4)), grid, rule, save="trajectory")
+    np.testing.assert_allclose(run.trajectory[-1], run.trajectory[-2], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "lowered"), [(13, True), (14, True), (15, False)])
+@pytest.mark.parametrize("order", [2, 3])
+def test_few_steps_end_in_lower_order(order: int, n: int, lowered: bool) -> None:
+    """Fewer than 15: the last step but one reads two predictions at most, and the last one."""
+    schedule = NoiseSchedule.linear(final_alpha_cumprod=0.99995)  # of a noiseless end the last is of order 1
+    table = DPMSolver(schedule, order=order).recurrence(schedule.timesteps(n))
+    read = [int(np.count_nonzero(row)) for row in table.b]
+    assert read[-2:] == ([min(order, 2), 1] if lowered else [order, order])
+    assert read[:3] == [1, 2, order]
+
+
 # Orders. The last step goes to zero noise and is of first order by design, so the error is taken one state before it.
 
 

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
+from parasolver_core import DDIM, DDPM, NoiseSchedule, SequentialSolver, solve, solve_sequential
 from parasolver_core.costs import CostTable, cache_folder, describe, keep, measure, recall
 from parasolver_core.methods import get_method
-from parasolver_core.planning import Costs, candidates, choose, predict, predicted_rounds, predicted_rows
+from parasolver_core.planning import (
+    Costs,
+    candidates,
+    choose,
+    measured_costs,
+    predict,
+    predicted_rounds,
+    predicted_rows,
+    remembered,
+)
 from tests.core.problems import Counted, Mixture, Rational, TanhNetwork, normal
 
 SCHEDULE = NoiseSchedule.linear()
@@ -36,6 +45,8 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert [costs(rows) for rows in (1, 4, 6, 8, 16)] == pytest.approx([0.4, 1.0, 2.0, 3.0, 6.0])
     assert costs(2) == pytest.approx(0.6)
     assert costs.in_calls(9, 4) == pytest.approx(1.0 + 1.0 + 0.4)
+    assert costs.in_calls(8, 4) == 2 * costs(4)
+    assert costs.in_calls(3, 4) == costs(3)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +141,12 @@ def test_auto_measures_once(cache: Path) -> None:
 
     rows, network = [], TanhNetwork(4)
     arguments = (Slow(), normal((1, 4)), SCHEDULE.timesteps(40), DDIM(SCHEDULE))
-    first = solve(*arguments, window="auto")
+    first = solve(*arguments, window="auto", check=False)
     assert "with a window of" in first.message
     assert len(rows) > first.stats.calls
     assert len(list(cache.iterdir())) == 1
     rows.clear()
-    second = solve(*arguments, window="auto")
+    second = solve(*arguments, window="auto", check=False)
     assert len(rows) == second.stats.calls
     assert second.message == first.message
 
@@ -170,6 +181,8 @@ def test_measuring_doubles_the_rows_until_it_does_not_pay(monkeypatch: pytest.Mo
     assert calls.count(6) == 16  # a warm one, and fifteen that count
     linear = measure(lambda rows: call(rows, float), 1, 64, calls=1e9)
     assert linear.rows == (1, 2, 4)
+    odd = {1: 5.0, 2: 4.0, 4: 9.0}
+    assert measure(lambda rows: call(rows, odd.__getitem__), 1, 4, calls=1e9).seconds == (4.0, 4.0, 9.0)
     hurried = measure(lambda rows: call(rows, lambda n: 1.0), 1, 64, calls=0.0)
     assert hurried.rows == (1,)
 
@@ -249,6 +262,40 @@ def test_costs_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", no_home)
     assert recall("key", ("network",)) is None
     keep("key", {"network": CostTable.of({1: 0.1})})
+
+
+def test_choices_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parasolver_core.planning._MADE", made := {})
+    calls: list[int] = []
+
+    def choice(number: int) -> Any:
+        calls.append(number)
+        return number
+
+    assert [remembered(7, lambda: choice(7)) for _ in range(3)] == [7, 7, 7]
+    assert calls == [7]
+    most = max(len(made) for number in range(2000) if remembered(number, lambda: choice(number)) is not None)  # noqa: B023
+    assert most < 1000
+    assert remembered([], lambda: choice(1)) == 1  # cannot be hashed
+
+
+def test_processes_that_remember_different_costs_measure_again(cache: Path) -> None:
+    """Two processes, of which the other one tells a number of its own for what it has kept."""
+
+    def run(others: Any) -> Costs:
+        state = SequentialSolver(DDIM(SCHEDULE)).init(Rational(), normal((1, 4)), SCHEDULE.timesteps(10))
+        monkey = state.evaluator
+        monkey.agree = lambda values: [max(pair) for pair in zip(values, others(values), strict=True)]  # type: ignore[method-assign]
+        return measured_costs(state, "key", lambda window: measured.append(window) or 0.001)
+
+    measured: list[int] = []
+    run(lambda values: values)
+    first = len(measured)
+    assert first > 0
+    run(lambda values: values)
+    assert len(measured) == first  # from what was kept
+    run(lambda values: [value + 1 for value in values] if len(values) == 2 else values)
+    assert len(measured) == 2 * first
 
 
 def test_what_costs_depend_on() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -174,7 +174,7 @@ def test_never_more_rounds_than_steps_and_counts_are_true(run: Run, tolerance: f
     network = Counted(run.network)
     got = solve(
         network, normal((run.batch, 2, 3), None, run.dtype), run.grid, run.rule, run.window,
-        tolerance=tolerance, method=method, seed=run.seed,
+        tolerance=tolerance, method=method, seed=run.seed, check=False,
     )  # fmt: skip
     stats = got.stats
     assert got.success
@@ -358,6 +358,12 @@ def test_neighbouring_seeds_are_unrelated_and_normal() -> None:
     np.testing.assert_allclose(z.var(axis=1), 1, atol=five_sigma * np.sqrt(2))
 
 
+def test_a_list_of_one_seed_is_that_seed() -> None:
+    arguments = (Rational(), normal((1, 4)), TABLE.timesteps(12), DDPM(TABLE))
+    assert same_bits(solve(*arguments, seed=[7]).sample, solve(*arguments, seed=7).sample)
+    assert not same_bits(solve(*arguments, seed=[8]).sample, solve(*arguments, seed=7).sample)
+
+
 def test_no_seed_is_seed_zero_and_global_random_state_is_left_alone() -> None:
     np.random.seed(3)  # noqa: NPY002
     torch.manual_seed(3)
@@ -416,7 +422,49 @@ def test_a_noise_function_may_reuse_its_memory(x_library: str, z_library: str, m
     assert relative(to_numpy(got.sample), expected.sample) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("options", [{"window": 8}, {"window": 30}, {"method": "sequential"}], ids=str)
+def test_a_noise_function_of_numpy_may_reuse_one_buffer_for_torch(options: dict[str, Any], dtype: Any) -> None:
+    z, buffer = normal((30, 2, 6), seed=8), np.empty(6, dtype=dtype)
+
+    def refilled(step: int, sample: int) -> np.ndarray:
+        buffer[...] = z[step, sample]
+        return buffer
+
+    arguments = (torch.asarray(normal((2, 6))), TABLE.timesteps(30), DDPM(TABLE))
+    got = solve(Rational(), *arguments, noise=refilled, tolerance=0, **options)
+    assert same_bits(got.sample, solve(Rational(), *arguments, noise=z.astype(dtype), tolerance=0, **options).sample)
+
+
 # 6. Arguments and results
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_continuous_times_keep_at_least_float32(dtype: torch.dtype) -> None:
+    """Of half precision in eight bits neighbouring times would be one."""
+    seen, grid = [], FLOW.timesteps(600)[:5]
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return x
+
+    solve(network, torch.zeros(1, 3, dtype=dtype), grid, Euler(FLOW), 5, check=False)
+    assert {t.dtype for t in seen} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert len(set(torch.cat(seen).tolist())) == 5
+
+
+def test_processes_tell_tables_apart_by_what_is_held_alone() -> None:
+    own = Euler(FLOW).recurrence(FLOW.timesteps(6))
+    plans = []
+    for held in (own.held, own.held * 2):
+
+        class Other(StepRule):
+            def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+                return replace(own, held=held)  # noqa: B023
+
+        state = SequentialSolver(Other()).init(Rational(), normal((1, 3)), own.timesteps)
+        plans.append(state.plan()["timesteps and step rule"])
+    assert plans[0] != plans[1]
 
 
 @given(run=runs(), tolerance=tolerances)
@@ -675,7 +723,7 @@ def test_changing_a_preview_does_not_change_a_sequential_run() -> None:
 
 
 def test_the_state_by_hand_is_the_solution() -> None:
-    solver = ParallelIntegralSolver(DDIM(TABLE), 5, tolerance=1e-3)
+    solver = ParallelIntegralSolver(DDIM(TABLE), 5, tolerance=1e-3, check=False)
     arguments = (TanhNetwork(), normal((2, 6)), TABLE.timesteps(12))
     state = solver.init(*arguments)
     assert state.stats.calls == 0

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve, solve_sequential
-from parasolver_core.acceptance import StepVariance
+from parasolver_core.acceptance import RelativeMove, StepVariance
+from parasolver_core.anderson import triangular_weights
 from parasolver_core.errors import NonFiniteError
-from parasolver_core.methods import Anderson
+from parasolver_core.linearization import Identity
+from parasolver_core.methods import METHODS, Anderson
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -146,11 +148,24 @@ def test_parataa_with_noise_is_exact_without_tolerance() -> None:
     assert relative(got.trajectory, exact.trajectory) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["order", "memory"])
+def test_numbers_of_parataa_that_cannot_be(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected an integer of at least {int(name == 'order')}, got -1$"):
+        Anderson(**{name: -1})
+
+
+def test_parataa_with_a_window_beyond_the_last_step() -> None:
+    arguments = (TanhNetwork(), normal((2, 6)), SCHEDULE.timesteps(9), DDIM(SCHEDULE))
+    got = solve(*arguments, 40, tolerance=0, method="parataa")
+    assert relative(got.sample, solve_sequential(*arguments).sample) < 1e-10
+    assert got.stats.history[0].window == 9
+
+
 def test_parataa_reports_a_network_that_fails() -> None:
     def broken(x, t):
         return np.where(t[:, None] < 500, np.nan, x)
 
-    with pytest.raises(NonFiniteError) as raised:
+    with pytest.raises(NonFiniteError, match=r"^The denoiser gave NaN or infinity for sample 0 at step") as raised:
         solve(broken, normal((1, 6)), SCHEDULE.timesteps(16), DDIM(SCHEDULE), 8, method="parataa")
     assert np.all(np.isfinite(raised.value.solution.states))
 
@@ -178,3 +193,74 @@ def test_the_published_stop_rule_needs_noise_levels() -> None:
 def test_an_unknown_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="fill: expected"):
         Method(fill="nearest")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@pytest.mark.parametrize("memory", [1, 2, 4])
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda x, t: np.zeros_like(x),  # no round changes anything
+        lambda x, t: 0.5 * x,  # all changes are alike
+        lambda x, t: np.where(np.abs(x) > 1e-3, 1.0, 0.0) * t[:, None],  # steps: the same change again and again
+        lambda x, t: 30.0 * np.sin(x),
+        lambda x, t: 1e8 * np.tanh(x),  # the ridge is lost in the rounding of the sums
+    ],
+    ids=["zero", "linear", "steps", "wild", "large"],
+)
+def test_parataa_with_rounds_that_cannot_be_told_apart(network, memory, ridge) -> None:
+    x_T, timesteps = normal((2, 1)), SCHEDULE.timesteps(24)
+    exact = solve_sequential(network, x_T, timesteps, DDIM(SCHEDULE), save="trajectory")
+    method = Anderson(memory=memory, ridge=ridge)
+    got = solve(network, x_T, timesteps, DDIM(SCHEDULE), 8, tolerance=0, method=method, save="trajectory")
+    assert relative(got.trajectory, exact.trajectory) < 1e-9
+
+
+def test_weights_of_nodes_whose_sums_are_out_of_range() -> None:
+    gram, cross = np.ones((2, 2, 3)), np.ones((2, 3))
+    gram[:, :, 1] = 1e308
+    gram[:, :, 2] = 1e308
+    with np.errstate(over="ignore"):
+        weights = triangular_weights(gram, cross, 0.0)
+    np.testing.assert_allclose(weights[:, 0], [0.5, 0.5])  # the least of those that fit
+    assert np.all(np.isfinite(weights))
+    np.testing.assert_array_equal(weights[:, 2], 0.0)
+
+
+@pytest.mark.parametrize("choice", [{"fill": "held"}, {"spread": True}, {"linearization": Identity()}], ids=str)
+def test_parataa_takes_no_choices_that_it_has_no_use_for(choice) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(choice))}'"):
+        Anderson(**choice)
+    with pytest.raises(ValueError, match=next(iter(choice))):
+        replace(METHODS["parataa"], **choice)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ridge", -1.0), ("ridge", np.nan), ("floor", -0.1), ("acceptance", RelativeMove())]
+)
+def test_parataa_refuses_wrong_choices(name, value) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+        Anderson(**{name: value})
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_parataa_has_no_warm_start_and_no_warm_up(window) -> None:
+    arguments = (TanhNetwork(), normal((1, 6)), SCHEDULE.timesteps(16), DDIM(SCHEDULE), window)
+    with pytest.raises(ValueError, match=r"^start: method='parataa' begins with copies"):
+        solve(*arguments, method="parataa", start=np.zeros((17, 1, 6)))
+    with pytest.raises(ValueError, match=r"^warmup_steps: method='parataa' opens its window at once, got 3"):
+        solve(*arguments, method="parataa", warmup_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("linearization", Identity), ("acceptance", RelativeMove), ("spread", "no")]
+)
+def test_a_method_of_wrong_parts_is_refused(name, value) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        Method(**{name: value})
+
+
+def test_every_method_says_what_it_is() -> None:
+    told = [method.summary for method in METHODS.values()]
+    assert all(told)
+    assert len(set(told)) == len(METHODS)

@@ -146,6 +146,7 @@ REFUSED = {
     "sigma_data NaN": ("sigma_data", lambda: NoiseSchedule.flow_matching(sigma_data=float("nan"))),
     "sigma_min 0": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=0.0)),
     "sigma_min above sigma_max": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=3.0, sigma_max=2.0)),
+    "sigma_min is sigma_max": ("sigma_min", lambda: NoiseSchedule.karras(sigma_min=2.0, sigma_max=2.0)),
     "sigma_max inf": ("sigma_max", lambda: NoiseSchedule.karras(sigma_max=float("inf"))),
     "rho negative": ("rho", lambda: NoiseSchedule.karras(rho=-7.0)),
     "shift 0": ("shift", lambda: NoiseSchedule.flow_matching(0.0)),
@@ -269,3 +270,9 @@ def test_a_final_level_above_the_last_timestep_is_refused() -> None:
     schedule = NoiseSchedule.flow_matching(final_sigma=0.3)
     with pytest.raises(ValueError, match=r"^timesteps: .*the noise level must fall"):
         solve(denoised, np.ones((1, 5)), [1.0, 0.5, 0.2], Euler(schedule))
+
+
+@pytest.mark.parametrize("timesteps", [[0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1.0]])
+def test_flow_timesteps_of_the_other_convention_are_told_how_to_convert(timesteps: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"data is at t = 0 here.* take 1 - t for the timesteps and -v\(x, 1 - t\)"):
+        solve(lambda x, t: x, np.ones((1, 2)), timesteps, Euler(NoiseSchedule.flow_matching()))

@@ -40,6 +40,36 @@ def test_starting_from_the_answer_leaves_no_residual_and_changes_nothing(
     assert got.stats.rounds <= 1 + -(-(n - 1) // window)  # each round accepts its whole window
 
 
+def test_a_start_where_nodes_would_be_spread_is_used_all_the_same() -> None:
+    """From the answer a window of 20 slides over 500 steps in 25 rounds, with nothing to correct."""
+    rule, x_T, grid = DDIM(TABLE), noise(1), TABLE.timesteps(500)
+    truth = solve_sequential(network, x_T, grid, rule, save="trajectory").trajectory
+    assert solve(network, x_T, grid, rule, 20).stats.history[0].samples[0].accepted == 0  # spread without one
+    got = solve(network, x_T, grid, rule, 20, start=truth)
+    assert got.stats.rounds <= 26
+    assert got.stats.evaluations <= 500 + 1
+    assert max(record.residual for record in got.stats.history) <= 1e-11
+    np.testing.assert_allclose(got.sample, truth[-1], rtol=0, atol=1e-11 * np.abs(truth[-1]).max())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 6e4), ("float32", 1e30), ("float64", 1e200)])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "flow"])
+def test_a_wild_start_costs_rounds_only(name: str, dtype: str, size: float) -> None:
+    """Its squares, and in half precision itself, are beyond the range: no warning, and the sample all the same."""
+
+    def bounded(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.tanh(x)
+
+    rule, schedule = RULES[name]
+    x_T, grid = noise(2).astype(dtype), schedule.timesteps(12)
+    wild = np.clip(noise(2) * size, -size, size).astype(dtype)
+    start = np.broadcast_to(wild, (13, *x_T.shape)).copy()
+    want = solve_sequential(bounded, x_T, grid, rule, seed=2).sample
+    got = solve(bounded, x_T, grid, rule, 12, tolerance=0, seed=2, start=start)
+    assert got.stats.rounds <= 12
+    np.testing.assert_allclose(got.sample, want, rtol=0, atol=300 * np.finfo(dtype).eps * np.abs(want).max())
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_related_trajectory_saves_rounds_and_gives_the_same_sample(name: str) -> None:
     rule, schedule = RULES[name]

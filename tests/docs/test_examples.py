@@ -11,6 +11,7 @@ PAGES = (
     "docs/quickstart.md",
     "docs/devices.md",
     "docs/wrapping.md",
+    "docs/samplers.md",
     "docs/guided_diffusion.md",
     "docs/dit.md",
     "docs/odeint.md",

@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, Identity, Method, NoiseSchedule, Recurrence, Secant, StepRule
-from parasolver_core.acceptance import RelativeMove
+from parasolver_core.acceptance import Margins, RelativeMove
 from parasolver_core.methods import Anderson
 from parasolver_core.recurrence import identity_slope
 from tests.arrays import load
@@ -258,7 +258,7 @@ def _method(rng: Rng) -> str | Method:
         return Anderson(order=order, memory=int(rng.integers(0, 4)), ridge=float(rng.choice([1e-6, 1e-3, 1.0])))
     return Method(
         linearization=Secant() if rng.random() < 0.6 else Identity(),
-        acceptance=RelativeMove(factor=float(rng.choice([0.05, 0.15])), noisy_factor=float(rng.choice([0.02, 0.05]))),
+        acceptance=RelativeMove(Margins().times(float(rng.choice([0.2, 0.5])))),
         spread=bool(rng.random() < 0.5),
         fill=str(rng.choice(["held", "evaluated", "copy"])),  # type: ignore[arg-type]
     )

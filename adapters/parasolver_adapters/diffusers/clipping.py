@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from parasolver_adapters.bands import Path
 from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
-from parasolver_core.denoiser import DenoiserFn, Rows, takes_rows
+from parasolver_core.denoiser import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.recurrence import Recurrence
 
 OPTIONS = ("clip_sample", "clip_denoised", "thresholding")
@@ -67,6 +67,10 @@ class ClippingDenoiser:
     @property
     def takes_rows(self) -> bool:
         return takes_rows(self.denoiser)
+
+    @property
+    def prediction_type(self) -> str | None:
+        return predicted_by(self.denoiser)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, /, *rows: Rows) -> torch.Tensor:
         clip, m = self.clip, self.denoiser(x, t, *rows)

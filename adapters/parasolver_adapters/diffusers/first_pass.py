@@ -128,7 +128,7 @@ class Capture(Listener):
             return None
         now = Streams({"generator": self.generator})
         self.streams.restore()
-        noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype)
+        noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype, self.start.device)
         now.restore()
         return noise[: len(self.timesteps)].unsqueeze(1)
 
@@ -165,7 +165,7 @@ class Capture(Listener):
 
 def _places(timesteps: torch.Tensor, timestep: Any) -> list[int]:
     """Where among the scheduler's timesteps this one is."""
-    same = timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()
+    same = timesteps.cpu() == torch.as_tensor(timestep, device="cpu").flatten()[0]
     return torch.nonzero(same).flatten().tolist()
 
 

@@ -203,8 +203,10 @@ class Session:
         try:
             with listening(self.pipe, replay):
                 result = self.call(**replay.watched(kwargs))
-        except BaseException:
+            replay.end()
+        except BaseException as error:
             self.run.status = replay.status
+            replay.end(error)
             raise
         self.run.status = replay.status or Status.STOPPED
         return result

@@ -50,7 +50,7 @@ def trace(loop: Loop, draw: Recorder | None) -> SchedulerTrace:
     So the states stay of the size that they have in use, and the fit is well conditioned. Where the scheduler does not
     say what its network predicts, the outputs are random.
     """
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     predictions = []
 
     def network(node: Node) -> torch.Tensor:
@@ -107,7 +107,7 @@ def wavy(node: Node) -> torch.Tensor:
 
 def run_nonlinear(loop: Loop, network: Network = wavy) -> Iterator[tuple[Node, torch.Tensor, Any]]:
     """The loop's run with a nonlinear network and without noise."""
-    draw = torch.Generator().manual_seed(2)
+    draw = torch.Generator("cpu").manual_seed(2)
     x = torch.randn(PROBES, generator=draw, dtype=torch.float64) * _start_size(loop)
     return _guarded(loop, network, x)
 

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from parasolver_adapters.diffusers.stepping import (
 from parasolver_adapters.draws import Listener
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.schedules import PredictionType
 
 __all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
 
@@ -63,6 +64,13 @@ class SchedulerRule(FixedRule):
     _loop: Loop = field(repr=False)
 
     @property
+    def predicts(self) -> str | None:
+        """What the scheduler is configured to be given, if that is one of the names of ``prediction_type``."""
+        told = self._loop.scheduler.config.get("prediction_type")
+        told = {"flow_prediction": "flow"}.get(told, told)
+        return told if told in get_args(PredictionType) else None
+
+    @property
     def band(self) -> tuple[int, int]:
         """How many states and how many network outputs a step reads."""
         return self.table.a.shape[1], self.table.b.shape[1]
@@ -72,6 +80,7 @@ class SchedulerRule(FixedRule):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> torch.Tensor:
         """The noise that the scheduler's own loop would draw from ``generator``, for ``solve(..., noise=...)``.
 
@@ -80,37 +89,42 @@ class SchedulerRule(FixedRule):
 
         Args:
             generator: as a pipeline has it after drawing the first latents, or one for each sample; it is advanced.
-                None for the global stream.
+                None for the global stream of the device.
             shape: ``(batch, *event)``, of the sample.
             dtype: of the sample in the run that is reproduced.
+            device: of the sample in that run, as pipelines without a generator draw on it. None: the generator's, or
+                without one the default device.
 
         Returns:
-            ``(N, batch, *event)``, at least float32, zero where a step adds none.
+            ``(N, batch, *event)`` on the device, at least float32, zero where a step adds none.
 
         Raises:
             ValueError: the scheduler draws from the global stream, whatever generator it is given.
         """
         given = list(generator) if isinstance(generator, Sequence) else generator
         first = given[0] if isinstance(given, list) else given
-        zero = torch.zeros(tuple(shape), dtype=dtype, device=None if first is None else first.device)
+        if device is None:
+            device = torch.get_default_device() if first is None else first.device
+        zero = torch.zeros(tuple(shape), dtype=dtype, device=device)
         listener, stream = Listener(), torch.get_rng_state()
-        for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
-            pass
+        with torch.device("cpu"):  # where the scheduler's tables are
+            for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
+                pass
         if generator is not None and (listener.global_stream or not torch.equal(stream, torch.get_rng_state())):
             raise ValueError(
                 f"generator: {self._loop.name} ignores it and draws from the global stream; pass None and call "
                 "torch.manual_seed before"
             )
-        states = [zero.double()]
-        with torch.random.fork_rng(devices=[]):
+        kept = torch.promote_types(dtype, torch.float32)  # the solver's sums have at least that
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # as not every device has float64
+            states = [torch.zeros(tuple(shape), dtype=torch.float64)]
             run = self._loop.run(lambda node: states[0], states[0], listener.playback(), given)
             states.extend(output.prev_sample for _, _, output in run)
-        kept = torch.promote_types(dtype, torch.float32)  # the solver's sums have at least that
-        noise = torch.zeros((len(self.timesteps), *shape), dtype=kept, device=zero.device)
+            noise = torch.zeros((len(self.timesteps), *shape), dtype=kept)
         for i, term in enumerate(noise_terms(states, self.table.a)):
             if self.table.c[i] != 0:
                 noise[i] = term / float(self.table.c[i])
-        return noise
+        return noise.to(zero.device)
 
     def wrap_denoiser(self, denoiser: DenoiserFn) -> DenoiserFn:
         """The denoiser that this rule expects: with the clipping of the scheduler, if it has any, done inside."""
@@ -158,6 +172,18 @@ def step_rule_from_scheduler(
     _check_scheduler(scheduler, step_options)
     if clipping not in ("refuse", "denoiser"):
         raise ValueError(f'clipping: expected "refuse" or "denoiser", got {clipping!r}')
+    with torch.device("cpu"):  # for what the scheduler makes without saying where
+        return _rule(scheduler, num_inference_steps, begin_index, clipping, sigma_data, step_options)
+
+
+def _rule(
+    scheduler: Any,
+    num_inference_steps: int | None,
+    begin_index: int,
+    clipping: str,
+    sigma_data: float | None,
+    step_options: dict[str, Any],
+) -> SchedulerRule:
     own = _with_timesteps(scheduler, num_inference_steps)
     loop = _loop(own, begin_index, step_options)
     active = clips(own)
@@ -179,7 +205,7 @@ def step_rule_from_scheduler(
         warnings.warn(
             f"{loop.name} draws noise that is correlated between steps; pass noise=rule.noise(...) to solve, which "
             "draws it as the scheduler does, and not a seed",
-            stacklevel=2,
+            stacklevel=3,
         )
     return SchedulerRule(table, float(getattr(own, "init_noise_sigma", 1.0)), independent, clip, linear)
 

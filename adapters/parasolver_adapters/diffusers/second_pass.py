@@ -31,6 +31,8 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
+from parasolver_core.denoiser import SharedDenoiser
+from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.solution import RoundRecord
 
 
@@ -53,6 +55,7 @@ class Replay(Listener):
             self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
         )
         self._step, self._plain = 0, False
+        self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
         self._blanks: dict[tuple[Any, ...], Any] = {}
         self._prelude = collections.deque(capture.prelude)
         capture.prelude.clear()
@@ -85,19 +88,42 @@ class Replay(Listener):
         if i == 0 and not self._solver.done(self._state):
             self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
         known = i in self._denoiser.outputs
-        given["model_output"] = self._denoiser.outputs.pop(i, given["model_output"])
+        given["model_output"] = self._denoiser.outputs.pop(i) if known else self._expected(i, given)
         output = step(**given)
-        if known and self._capture.unchanged:
-            self._check(scheduler, i, given, tree_leaves(output)[0], target)
+        fault = self._fault(scheduler, i, given, tree_leaves(output)[0], target) if known else None
+        if fault is not None and i == 0:
+            raise PipelineNotParallelError(fault)
+        if fault is not None:  # too late to refuse: callbacks have been made
+            self._give_up(fault)
+            self._run.latents = tree_leaves(output)[0]
+            return output
         self._run.latents = target
         return with_state(output, target)
 
-    def _check(self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor) -> None:
-        """The scheduler's own step has to lead where the table leads.
+    def _expected(self, i: int, given: dict[str, Any]) -> torch.Tensor:
+        """The network's output at a node that was not evaluated, as interpolated: schedulers keep what they are given.
+
+        The recurrence is that of the state; where the loop has changed it since, the pipeline's output differs.
+        """
+        window = self._state.windows[0]
+        if not isinstance(window, SpreadNodes) or window.kept is None:
+            return given["model_output"]
+        x = given["sample"]
+        m, state = window.expected(i).reshape(x.shape), window.kept[i].reshape(x.shape)
+        if not self._capture.unchanged:
+            m = m - (x.to(m.dtype) - state) * _weight(self._rule, i)
+        return m.to(given["model_output"].dtype)
+
+    def _fault(
+        self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor
+    ) -> str | None:
+        """What is wrong if the scheduler's own step does not lead where the table leads.
 
         From the same state and output of the network, if a step reads no more than these; else, as the scheduler has
         seen other states before than the solver, only about where the solver came to.
         """
+        if not self._capture.unchanged:
+            return None
         want, limit = target, max(self._choices.solver.tolerance, 0.1)
         if self._rule.table.memory == 1:
             x = given["sample"].to(target.dtype)
@@ -105,11 +131,12 @@ class Replay(Listener):
             z = None if self._noise is None else self._noise[i, 0]
             want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(own.dtype).eps ** 0.5, 1e-3)
         error = float((own.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
-        if not error <= limit:
-            raise PipelineNotParallelError(
-                f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; its steps depend on more "
-                "than the state, the network's output and its noise"
-            )
+        if error <= limit:
+            return None
+        return (
+            f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; its steps depend on more "
+            "than the state, the network's output and its noise"
+        )
 
     def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made.
@@ -183,8 +210,15 @@ class Replay(Listener):
         if self._choices.preview is not None:
             self._choices.preview(self._state.stats.rounds, self._state.estimate()[0])
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Once: tell the processes that share the networks that this one goes on alone, for what reason, or is done."""
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.end(error)
+
     def _give_up(self, reason: str) -> None:
         self._plain, self._run.reason = True, reason
+        self.end(PipelineNotParallelError(reason))
         warnings.warn(f"the remaining steps are sampled sequentially: {reason}", stacklevel=4)
 
     def _publish(self) -> None:
@@ -214,7 +248,11 @@ def _correct(
         m = rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
     if x is None:
         return m
+    return m + (x.to(m.dtype) - state) * _weight(rule, node)
+
+
+def _weight(rule: SchedulerRule, node: int) -> float:
+    """What a change of x is worth in outputs."""
     table = rule.table
     one_step = table.memory == 1 and table.b[node, 0] != 0
-    weight = table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1]
-    return m + (x.to(m.dtype) - state) * float(weight)
+    return float(table.a[node, 0] / table.b[node, 0] if one_step else table.held[node, 0] / table.held[node, 1])

@@ -51,7 +51,7 @@ class SharedNetworks(Networks):
         room = sum(one.numel() * one.element_size() for one in tensors)
         blank = torch.zeros(len(nodes), room, dtype=torch.uint8, device=tensors[0].device)
         self._request = call, nodes
-        rows = self.processes(blank, torch.arange(len(nodes)))
+        rows = self.processes(blank, torch.arange(len(nodes), device="cpu"))
         return [_unpacked(row, form) for row in rows]
 
     def _some(self, blank: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
@@ -83,6 +83,9 @@ class SharedSteps(RecordedDenoiser, SharedDenoiser):
 
     def agree(self, values: Sequence[float]) -> list[float]:
         return self._processes.agree(values)
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._processes.end(error)
 
 
 def modules_of(programs: Sequence[Program]) -> list[torch.nn.Module]:

@@ -18,7 +18,9 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from typing import ClassVar
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -46,7 +48,7 @@ NO_CLASS = len(CLASS_NAMES)
 
 SCHEDULE = NoiseSchedule.linear(beta_start=1e-4, beta_end=0.02, train_steps=1000)
 """The noise schedule that the model was trained with."""
-_ALPHAS_CUMPROD = torch.from_numpy(SCHEDULE.alphas_cumprod)
+_LEVELS = torch.tensor(np.sqrt([SCHEDULE.alphas_cumprod, 1.0 - SCHEDULE.alphas_cumprod]), device="cpu")
 
 
 class NoiseUNet2DModel(UNet2DModel):
@@ -83,8 +85,8 @@ class NoiseUNet2DModel(UNet2DModel):
             class_labels = torch.full((len(sample),), NO_CLASS, device=sample.device)
         v = super().forward(sample, timestep, class_labels, return_dict=False)[0]
         t = torch.as_tensor(timestep, dtype=torch.int64, device=sample.device).view(-1, 1, 1, 1)
-        a = _ALPHAS_CUMPROD.to(sample.device)[t]
-        eps = a.sqrt().to(v.dtype) * v + (1.0 - a).sqrt().to(v.dtype) * sample
+        signal, noise = _LEVELS.to(v.dtype).to(sample.device)[:, t]  # not every device has float64
+        eps = signal * v + noise * sample
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
 
@@ -103,7 +105,8 @@ def load_embedded_model(dtype: torch.dtype = torch.float32, device: torch.device
         The network in evaluation mode, with gradients of the weights switched off.
     """
     folder = resources.files(__name__)
-    model = NoiseUNet2DModel(**json.loads(folder.joinpath("config.json").read_text()))
+    with torch.device("cpu"):  # and not on the default device, which may hold no values
+        model = NoiseUNet2DModel(**json.loads(folder.joinpath("config.json").read_text()))
     model.load_state_dict(load(folder.joinpath("fashion_mnist.safetensors").read_bytes()))
     torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own ``to`` warns without cause
     return model.eval().requires_grad_(False)
@@ -138,6 +141,8 @@ class EmbeddedDenoiser:
     labels: int | None = None
     guidance_scale: float | None = None
     model: UNet2DModel = field(default_factory=load_embedded_model, repr=False, compare=False)
+
+    prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if self.labels is not None and not 0 <= self.labels < NO_CLASS:

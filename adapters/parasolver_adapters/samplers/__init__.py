@@ -9,7 +9,15 @@ Example::
 """
 
 from parasolver_adapters.samplers.calls import UnsupportedSamplerError
+from parasolver_adapters.samplers.flows import sample_flow
 from parasolver_adapters.samplers.parallel import ParallelSampler, parallel
 from parasolver_adapters.samplers.rules import SamplerRule, step_rule_from_sampler
 
-__all__ = ["ParallelSampler", "SamplerRule", "UnsupportedSamplerError", "parallel", "step_rule_from_sampler"]
+__all__ = [
+    "ParallelSampler",
+    "SamplerRule",
+    "UnsupportedSamplerError",
+    "parallel",
+    "sample_flow",
+    "step_rule_from_sampler",
+]

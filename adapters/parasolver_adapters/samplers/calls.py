@@ -82,10 +82,12 @@ class SamplerCall:
 
     def given(self, name: str) -> Any:
         """An argument of that name, or None."""
+        if name in self.kwargs:
+            return self.kwargs[name]
         try:
             return inspect.signature(self.function).bind(None, None, *self.args, **self.kwargs).arguments.get(name)
-        except ValueError:
-            return self.kwargs.get(name)
+        except ValueError:  # some builtins have none
+            return None
 
     def silent(self, model: Any, x: Tensor, **replaced: Any) -> Any:
         """Call it without callbacks and progress bars."""

@@ -29,7 +29,7 @@ from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, sources, time_of
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.recurrence import predicted_sample_coefficients
-from parasolver_core.schedules import NoiseSchedule, PredictionType
+from parasolver_core.schedules import FlowSchedule, NoiseSchedule, PredictionType
 
 Network = Callable[[int, NDArray[np.float64], float], NDArray[np.float64]]
 
@@ -198,10 +198,17 @@ class _PathOf:
     def __call__(self, time: float) -> tuple[float, float, float, float]:
         alpha, sigma = 1.0, abs(float(time))
         if self.schedule is not None:
-            alpha, sigma = (float(level[0]) for level in self.schedule.levels(np.array([time])))
+            alpha, sigma = self._levels(self.schedule, float(time))
         with np.errstate(divide="ignore", invalid="ignore"):
             p, q = predicted_sample_coefficients(self.prediction_type, np.array(alpha), np.array(sigma))
         return alpha, sigma, float(p), float(q)
+
+    @staticmethod
+    def _levels(schedule: NoiseSchedule, time: float) -> tuple[float, float]:
+        if isinstance(schedule, FlowSchedule) and 0 <= time <= 1:
+            return 1 - time, time  # also at the clean end, where the last stage of a step may be
+        alpha, sigma = schedule.levels(np.array([time]))
+        return float(alpha[0]), float(sigma[0])
 
 
 def path_of(schedule: NoiseSchedule | None, prediction_type: PredictionType) -> Callable[[float], Any]:
@@ -239,6 +246,7 @@ def read(call: SamplerCall, model: Any, path: Callable[[float], Any], sigma_data
             raise UnsupportedSamplerError(
                 f"sampler: {call.name} returns something else than its last state, or a tuple that begins with it"
             )
+        _check_direction(path, run.times)
         scale, noisy_start = run.first(call)
         try:
             try:
@@ -353,6 +361,16 @@ def _band(call: SamplerCall, model: Any, network: Network, run: _Run) -> tuple[B
     noise = _Run.of(call, model, lambda i, x, time: np.zeros_like(x), Recorder(seed=1), zero)
     c = correlated_scale(as_rows((noise if run.end is not None else replace(noise, end=None)).states), a)
     return (a, b, c), not np.any(c)
+
+
+def _check_direction(path: Callable[[float], Any], times: list[float]) -> None:
+    """A schedule that was given has to fit the sampler's times."""
+    schedule = path.schedule if isinstance(path, _PathOf) else None
+    if schedule is not None and path(times[-1])[1] > path(times[0])[1]:
+        raise ValueError(
+            f"schedule: by it the noise grows from time {times[0]:.6g} to {times[-1]:.6g}, where a sampler goes from "
+            f"noise to data. {schedule.advice}"
+        )
 
 
 def _stages(band: Band) -> int:

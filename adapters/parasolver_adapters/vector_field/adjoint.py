@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.vector_field.newton import ParallelIntegrator, running_scale, settled
-from parasolver_adapters.vector_field.problem import Problem, steps
+from parasolver_adapters.vector_field.newton import ParallelIntegrator, basin, settled
+from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_adapters.vector_field.verification import is_rounding
 
 _MOST_ROUNDS = 40  # backward passes through one batched step; then the plain loop is differentiated
 
@@ -89,20 +90,26 @@ class _Adjoint:
         problem, n = self.problem, len(self.problem.grid)
         surrogate = self.integrator.surrogate(problem, 0, n)
         adjoint = torch.cat([torch.zeros_like(g[:-1]), g[-1:]])
-        before, eps = np.inf, torch.finfo(g.dtype).eps
+        before = np.inf
         for _ in range(self._rounds_that_pay()):
             rho = problem.flat(self._back(adjoint[1:]) + g[:-1] - adjoint[:-1])
             d = surrogate.propagate_back(rho, self.states)
             adjoint = torch.cat([adjoint[:-1] + problem.unflat(d), adjoint[-1:]])
-            scale = running_scale(problem.xp, problem.flat(adjoint).flip(0)).flip(0)[:-1]
-            size, defect = (float(torch.max(part.abs() / scale)) for part in (d, rho))
+            scale = self.integrator.scale(problem, adjoint.flip(0)).flip(0)
+            size = float(torch.max(d.abs() / scale[:-1]))
             if not np.isfinite(size):
                 break
-            if settled(size, before, defect, self.integrator.tolerance, eps):
+            if settled(size, before, self.integrator.tolerance, basin(problem.xp, g.dtype)):
+                return adjoint
+            if size > 0.5 * before and self._is_rounding(rho, adjoint, scale[:-1]):
                 return adjoint
             surrogate.update(size, size / before)
             before = size
         return self._sequential(g)
+
+    def _is_rounding(self, rho: Tensor, adjoint: Tensor, scale: Tensor) -> bool:
+        flat, unflat = self.problem.flat, self.problem.unflat
+        return is_rounding(self.problem.xp, rho, scale, lambda factors: flat(self._back(adjoint[1:] * unflat(factors))))
 
     def _rounds_that_pay(self) -> int:
         """As many as cost what the plain loop does."""
@@ -119,5 +126,5 @@ class _Adjoint:
         """By differentiating the plain loop."""
         with torch.enable_grad():
             first = self.states[:1].detach().requires_grad_()
-            states = [first, *steps(self.problem, 0, len(self.problem.grid), first)]
+            states = integrate_sequentially(self.problem, 0, len(self.problem.grid), [first])
             return torch.cat(torch.autograd.grad(states, states, list(g.split(1))))

@@ -23,7 +23,7 @@ class Grid:
     def __init__(self, t: NDArray[np.float64], like: Array, ndim: int) -> None:
         self.xp: Any = array_api_compat.array_namespace(like)
         self.t, self.h = t, np.diff(t)
-        self.ndim, self._like = ndim, like
+        self.ndim, self.dtype, self._like = ndim, like.dtype, like
         self._h = self.column(self.h)
         self._times: dict[float, Array] = {}
 

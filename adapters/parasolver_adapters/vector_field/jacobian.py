@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
 
 from parasolver_adapters.vector_field.field import own_memory
-from parasolver_adapters.vector_field.methods import ExponentialRungeKutta
+from parasolver_adapters.vector_field.methods import ExponentialRungeKutta, adams_weights, phi_functions
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
 from parasolver_core.arrays import Array
@@ -61,18 +62,28 @@ class FieldJacobian(Surrogate):
         count = np.diff(edges)
         mean = (grid.t[lo + edges[1:]] - grid.t[lo + edges[:-1]]) / count
         t, states = self._middle(y, edges)
-        J = self._jacobian(t, states)
-        scaled = J * xp.reshape(grid.asarray(mean), (blocks, *(1,) * (J.ndim - 1)))
-        increment = step_increment(xp, scaled, max(problem.method.order, 2), self._halvings(mean), self.dense)
+        increment = self._increment(self._jacobian(t, states), mean)
         block = increment
         for _ in range(int(np.log2(length))):
             block = doubled(xp, block, self.dense)
-        eye = grid.asarray(np.eye(problem.size)) if self.dense else 1.0
+        eye = grid.asarray(np.eye(increment.shape[-1])) if self.dense else 1.0
         h = np.concatenate([grid.h[lo:hi], np.full(blocks * length - n, mean[-1])]).reshape(blocks, length)
         ratio = h / mean[:, None]
-        equal = np.max(np.abs(ratio - 1)) < 1e-6
+        equal = np.max(np.abs(ratio - 1)) < 1e-6 or increment.shape[-1] != problem.size
         column = None if equal else xp.reshape(grid.asarray(ratio), (blocks, length, 1, 1))
         return Propagator(xp, increment, block + eye, n, column, length, self.dense)
+
+    def _increment(self, J: Array, mean: np.ndarray) -> Array:
+        """``A - 1`` for the mean step of each block."""
+        problem = self.problem
+        method, whole = problem.method, J
+        if isinstance(method, ExponentialRungeKutta):
+            whole = J + problem.grid.asarray(_linear_part(problem, method.linear, self.dense))
+        scaled = self._times(whole, mean)
+        return step_increment(problem.xp, scaled, max(method.order, 2), self._halvings(mean), self.dense)
+
+    def _times(self, J: Array, mean: np.ndarray) -> Array:
+        return J * self.problem.xp.reshape(self.problem.grid.asarray(mean), (len(mean), *(1,) * (J.ndim - 1)))
 
     def _middle(self, y: Array, edges: np.ndarray) -> tuple[Array, Array]:
         """Times and states in the middle of the blocks."""
@@ -85,18 +96,13 @@ class FieldJacobian(Surrogate):
         return grid.asarray(t), states
 
     def _jacobian(self, t: Array, y: Array) -> Array:
-        """Of the whole right-hand side: (blocks, samples, d, d) or (blocks, samples, d)."""
+        """Of the field: (blocks, samples, d, d) or (blocks, samples, d)."""
         problem = self.problem
         if problem.jacobian is not None:
-            J = _given(problem, problem.jacobian, t, y, self.dense)
-        elif self.dense:
-            J = _by_autograd(problem, t, y) if _prefer_autograd(y) else _by_differences(problem, t, y)
-        else:
-            J = _diagonal(problem, t, y)
-        method = problem.method
-        if isinstance(method, ExponentialRungeKutta):
-            J = J + problem.grid.asarray(_linear_part(problem, method.linear, self.dense))
-        return J
+            return _given(problem, problem.jacobian, t, y, self.dense)
+        if self.dense:
+            return _by_autograd(problem, t, y) if _prefer_autograd(y) else _by_differences(problem, t, y)
+        return _diagonal(problem, t, y)
 
     def _halvings(self, mean: np.ndarray) -> int:
         """An exponential method's steps are exact in the linear part however long; Taylor's series needs help there."""
@@ -105,6 +111,50 @@ class FieldJacobian(Surrogate):
             return 0
         norm = np.max(np.abs(method.linear).sum(axis=-1) if method.dense else np.abs(method.linear))
         return max(0, int(np.ceil(np.log2(max(norm * np.max(np.abs(mean)), 2**-3)))) + 3)
+
+
+class StepJacobian(FieldJacobian):
+    """Jacobians of the method's own steps, with the nodes before that they read: how far an error really grows.
+
+    Matrices act on the last ``memory + 1`` nodes at once. They are larger than what corrections need, and made once.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(replace(problem, jacobian=None), 0, len(problem.grid), dense=True)
+        self.memory = problem.method.memory
+
+    def propagate(self, r: Array, y: Array) -> Array:
+        xp, d = self.problem.xp, r.shape[-1]
+        before = xp.concat([xp.zeros_like(r)] * self.memory, axis=-1) if self.memory else r[..., :0]
+        return self._at(y).propagate(xp.concat([r, before], axis=-1))[..., :d]
+
+    def _increment(self, J: Array, mean: np.ndarray) -> Array:
+        xp, method = self.problem.xp, self.problem.method
+        if isinstance(method, ExponentialRungeKutta):
+            return self._exponential(method, J, mean)
+        if not self.memory:
+            return super()._increment(J, mean)
+        scaled, d, order = self._times(J, mean), J.shape[-1], self.memory + 1
+        weights = adams_weights(np.arange(order + 1.0), order)[-1]
+        top = xp.concat([scaled * float(w) for w in weights], axis=-1)
+        shift = np.eye(self.memory * d, order * d) - np.eye(self.memory * d, order * d, d)
+        rows = xp.concat([xp.zeros_like(top[..., :1, :])] * (self.memory * d), axis=-2)
+        return xp.concat([top, rows + self.problem.grid.asarray(shift)], axis=-2)
+
+    def _exponential(self, method: ExponentialRungeKutta, J: Array, mean: np.ndarray) -> Array:
+        problem, xp = self.problem, self.problem.xp
+        lengths, which = np.unique(mean, return_inverse=True)
+        L = _linear_part(problem, method.linear, True)
+        if method.dense:
+            tables = phi_functions(lengths, L[0])
+        else:  # matrices would be exponentiated at length
+            each = phi_functions(lengths, np.diagonal(L, axis1=-2, axis2=-1).ravel())
+            tables = tuple(t.reshape(-1, *L.shape[:-1])[..., None] * np.eye(problem.size) for t in each)
+        exp, phi_1, phi_2 = (t[which].reshape(len(mean), -1, problem.size, problem.size) for t in tables)
+        euler = problem.grid.asarray(exp - np.eye(problem.size)) + xp.matmul(problem.grid.asarray(phi_1), J)
+        if method.order == 1:
+            return euler
+        return euler + xp.matmul(problem.grid.asarray(phi_2), xp.matmul(J, euler))
 
 
 def _prefer_autograd(y: Array) -> bool:

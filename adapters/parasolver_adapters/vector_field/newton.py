@@ -8,6 +8,7 @@ vanish: at the sequential solution.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,15 @@ from numpy.typing import NDArray
 from parasolver_adapters.vector_field.jacobian import FieldJacobian
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_adapters.vector_field.surrogate import IdentitySurrogate, SecantSurrogate, Surrogate
+from parasolver_adapters.vector_field.verification import (
+    LARGEST_DENSE,
+    Recorder,
+    Samples,
+    Twin,
+    is_rounding,
+    local_scale,
+    reach,
+)
 from parasolver_core.arrays import Array, to_host
 
 Linearization = Literal["auto", "identity", "secant", "diagonal", "full", "sequential"]
@@ -25,6 +35,8 @@ FEWEST_STEPS = 64  # of a window; fewer are sooner made one after another
 _RATIO = 25  # the most steps of one level for one of the level before
 _COARSE_TOLERANCE = 1e-7  # a coarse level is no nearer to the finest than this anyway
 _MOST_ROUNDS = 40  # of one level; what needs more does not pay
+_SMALL = 16  # roundings: defects that need no further correction
+_DOUBT = 1 / 32  # of a defect may be left after a correction, whatever the corrections before say
 _DIVERGED = 1e3  # times the smallest correction
 _WASTE = 0.08  # of the sequential cost may go into windows that fail
 
@@ -38,12 +50,20 @@ class Effort:
         windows: windows solved in parallel.
         sequential_steps: steps of the grid made one after another.
         note: why steps were made one after another where parallel integration was tried.
+        reached: the trajectory so far, in pieces ``(n, *state)``.
+        twin: how rounding grew along coarse solutions of wide states.
+        samples: rows of batches, to be compared with the field called alone.
+        defects: of the steps made in parallel, in pieces, as far as is known: what the last correction left of them.
     """
 
     rounds: int = 0
     windows: int = 0
     sequential_steps: int = 0
     note: str = ""
+    reached: list[Array] = dataclasses.field(default_factory=list)
+    twin: Twin = dataclasses.field(default_factory=Twin)
+    samples: Samples = dataclasses.field(default_factory=Samples)
+    defects: list[Array] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,9 @@ class ParallelIntegrator:
     window: int | None
     coarse_steps: int
 
-    def integrate(self, problem: Problem, y0: Array, effort: Effort) -> Array:
-        """``(N + 1, *state)`` from ``y0``, ``(1, *state)``; counts what it did in ``effort``."""
-        n, states, lo = len(problem.grid), [y0], 0
+    def integrate(self, problem: Problem, effort: Effort) -> Array:
+        """``(N + 1, *state)`` from the first state in ``effort.reached``; counts there what it did."""
+        n, states, lo = len(problem.grid), effort.reached, 0
         width = cap = min(self.window or n, n)
         allowance = _WASTE * problem.sequential_cost(n)
         while lo < n:
@@ -91,8 +111,11 @@ class ParallelIntegrator:
                 effort.note = "Newton's method left its basin, and trying shorter windows would not pay"
                 break
         if lo < n:
+            if problem.size > LARGEST_DENSE:  # how an error grows in the steps to come is not known: let there be none
+                del states[1:]
+                lo = 0
             effort.sequential_steps += n - lo
-            states.append(integrate_sequentially(problem, lo, n, states[-1][-1:, ...], problem.past(lo, states)))
+            integrate_sequentially(problem, lo, n, states, problem.past(lo, states))
         return problem.xp.concat(states, axis=0)
 
     def surrogate(self, problem: Problem, lo: int, hi: int) -> Surrogate:
@@ -103,12 +126,25 @@ class ParallelIntegrator:
             return SecantSurrogate(problem.xp)
         return FieldJacobian(problem, lo, hi, dense=self.linearization == "full")
 
+    def scale(self, problem: Problem, states: Array) -> Array:
+        """What corrections are held against, (n, samples, size).
+
+        Where one number stands for the Jacobian of a whole sample, elements are not told apart.
+        """
+        scale = local_scale(problem.xp, problem.flat(states), reach(len(problem.grid)))
+        if self.linearization in ("full", "diagonal"):
+            return scale
+        return problem.xp.zeros_like(scale) + problem.xp.max(scale, axis=-1, keepdims=True)
+
     def _window(self, problem: Problem, lo: int, hi: int, states: list[Array], effort: Effort) -> tuple[Array, bool]:
         """The converged states behind ``lo``, and whether these are all of the window."""
         xp, y = problem.xp, states[-1][-1:, ...]
         nodes, *finer = level_nodes(lo, hi, self.coarse_steps)
         level = problem.coarse(nodes)
-        found = xp.concat([y, integrate_sequentially(level, 0, len(level.grid), y)], axis=0)
+        if problem.size > LARGEST_DENSE:
+            found = effort.twin.integrate(level, nodes, y)
+        else:
+            found = xp.concat(integrate_sequentially(level, 0, len(level.grid), [y]), axis=0)
         if not bool(xp.all(xp.isfinite(found))):
             return y[:0, ...], False
         for after in finer[:-1]:
@@ -124,61 +160,78 @@ class ParallelIntegrator:
     def _correct(
         self, problem: Problem, lo: int, hi: int, y: Array, past: Array | None, effort: Effort, tolerance: float
     ) -> tuple[Array, int]:
-        """Corrected states ``(hi - lo + 1, *state)`` and how many steps, from ``lo`` on, have converged."""
-        xp, n, tolerance = problem.xp, hi - lo, max(tolerance, self.tolerance)
-        eps = float(xp.finfo(y.dtype).eps)
-        surrogate = self.surrogate(problem, lo, hi)
+        """Corrected states ``(hi - lo + 1, *state)`` and how many steps, from ``lo`` on, have converged.
+
+        A coarse level, with a tolerance of its own, is done when its corrections promise to be; the finest is judged by
+        the correction that its own defects ask for.
+        """
+        xp, n, final = problem.xp, hi - lo, tolerance == 0.0
+        tolerance = max(tolerance, self.tolerance)
+        surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
         limit = problem.field.spent + problem.sequential_cost(n) / 2
-        before, best, moved = np.inf, np.inf, np.full(n, np.inf)
+        before, best, moved, field = np.inf, np.inf, np.full(n, np.inf), Recorder(problem.field)
         for _ in range(_MOST_ROUNDS):
-            ends, _past = problem.method.advance(problem.field, problem.grid, lo, hi, y[:-1, ...], past)
-            r = problem.flat(ends - y[1:, ...])
-            scale = running_scale(xp, problem.flat(y))[1:, ...]
-            defect = float(xp.max(xp.abs(r) / scale))
-            if defect <= 4 * eps:
-                return y, n
-            d = surrogate.propagate(r, y)
+            field.first = None
+            ends, _past = problem.method.advance(field, problem.grid, lo, hi, y[:-1, ...], past)
+            defects = problem.flat(ends - y[1:, ...])
+            d = surrogate.propagate(defects, y)
             effort.rounds += 1
+            corrected = xp.concat([y[:1, ...], y[1:, ...] + problem.unflat(d)], axis=0)
+            scale = self.scale(problem, corrected)[1:, ...]
             moved = to_host(xp.max(xp.abs(d) / scale, axis=(1, 2))).astype(np.float64)
             size = float(np.max(moved))
             if not np.isfinite(size):
                 return y, 0
-            y = xp.concat([y[:1, ...], y[1:, ...] + problem.unflat(d)], axis=0)
-            if settled(size, before, defect, tolerance, eps):
-                return y, n
+            done = settled(size, before, tolerance, basin(xp, y.dtype) if final else np.inf)
+            if not done and final:
+                done = bool(xp.all(xp.abs(defects) <= _SMALL * eps * scale))
+                if not done and size > 0.5 * before:
+                    done = self._rests(problem, lo, hi, y, ends, past, scale)
+            y = corrected
+            if done:
+                moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)
+                break
             surrogate.update(size, size / before)
             before, best = size, min(size, best)
             if size > _DIVERGED * best or problem.field.spent > limit:
                 break
         good = moved <= 0.1 * tolerance
-        return y, n if good.all() else int(np.argmin(good))
+        accepted = n if good.all() else int(np.argmin(good))
+        if final and accepted:
+            effort.samples.keep(field, problem.grid.h[lo : lo + accepted])
+            effort.twin.accept(lo + accepted, tolerance)
+            effort.defects.append(defects[:accepted, ...])
+        return y, accepted
+
+    def _rests(
+        self, problem: Problem, lo: int, hi: int, y: Array, ends: Array, past: Array | None, scale: Array
+    ) -> bool:
+        """Whether what the steps from y miss its nodes by is rounding."""
+        flat = problem.flat
+
+        def shaken(factors: Array) -> Array:
+            moved = y[:-1, ...] * (1 + problem.unflat(factors))
+            return flat(problem.method.advance(problem.field, problem.grid, lo, hi, moved, past)[0] - ends)
+
+        return is_rounding(problem.xp, flat(ends - y[1:, ...]), scale, shaken)
 
 
-def settled(size: float, before: float, defect: float, tolerance: float, eps: float) -> bool:
-    """Whether a trajectory is within the tolerance of where its corrections lead, or moves by rounding only.
+def settled(size: float, before: float, tolerance: float, basin: float) -> bool:
+    """Whether a trajectory is within the tolerance of where its corrections lead.
 
     Args:
         size, before: the last correction and the one before it, infinity for none; what is to come is taken to be a
             geometric series.
-        defect: that the last correction was made of.
         tolerance: wanted distance.
-        eps: relative rounding of a number.
+        basin: the largest correction whose ratio to another is trusted; far from the solution it says nothing.
     """
     theta = size / before if 0 < before < np.inf else 0.5
-    return (theta < 0.9 and size * theta / (1 - theta) <= tolerance) or (theta > 0.5 and defect <= 1e3 * eps)
+    return theta < 0.9 and size <= max(basin, tolerance) and size * theta / (1 - theta) <= tolerance
 
 
-def running_scale(xp: Any, states: Array) -> Array:
-    """(n, samples, size): the largest value of each component so far, at least a thousandth of its sample's.
-
-    Later states do not count: where they have run away, earlier ones would seem accurate beside them.
-    """
-    largest, n, reach = xp.abs(states), states.shape[0], 1
-    while reach < n:
-        largest = xp.concat([largest[:reach, ...], xp.maximum(largest[reach:, ...], largest[:-reach, ...])], axis=0)
-        reach *= 2
-    whole = xp.max(largest, axis=-1, keepdims=True) * 1e-3
-    return xp.maximum(xp.maximum(largest, whole), xp.full_like(whole, float(xp.finfo(states.dtype).smallest_normal)))
+def basin(xp: Any, dtype: Any) -> float:
+    """The largest correction behind which one may guess what is to come; if the guess is wrong, no harm is done."""
+    return float(xp.finfo(dtype).eps) ** 0.7
 
 
 def level_nodes(lo: int, hi: int, coarse_steps: int) -> list[NDArray[np.int64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -17,13 +18,13 @@ from parasolver_adapters.vector_field.grid import Grid, check_times
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
 from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Effort, Linearization, ParallelIntegrator
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_adapters.vector_field.verification import LARGEST_DENSE, doubt
 from parasolver_core.arrays import Array, detach, finite_rows, is_array, no_grad, to_host
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
 from parasolver_core.validation import check_count, check_tolerance
 
 _EXPECTED_ROUNDS = 5
-_LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
 
 
 class SequentialFallbackWarning(UserWarning):
@@ -157,6 +158,7 @@ def integrate(
     Raises:
         ValueError, TypeError: an argument is not as described here.
         NonFiniteError: the field gave NaN or infinity, or the state overflowed; ``error.solution`` has the states.
+        Whatever the field raises, or an interrupt: with the states up to the last one known as ``error.solution``.
 
     Warns:
         SequentialFallbackWarning: steps were made one after another although parallel integration was tried.
@@ -169,15 +171,21 @@ def integrate(
     choices.check(y0)
     check_count("substeps", substeps)
     problem, effort = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian), Effort()
-    with np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
-        with no_grad(problem.xp):
-            problem, integrator = choices.prepare(problem, y0)
-        states = _states(problem, integrator, y0, effort)
+    effort.reached = [detach(y0)[None, ...]]
+    integrator: ParallelIntegrator | None = None
+    try:
+        with np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
+            with no_grad(problem.xp):
+                problem, integrator = choices.prepare(problem, y0)
+            states = _states(problem, integrator, y0, effort)
+        solution = _solution(problem, states, effort, integrator)
+    except BaseException as error:
+        with suppress(Exception):  # of exceptions that refuse attributes, too
+            error.solution = _every(substeps, _partial(problem, effort, integrator, error))  # type: ignore[attr-defined]
+        raise
     if effort.note:
         _warn(_announcement(effort, problem))
-    solution = _solution(problem, states, effort, integrator)
-    if substeps > 1:
-        solution = replace(solution, t=solution.t[::substeps], states=solution.states[::substeps, ...])
+    solution = _every(substeps, solution)
     if throw and not solution.success:
         raise NonFiniteError(solution.message, cast(Any, solution))
     return solution
@@ -269,7 +277,7 @@ class _Choices:
             rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
             if rounds > problem.sequential_cost(steps):
                 return problem, None
-            asked = "diagonal" if problem.size == 1 else "full" if problem.size <= _LARGEST_DENSE else "secant"
+            asked = "diagonal" if problem.size == 1 else "full" if problem.size <= LARGEST_DENSE else "secant"
         eps = float(problem.xp.finfo(y0.dtype).eps)
         tolerance = 64 * eps if self.tolerance is None else self.tolerance
         return problem, ParallelIntegrator(asked, tolerance, self.window, self.coarse_steps)
@@ -278,11 +286,16 @@ class _Choices:
 def _states(problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort) -> Array:
     """The trajectory, with its gradients."""
     xp, n = problem.xp, len(problem.grid)
-    if integrator is None:
+    if integrator is not None:
+        with no_grad(xp):
+            states = integrator.integrate(problem, effort)
+            why = doubt(problem, states, effort, integrator.tolerance) if effort.windows else ""
+        effort.note = why or effort.note
+    if integrator is None or why:
         effort.sequential_steps = n
-        return xp.concat([y0[None, ...], integrate_sequentially(problem, 0, n, y0[None, ...])], axis=0)
-    with no_grad(xp):
-        states = integrator.integrate(problem, detach(y0)[None, ...], effort)
+        effort.reached = [y0[None, ...]]
+        integrate_sequentially(problem, 0, n, effort.reached)
+        return xp.concat(effort.reached, axis=0)
     if not _records_gradients(y0):
         return states
     from parasolver_adapters.vector_field.adjoint import attach
@@ -372,19 +385,48 @@ def _solution(problem: Problem, states: Array, effort: Effort, integrator: Paral
     if status is Status.CONVERGED:
         message = f"{len(problem.grid)} steps with {field.calls} calls and {field.evaluations} evaluations of the field"
         message += f" ({_announcement(effort, problem)})." if effort.note else "."
+    return _record(problem, problem.grid.t, states, (status, message), effort, integrator)
+
+
+def _record(
+    problem: Problem,
+    t: NDArray[np.float64],
+    states: Array,
+    outcome: tuple[Status, str],
+    effort: Effort,
+    integrator: ParallelIntegrator | None,
+) -> ODESolution:
     return ODESolution(
-        t=problem.grid.t,
+        t=t,
         states=states,
-        status=status,
-        message=message,
-        calls=field.calls,
-        evaluations=field.evaluations,
+        status=outcome[0],
+        message=outcome[1],
+        calls=problem.field.calls,
+        evaluations=problem.field.evaluations,
         rounds=effort.rounds,
         windows=effort.windows,
         sequential_steps=effort.sequential_steps,
         linearization="sequential" if integrator is None else integrator.linearization,
-        batching=field.batching,
+        batching=problem.field.batching,
     )
+
+
+def _partial(
+    problem: Problem, effort: Effort, integrator: ParallelIntegrator | None, error: BaseException
+) -> ODESolution:
+    """What was reached when the run ended by an exception; gradients are not kept."""
+    states = detach(problem.xp.concat(effort.reached, axis=0))
+    steps = states.shape[0] - 1
+    interrupted = isinstance(error, KeyboardInterrupt)
+    message = f"{'Interrupted' if interrupted else type(error).__name__} after {steps} of {len(problem.grid)} steps."
+    status = Status.INTERRUPTED if interrupted else Status.FAILED
+    effort = replace(effort, sequential_steps=steps if integrator is None else effort.sequential_steps)
+    return _record(problem, problem.grid.t[: steps + 1], states, (status, message), effort, integrator)
+
+
+def _every(substeps: int, solution: ODESolution) -> ODESolution:
+    """The solution at the times asked for."""
+    return replace(solution, t=solution.t[::substeps], states=solution.states[::substeps, ...])
 
 
 def _outcome(problem: Problem, states: Array) -> tuple[Status, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,17 +74,14 @@ class Problem:
         return replace(self, grid=grid, method=self.method.starter.bind(grid))
 
 
-def integrate_sequentially(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Array:
-    """States ``lo + 1 .. hi``, one step after another, from the state y at ``lo``, ``(1, *state)``.
+def integrate_sequentially(
+    problem: Problem, lo: int, hi: int, states: list[Array], past: Array | None = None
+) -> list[Array]:
+    """The states with ``lo + 1 .. hi`` appended, one step after another, from the last of the pieces ``states``.
 
     The loop goes on where a state is not finite; that is found out for all steps at once.
     """
-    states = list(steps(problem, lo, hi, y, past))
-    return problem.xp.concat(states, axis=0) if states else y[:0, ...]
-
-
-def steps(problem: Problem, lo: int, hi: int, y: Array, past: Array | None = None) -> Iterator[Array]:
-    """The same states one by one, ``(1, *state)``."""
     for n in range(lo, hi):
-        y, past = problem.method.advance(problem.field, problem.grid, n, n + 1, y, past)
-        yield y
+        y, past = problem.method.advance(problem.field, problem.grid, n, n + 1, states[-1][-1:, ...], past)
+        states.append(y)
+    return states

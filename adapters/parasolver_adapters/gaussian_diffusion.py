@@ -1,0 +1,384 @@
+"""The ``GaussianDiffusion`` object of guided-diffusion and of its forks, with its own loops, in parallel.
+
+One node is one call of the object's own ``p_sample`` or ``ddim_sample``, with all that happens in it: what the network
+predicts, clipping, ``denoised_fn``, the learned variance, guidance, and the noise, which is known in advance. Whatever
+the step makes of a state, ``F(x_i)``, the solver is given
+
+.. math::
+    m(x_i) = \\bigl(F(x_i) - a_i x_i - c_i z_i\\bigr) / b_i
+
+with the coefficients of DDPM or DDIM on the same schedule. So no formula of the object is written down a second time.
+
+Example::
+
+    diffusion = parallel_gaussian_diffusion(diffusion, window=32)
+    sample = diffusion.p_sample_loop(model, shape, model_kwargs={"y": labels})
+    print(diffusion.solution.message)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from parasolver_adapters.arguments import StepArguments
+from parasolver_adapters.draws import Listener
+from parasolver_adapters.samplers.calls import same_draws
+from parasolver_adapters.stepwise import Choices, Stepwise
+from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, StepRule
+
+LOOPS = ("p_sample_loop", "p_sample_loop_progressive", "ddim_sample_loop", "ddim_sample_loop_progressive")
+STEPS = ("p_sample", "ddim_sample")
+
+
+class UnsupportedDiffusionError(ValueError):
+    """The object's loop cannot be sampled in parallel; the message says why."""
+
+
+def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 16, **options: Any) -> Any:
+    """A copy of a ``GaussianDiffusion`` or ``SpacedDiffusion`` object whose loops find their samples in parallel.
+
+    ``p_sample_loop``, ``ddim_sample_loop`` and their ``_progressive`` forms have their own arguments and results:
+    ``noise``, ``clip_denoised``, ``denoised_fn``, ``cond_fn``, ``model_kwargs``, ``device``, ``progress``, ``eta``, and
+    those that a fork has added. Random numbers are drawn as the loop draws them. ``solution`` is that of the last loop.
+
+    Args:
+        diffusion: of openai/guided-diffusion or of code derived from it, such as facebookresearch/DiT; not changed.
+        window: as in :func:`parasolver_core.solve`; 1 leaves the loops as they are.
+
+    Other arguments:
+        options: further arguments of :func:`parasolver_core.solve`: ``tolerance``, ``method``, ``max_rounds``,
+            ``max_rows``, ``buckets``, ``state_device``, ``warmup_steps``, ``check``.
+
+    The network and ``cond_fn`` are called with rows of many steps: tensors in ``model_kwargs`` that have one entry for
+    each sample along their first axis, also inside dictionaries, are dealt out to them. ``denoised_fn`` has to work on
+    each row by itself.
+
+    Raises:
+        TypeError: it is no such object.
+        UnsupportedDiffusionError: when a loop is called that goes back in time, or mixes the samples of a batch.
+    """
+    missing = [name for name in ("alphas_cumprod", *STEPS[:1]) if not hasattr(diffusion, name)]
+    if missing:
+        raise TypeError(
+            f"diffusion: expected a GaussianDiffusion of guided-diffusion or its forks, got {type(diffusion).__name__} "
+            f"without {missing[0]}"
+        )
+    choices, own = Choices.checked(window, **options), copy.copy(diffusion)
+    own.solution = None
+    if not choices.sequential:
+        for name in LOOPS:
+            if hasattr(diffusion, name):
+                setattr(own, name, _loop(diffusion, own, name, choices))
+    return own
+
+
+def _loop(diffusion: Any, own: Any, name: str, choices: Choices) -> Callable[..., Any]:
+    """One of the loops, over steps of ours."""
+    original = getattr(diffusion, name)
+
+    @functools.wraps(original)
+    def loop(*args: Any, **kwargs: Any) -> Any:
+        own.solution = None
+
+        def done(solution: Solution) -> None:
+            own.solution = solution
+
+        return _run(diffusion, name, choices, done, args, kwargs)
+
+    def progressive(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from loop(*args, **kwargs)
+
+    return functools.wraps(original)(progressive) if inspect.isgeneratorfunction(original) else loop
+
+
+def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:
+    given = _named(getattr(diffusion, name), args, kwargs)
+    quiet = given | ({"progress": False} if "progress" in given else {})
+    draft = Draft(diffusion)
+    device = next((one for one in (given.get("device"), _device(given.get("model"))) if one), "cpu")
+    with same_draws(torch.empty(0, device=device), given):
+        result = getattr(draft.object, name)(**quiet)
+        if inspect.isgenerator(result):
+            for _ in result:
+                pass
+    live = _Live(draft, choices, done)
+    return getattr(live.object, name)(*args, **kwargs)
+
+
+def _named(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of a call by name, with defaults."""
+    signature = inspect.signature(function)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL and not named[name]:
+            del named[name]
+    return named
+
+
+def _device(model: Any) -> torch.device | None:
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if parameters is not None else None
+    return None if first is None else first.device
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of ``p_sample`` or ``ddim_sample``, as the loop made it.
+
+    Args:
+        name: of the method.
+        arguments: all of them but x and t, by name.
+        quiet: the same with functions of zeros in the place of networks.
+        t: (batch,).
+        draws: the normal draws made in it.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    quiet: dict[str, Any]
+    t: Tensor
+    draws: list[Tensor]
+
+
+class _Stepped:
+    """A copy of the object, with other steps; its loops are its own."""
+
+    def __init__(self, diffusion: Any) -> None:
+        self.object = copy.copy(diffusion)
+        for name in STEPS:
+            if hasattr(diffusion, name):
+                setattr(self.object, name, functools.partial(self._called, name, getattr(diffusion, name)))
+
+    def _called(self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = _named(step, args, kwargs)
+        x, t = arguments.pop("x"), arguments.pop("t")
+        return self.step(name, step, x, t, arguments)
+
+    def step(self, name: str, step: Callable[..., Any], x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Draft(_Stepped):
+    """The loop, run once with a network of zeros, for what it asks and draws."""
+
+    def __init__(self, diffusion: Any) -> None:
+        super().__init__(diffusion)
+        self.diffusion = diffusion
+        self.steps: list[_Step] = []
+        channels = 2 if "LEARNED" in str(getattr(diffusion, "model_var_type", "")) else 1
+        self._silenced: dict[str, Callable[..., Tensor]] = {
+            "model": lambda x, t, *args, **kwargs: torch.cat([x] * channels, dim=1) * 0,
+            "cond_fn": lambda x, t, *args, **kwargs: x * 0,
+            "denoised_fn": lambda x, *args, **kwargs: x,
+        }
+
+    def step(self, name: str, step: Callable[..., Any], x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+        quiet = {key: self._silenced.get(key, value) if value is not None else None for key, value in arguments.items()}
+        with Listener() as listener, torch.no_grad():
+            out = step(x=torch.zeros_like(x), t=t, **quiet)
+        if any(one.shape != x.shape for one in listener.draws):
+            shapes = {tuple(one.shape) for one in listener.draws}
+            raise UnsupportedDiffusionError(
+                f"diffusion: {name} draws noise of other shapes than its state's, {tuple(x.shape)}: {shapes}"
+            )
+        self.steps.append(_Step(name, arguments, quiet, t, listener.draws))
+        return out
+
+    def check_rows(self, step: Callable[..., Any], x: Tensor) -> None:
+        """Rows of different steps in one call have to come out as they do alone; tried without the network."""
+        last, batch = len(self.steps) - 1, len(x)
+        steps, samples = np.repeat([0, last // 2, last], batch), np.tile(np.arange(batch), 3)
+        rows = _RowStep(step, self.steps, batch, [one.quiet for one in self.steps])
+        states = torch.cat([x * 0.5, x, x * 2])
+        together = rows(states, steps, samples)["sample"]
+        for i in range(len(states)):
+            alone = rows(states[i : i + 1], steps[i : i + 1], samples[i : i + 1])["sample"]
+            if not torch.allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-4):
+                raise UnsupportedDiffusionError(
+                    f"diffusion: {self.steps[0].name} is not made row by row: timestep {self._t(steps[i])} of sample "
+                    f"{samples[i]} comes out differently beside other timesteps"
+                )
+
+    def _t(self, step: int) -> int:
+        return int(self.steps[step].t[0])
+
+    def table(self) -> tuple[StepRule, np.ndarray]:
+        """The rule of DDPM or DDIM on the loop's timesteps, in terms of the predicted clean sample."""
+        names = {step.name for step in self.steps}
+        if len(names) != 1:
+            raise UnsupportedDiffusionError(f"diffusion: expected a loop over one kind of step, got {names or 'none'}")
+        if any(bool((step.t != step.t[0]).any()) for step in self.steps):
+            raise UnsupportedDiffusionError("diffusion: expected the samples of a batch at one timestep in each step")
+        timesteps = np.array([int(step.t[0]) for step in self.steps])
+        if np.any(np.diff(timesteps) >= 0):
+            raise UnsupportedDiffusionError(
+                "diffusion: expected timesteps that fall at every step, as noise that is added again is no part of a "
+                f"sampler's steps; got {timesteps[:3].tolist()}..."
+            )
+        alphas_cumprod = torch.as_tensor(self.diffusion.alphas_cumprod).double().cpu().numpy()
+        schedule = NoiseSchedule.from_alphas_cumprod(alphas_cumprod, default_prediction_type="sample")
+        if names == {"ddim_sample"}:
+            return DDIM(schedule, eta=float(self.steps[0].arguments.get("eta", 0.0))), timesteps
+        large = "FIXED_LARGE" in str(getattr(self.diffusion, "model_var_type", ""))
+        return DDPM(schedule, variance_type="fixed_large" if large else "fixed_small"), timesteps
+
+
+class _Live(_Stepped):
+    """The loop, whose steps are the solver's."""
+
+    def __init__(self, draft: Draft, choices: Choices, done: Callable[[Solution], None]) -> None:
+        super().__init__(draft.diffusion)
+        self._draft, self._choices, self._done = draft, choices, done
+        self._rule, self._timesteps = draft.table()
+        self._run: Stepwise | None = None
+        self._nodes: Any = None
+        self._count = 0
+
+    def step(self, name: str, step: Callable[..., Any], x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+        i, steps = self._count, self._draft.steps
+        if i >= len(steps) or int(t[0]) != self._timesteps[i]:
+            raise UnsupportedDiffusionError(f"diffusion: step {i} of the loop is another than when it was tried out")
+        if self._run is None:
+            self._draft.check_rows(step, x)
+            self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [one.arguments for one in steps]), len(steps))
+            self._run = self._choices.begin(self._nodes, x, self._rule, self._timesteps, self._nodes.noise(steps))
+        for draw in steps[i].draws:  # leaves the random numbers where the step would have left them
+            torch.randn_like(draw)
+        self._count = i + 1
+        out = {"sample": self._run.after(i + 1).to(x), "pred_xstart": self._nodes.predicted(i).to(x)}
+        if self._count == len(steps):
+            self._done(self._run.solution)
+        return out
+
+
+class _RowStep:
+    """``p_sample`` or ``ddim_sample`` for rows of any steps, with the noise that the loop drew for them.
+
+    Args:
+        step: the method.
+        steps: as the loop made them.
+        batch: number of samples.
+        arguments: of each step.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], steps: list[_Step], batch: int, arguments: list[dict[str, Any]]
+    ) -> None:
+        counts = {len(one.draws) for one in steps}
+        if len(counts) != 1:
+            raise UnsupportedDiffusionError(f"diffusion: expected as many draws of noise in every step, got {counts}")
+        try:
+            self._arguments = StepArguments(arguments, batch, f"arguments of {steps[0].name}")
+        except ValueError as error:
+            raise UnsupportedDiffusionError(f"diffusion: {error}") from None
+        self._step, self._steps, self.batch = step, steps, batch
+        self._t = torch.stack([one.t for one in steps])
+
+    def __call__(self, x: Tensor, steps: np.ndarray, samples: np.ndarray) -> Any:
+        """What the step returns for these rows."""
+        rows = Rows(steps, samples, None, _no_noise)  # type: ignore[arg-type]
+        arguments = self._arguments(rows, x.device)
+        draws = [torch.stack(one).to(x) for one in zip(*map(self.draws_of, steps, samples), strict=True)]
+        if callable(arguments.get("model")):
+            arguments["model"] = _Unheard(arguments["model"])
+        if callable(arguments.get("cond_fn")):
+            arguments["cond_fn"] = _Unheard(arguments["cond_fn"])
+        t = self._t.to(x.device)[torch.as_tensor(steps, device=x.device), torch.as_tensor(samples, device=x.device)]
+        with _Played(draws):
+            return self._step(x=x, t=t, **arguments)
+
+    def draws_of(self, step: int, sample: int) -> list[Tensor]:
+        """The draws of one step of one sample."""
+        return [one[sample] for one in self._steps[step].draws]
+
+
+class _StepDenoiser:
+    """``m`` of the module's equation, and the clean samples that were predicted on the way."""
+
+    takes_rows = True
+
+    def __init__(self, rows: _RowStep, steps: int) -> None:
+        self._rows = rows
+        self._predictions: list[dict[int, Tensor]] = [{} for _ in range(steps)]
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
+        out = self._rows(x, rows.steps, rows.samples)
+        for step, sample, predicted in zip(rows.steps, rows.samples, out["pred_xstart"], strict=True):
+            self._predictions[step][sample] = predicted
+        table, kind = rows.recurrence, torch.promote_types(x.dtype, torch.float32)
+        columns = np.stack([table.a[rows.steps, 0], table.b[rows.steps, 0], table.c[rows.steps]])
+        a, b, c = torch.as_tensor(columns, dtype=kind, device=x.device).view(3, -1, *[1] * (x.ndim - 1))
+        change = out["sample"].to(kind) - a * x.to(kind)
+        if table.stochastic:
+            z = torch.stack([rows.noise(*at) for at in zip(rows.steps, rows.samples, strict=True)])
+            change = change - c * z.to(change)
+        return (change / b).to(x.dtype)
+
+    def noise(self, steps: list[_Step]) -> Callable[[int, int], Tensor]:
+        """The first draw of each step; nothing for a step that draws none."""
+
+        def draw(step: int, sample: int) -> Tensor:
+            draws = self._rows.draws_of(step, sample)
+            return draws[0] if draws else torch.zeros_like(steps[step].t, dtype=torch.float32)
+
+        return draw
+
+    def predicted(self, i: int) -> Tensor:
+        """The predicted clean samples of step i, asked for in order; interpolated where it was not evaluated."""
+        rows = [self._predicted(i, sample) for sample in range(self._rows.batch)]
+        if i:
+            self._predictions[i - 1].clear()
+        self._predictions[i] = dict(enumerate(rows))
+        return torch.stack(rows)
+
+    def _predicted(self, i: int, sample: int) -> Tensor:
+        if sample in self._predictions[i]:
+            return self._predictions[i][sample]
+        after = next((j for j in range(i, len(self._predictions)) if sample in self._predictions[j]), None)
+        before = self._predictions[i - 1][sample]
+        return before if after is None else torch.lerp(before, self._predictions[after][sample], 1 / (after - i + 1))
+
+
+class _Played(TorchFunctionMode):
+    """While active, on this thread only: normal draws are those at hand, in their order."""
+
+    def __init__(self, draws: list[Tensor]) -> None:
+        super().__init__()
+        self._draws = iter(draws)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn or func is torch.randn_like:
+            return next(self._draws)
+        return func(*args, **(kwargs or {}))
+
+
+class _Unheard:
+    """A network that is called as if nobody listened to the functions that it calls."""
+
+    def __init__(self, network: Callable[..., Any]) -> None:
+        self._network = network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+def _no_noise(step: int, sample: int) -> Tensor:
+    raise AssertionError("the noise of a step is played to it")

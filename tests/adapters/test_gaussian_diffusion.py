@@ -1,0 +1,186 @@
+"""The GaussianDiffusion object of guided-diffusion and its forks, in parallel through its own loops."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from torch import Tensor
+
+from parasolver_adapters.epsilon_models import space_timesteps
+from parasolver_adapters.gaussian_diffusion import UnsupportedDiffusionError, parallel_gaussian_diffusion
+from parasolver_core import NonFiniteError
+from tests.adapters.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
+from tests.adapters.weights import relative
+
+SHAPE = (2, 3, 4, 4)
+KWARGS = {"y": {"label": {"id": torch.tensor([3, 5])}, "scale": 0.7}}
+
+
+class Network(torch.nn.Module):
+    """eps, or the clean sample, and perhaps v; with labels in nested dictionaries, as of text-to-motion models."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.labels = torch.nn.Linear(48, 16 * channels), torch.nn.Embedding(10, 48)
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: dict[str, Any]) -> Tensor:
+        self.rows.append(len(x))
+        shift = y["scale"] * self.labels(y["label"]["id"]) + torch.sin(t[:, None] / 200)
+        hidden = torch.tanh(self.layer(x.flatten(1) + shift)).view(len(x), -1, 4, 4)
+        return 0.6 * x.repeat(1, hidden.shape[1] // 3, 1, 1) + 0.6 * hidden
+
+
+def towards(x: Tensor, t: Tensor, y: dict[str, Any]) -> Tensor:
+    """A classifier's gradient."""
+    goal = y["label"]["id"][:, None, None, None] / 10
+    return -0.3 * (x - goal * torch.tanh(1 + t / 1000)[:, None, None, None])
+
+
+def diffusion(
+    steps: int | str, variance: str = "LEARNED_RANGE", mean: str = "EPSILON", **options: Any
+) -> SpacedDiffusion:
+    return options.pop("cls", SpacedDiffusion)(
+        space_timesteps(1000, steps).tolist(),
+        betas=np.linspace(1e-4, 0.02, 1000),
+        model_mean_type=ModelMeanType[mean],
+        model_var_type=ModelVarType[variance],
+    )
+
+
+def both(
+    own: Any, loop: str, network: Any, tolerance: float = 0, window: int = 16, **options: Any
+) -> tuple[Any, Any, Any]:
+    """The sequential and the parallel result from the same random numbers, and the parallel object."""
+    parallel = parallel_gaussian_diffusion(own, window, tolerance=tolerance)
+    results, following = [], []
+    for one in (own, parallel):
+        torch.manual_seed(1)
+        made = getattr(one, loop)(network, SHAPE, model_kwargs=KWARGS, **options)
+        results.append(list(made) if inspect.isgenerator(made) else made)
+        following.append(torch.rand(1))
+    assert torch.equal(*following), "the global stream is where the loop would have left it"
+    return *results, parallel
+
+
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_SMALL", "FIXED_LARGE"])
+@pytest.mark.parametrize(
+    ("loop", "options"),
+    [
+        ("p_sample_loop", {}),
+        ("p_sample_loop", {"cond_fn": towards, "denoised_fn": lambda x: 0.95 * x}),
+        ("p_sample_loop", {"clip_denoised": False, "noise": torch.full(SHAPE, 0.5), "device": "cpu"}),
+        ("ddim_sample_loop", {}),
+        ("ddim_sample_loop", {"eta": 0.5, "cond_fn": towards}),
+    ],
+)
+def test_each_loop_gives_its_own_sample(variance: str, loop: str, options: dict[str, Any]) -> None:
+    network = Network(6 if "LEARNED" in variance else 3)
+    want, got, parallel = both(diffusion("ddim25", variance), loop, network, **options)
+    assert relative(got, want) < 3e-6
+    assert parallel.solution.stats.rounds < 25
+
+
+@pytest.mark.parametrize(("loop", "most"), [("p_sample_loop", 20), ("ddim_sample_loop", 10)])
+def test_within_the_tolerance_in_far_fewer_rounds(loop: str, most: int) -> None:
+    want, got, parallel = both(diffusion(100), loop, Network(6), tolerance=1e-2, window=32)
+    assert relative(got, want) < 1e-2
+    assert parallel.solution.stats.rounds <= most
+
+
+def test_networks_that_predict_the_clean_sample() -> None:
+    want, got, _ = both(diffusion("20", "FIXED_SMALL", "START_X"), "p_sample_loop", Network(3))
+    assert relative(got, want) < 3e-6
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop_progressive", "ddim_sample_loop_progressive"])
+@pytest.mark.parametrize("tolerance", [0, 1e-2])
+def test_progressive_loops_give_every_step_in_order(loop: str, tolerance: float) -> None:
+    want, got, _ = both(diffusion(60), loop, Network(6), tolerance)
+    assert len(got) == len(want) == 60
+    for one, other in zip(got, want, strict=True):
+        for key in ("sample", "pred_xstart"):
+            assert relative(one[key], other[key]) < max(1e-5, 3 * tolerance)
+
+
+def test_progressive_loops_give_a_step_as_soon_as_it_is_known() -> None:
+    network = Network(6)
+    steps = parallel_gaussian_diffusion(diffusion(60), 8).p_sample_loop_progressive(network, SHAPE, model_kwargs=KWARGS)
+    assert network.rows == []
+    next(steps)
+    assert sum(network.rows) < 60
+
+
+def test_the_object_stays_as_it_is_and_the_copy_is_of_its_class() -> None:
+    own = diffusion(20)
+    before = dict(vars(own))
+    parallel = parallel_gaussian_diffusion(own, 8)
+    assert isinstance(parallel, SpacedDiffusion)
+    assert parallel.solution is None
+    for name in ("p_sample_loop", "ddim_sample_loop_progressive"):
+        assert inspect.signature(getattr(parallel, name)) == inspect.signature(getattr(own, name))
+    parallel.p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
+    assert vars(own) == before
+    sequential = parallel_gaussian_diffusion(own, 1)
+    network = Network(6)
+    sequential.p_sample_loop(network, SHAPE, model_kwargs=KWARGS)
+    assert network.rows == [2] * 20
+
+
+def test_progress_shows_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    parallel_gaussian_diffusion(diffusion(20), 8).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS, progress=True)
+    assert capsys.readouterr().err.count("20/20") == 1
+
+
+class AddsNoiseAgain(SpacedDiffusion):
+    """Goes back in time, as resampling for inpainting does."""
+
+    def _loop(self, step: Any, model: Any, shape: Any, **options: Any) -> Any:
+        x = torch.randn(*shape)
+        for i in (3, 2, 3, 2, 1, 0):
+            out = step(model, x, torch.tensor([i] * shape[0]), **options)
+            yield out
+            x = out["sample"]
+
+
+class SameNoise(SpacedDiffusion):
+    """Gives all samples of a batch the first one's noise, which rows of other steps then would have too."""
+
+    def p_sample(self, model: Any, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
+        out = super().p_sample(model, x, t, **options)
+        return out | {"sample": out["sample"] + 0.1 * torch.randn_like(x)[:1]}
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (AddsNoiseAgain, r"expected timesteps that fall at every step.* got \[3, 2, 3\]"),
+        (SameNoise, "p_sample is not made row by row: timestep"),
+    ],
+)
+def test_what_cannot_be_sampled_in_parallel_is_refused(cls: Any, message: str) -> None:
+    with pytest.raises(UnsupportedDiffusionError, match=message):
+        parallel_gaussian_diffusion(diffusion(20, cls=cls), 8).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
+
+
+def test_bad_arguments_and_networks() -> None:
+    with pytest.raises(
+        TypeError, match=r"diffusion: expected a GaussianDiffusion .* got Network without alphas_cumprod"
+    ):
+        parallel_gaussian_diffusion(Network(3))
+    with pytest.raises(ValueError, match="window: expected an integer of at least 1"):
+        parallel_gaussian_diffusion(diffusion(20), 0)
+    with pytest.raises(NonFiniteError, match="gave NaN or infinity") as caught:
+        parallel_gaussian_diffusion(diffusion(20), 8).p_sample_loop(
+            lambda x, t, y: torch.cat([x, x], dim=1) * torch.where(t < 500, torch.nan, 1.0)[:, None, None, None],
+            SHAPE,
+            model_kwargs=KWARGS,
+            device="cpu",
+            clip_denoised=False,
+        )
+    assert caught.value.solution is not None

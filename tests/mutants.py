@@ -1,0 +1,224 @@
+"""How much the tests notice: small changes of the code, one at a time, each followed by the tests closest to it.
+
+``python -m tests.mutants --seed 0 --count 200 --seconds 3600`` works in a temporary copy of the project, and lists the
+changes after which all tests that were run still pass. Look at each: it changes nothing that matters, or a test is
+missing. Changes of docstrings, messages, annotations and logging are not made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = ("__init__.py", "introspection.py", "progress.py", "errors.py")
+PARTS = {"core": "parasolver_core", "adapters": "adapters/parasolver_adapters"}
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div,
+    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.MatMult: ast.Mult,
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
+CLOSEST = {  # by the file's name, beside the test files that name its module
+    "solver": ["promises", "interrupts", "bad_input"], "state": ["promises", "memory"],
+    "window": ["promises", "correction"],
+    "acceptance": ["custom_rules", "promises"], "correction": ["correction", "rows"], "hierarchy": ["hierarchy"],
+    "recurrence": ["oracles", "influence"], "step_rules": ["oracles", "step_rules_diffusers"], "noise": ["promises"],
+    "denoiser": ["memory", "rows", "bad_input"], "anderson": ["published"], "methods": ["published", "hierarchy"],
+    "linearization": ["promises"], "costs": ["planning"], "arrays": ["promises", "memory"], "validation": ["bad_input"],
+    "exchange": ["distributed"], "sharing": ["shared_pipelines"],
+}  # fmt: skip
+
+PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
+LIBRARIES = ("numpy", "torch", "hypothesis", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
+_FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+Change = Callable[[], str]
+Site = tuple[Path, int, int]
+
+
+def changes(tree: ast.AST, skipped: set[int]) -> Iterator[tuple[ast.AST, Change]]:
+    """Every small change of a module, as a function that makes it and says what it was."""
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+            yield node, _setter(node.ops, 0, COMPARISONS[type(node.ops[0])]())
+        elif isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in ARITHMETIC:
+            yield node, _setter(node, "op", ARITHMETIC[type(node.op)]())
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            yield node, _setter(node, "op", ast.UAdd())
+        elif isinstance(node, ast.BoolOp):
+            yield node, _setter(node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And())
+        elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            yield node, _setter(node, "test", _without_not(node.test))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+            value = node.value
+            yield node, _setter(node, "value", (not value) if isinstance(value, bool) else value + 1 if value else 1)
+        elif isinstance(node, ast.Name) and node.id in NAMES:
+            yield node, _setter(node, "id", NAMES[node.id])
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+            yield node, _setter(node, "attr", NAMES[node.attr])
+        elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
+            yield node, _setter(node, "value", ast.Constant(None))
+
+
+def _setter(target: object, at: str | int, new: object) -> Change:
+    def change() -> str:
+        if isinstance(at, int):
+            target[at] = new  # type: ignore[index]
+        else:
+            setattr(target, at, new)
+        return type(new).__name__ if isinstance(new, ast.AST) else repr(new)
+
+    return change
+
+
+def _without_not(test: ast.expr) -> ast.expr:
+    return (
+        test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else ast.UnaryOp(ast.Not(), test)
+    )
+
+
+def _skipped(tree: ast.AST) -> set[int]:
+    """Nodes whose change is no change of behaviour: annotations, what an error says, decorators, `__all__`."""
+    roots: list[ast.AST] = []
+    for node in ast.walk(tree):
+        roots += [part for name in ("annotation", "returns") if (part := getattr(node, name, None)) is not None]
+        roots += getattr(node, "decorator_list", [])
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            roots += node.exc.args
+        if isinstance(node, (ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)):
+            roots.append(node)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            roots.append(node)
+    return {id(inner) for root in roots for inner in ast.walk(root)}
+
+
+def sites(part: str) -> list[Site]:
+    """``(file, line, number of the change in the file)`` of every change that could be made."""
+    files = [file for file in sorted((ROOT / PARTS[part]).rglob("*.py")) if file.name not in LEFT_OUT]
+    found = []
+    for file in files:
+        tree = ast.parse(file.read_text())
+        found += [
+            (file.relative_to(ROOT), getattr(node, "lineno", 0), number)
+            for number, (node, _) in enumerate(changes(tree, _skipped(tree)))
+        ]
+    return found
+
+
+def mutated(file: Path, number: int) -> tuple[str, str]:
+    """The text of a module with one change, and what it is."""
+    tree = ast.parse((ROOT / file).read_text())
+    node, change = list(changes(tree, _skipped(tree)))[number]
+    before = ast.unparse(node).splitlines()[0]
+    told = change()
+    return ast.unparse(ast.fix_missing_locations(tree)), f"{before[:80]}  ->  {told}"
+
+
+def closest(file: Path) -> list[str]:
+    """The test files to run, the closest first: those named, then those that import the module, the quickest first."""
+    folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
+    tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
+    module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
+    named = [one for name in CLOSEST.get(file.stem, [file.stem]) for one in tests if one.stem == f"test_{name}"]
+    naming = [one for one in tests if module in one.read_text() or file.stem in one.stem]
+    package = module.rpartition(".")[0]
+    naming += tests if folder == "core" else [one for one in tests if f"{package} import" in one.read_text()]
+    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(named + naming)]
+
+
+def survives(copy: Path, file: Path, number: int, limit: float) -> str | None:
+    """What the change was, if all tests near it still pass; None if one fails or hangs."""
+    text, told = mutated(file, number)
+    whole = (ROOT / file).read_text()
+    (copy / file).write_text(text)
+    tests = _FORK.Process(target=_run_tests, args=(copy, closest(file)))
+    tests.start()
+    tests.join(limit)
+    undecided = tests.is_alive()
+    tests.kill()
+    tests.join()
+    (copy / file).write_text(whole)
+    if undecided:
+        return f"{told}  (time ran out, undecided)"
+    return told if tests.exitcode == 0 else None
+
+
+def _run_tests(copy: Path, files: list[str]) -> None:
+    """In a process of its own, which has the large libraries already and takes the project from the copy."""
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / "adapters")]
+    for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
+        del sys.modules[name]
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600"]
+    os._exit(int(pytest.main([*options, *files])))
+
+
+def work(own: list[Site], each: float, end: float, results: Any) -> None:
+    """The changes of one worker, in a copy of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache"))
+        for file, line, number in own:
+            if time.monotonic() > end:
+                break
+            results.put((f"{file}:{line}", survives(copy, file, number, each)))
+    results.put(None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="How much the tests notice.")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample of changes")
+    parser.add_argument("--count", type=int, default=200, help="how many changes")
+    parser.add_argument("--seconds", type=float, default=3600, help="no new change after so many seconds")
+    parser.add_argument("--workers", type=int, default=2, help="how many copies of the project work at once")
+    parser.add_argument("--each", type=float, default=180, help="seconds for the tests of one change")
+    parser.add_argument("--part", choices=[*PARTS, "both"], default="both")
+    parser.add_argument("--file", default="", help="only files whose name contains this")
+    given = parser.parse_args(argv)
+    known = [one for part in PARTS if given.part in (part, "both") for one in sites(part) if given.file in one[0].name]
+    sample = random.Random(given.seed).sample(known, min(given.count, len(known)))
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    results, end = _FORK.Queue(), time.monotonic() + given.seconds
+    parts = [sample[start :: given.workers] for start in range(given.workers)]
+    workers = [_FORK.Process(target=work, args=(part, given.each, end, results)) for part in parts]
+    for worker in workers:
+        worker.start()
+    counts, left = {"noticed": 0, "survived": 0, "undecided": 0}, len(workers)
+    while left:
+        result = results.get()
+        if result is None:
+            left -= 1
+            continue
+        place, told = result
+        counts["noticed" if told is None else "undecided" if told.endswith("undecided)") else "survived"] += 1
+        if told is not None:
+            print(f"{place}: {told}", flush=True)
+    decided = max(counts["noticed"] + counts["survived"], 1)
+    print(f"{counts['noticed'] / decided:.0%} noticed; {counts}, of {len(known)} changes that could be made")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
