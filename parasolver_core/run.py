@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class Outcome:
         state: the sample, or the last final state, (size,), in the user's library.
         kept: all final states, if they were to be kept; else none.
         failed_node: where numbers ran out of range; -1: nowhere.
+        expected: gives the output of the network at node i, (size,), as far as it is known by interpolation; None where
+            each node was evaluated.
     """
 
     status: Status
@@ -34,6 +36,7 @@ class Outcome:
     state: Array
     kept: Sequence[Array]
     failed_node: int = -1
+    expected: Callable[[int], Array] | None = None
 
 
 class Run(ABC):

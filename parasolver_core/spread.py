@@ -13,6 +13,7 @@ Samples that have the same nodes are one run, and move together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -269,8 +270,10 @@ class SpreadNodes(Run):
         final, steps = self._final(rows), self._form.steps
         for place, row in enumerate(rows.tolist()):
             sample, error, x = int(self.samples[row]), self.refinements[row].error, self._give(final[place, :])
-            kept = [self._give(state) for state in self._all_states(row, final[place, :])] if self._plan.keep else ()
-            self.ended[sample] = Outcome(Status.CONVERGED, steps, error, x, kept)
+            states = self._all_states(row, final[place, :]) if self._plan.keep else []
+            expected = partial(self._expected, self._S[row, len(self._level.nodes) :, :], states) if states else None
+            kept = [self._give(state) for state in states]
+            self.ended[sample] = Outcome(Status.CONVERGED, steps, error, x, kept, expected=expected)
 
     def _refine(self, rows: Indices) -> None:
         """Add the midpoints (at first: spread the nodes), with interpolated predictions and slopes."""
@@ -338,6 +341,16 @@ class SpreadNodes(Run):
             z = self._noise(i, int(self.samples[row])) if recurrence.c[i] != 0 else None
             states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return [*states, final]
+
+    def _expected(self, held: Array, states: list[Array], i: int) -> Array:
+        return self._give(self._output(held, i, states[i]))
+
+    def _output(self, held: Array, i: int, x: Array) -> Array:
+        """The output at node i for the state x, (size,), of the predictions ``held``, (n, size), at the nodes."""
+        recurrence = self._plan.recurrence
+        weights = interpolation(np.array([i]), self._level.nodes, recurrence.stages)
+        h = matmul(self._xp, self._put(weights), held)[0, :]
+        return combine(recurrence.believed(i, h, x))
 
     def _give(self, array: Array) -> Array:
         """An array of the nodes' as one of the user's library, in the same memory."""

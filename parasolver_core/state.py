@@ -248,6 +248,18 @@ class ParallelState(SolverState):
             self._outcomes |= run.ended
         self.runs = [successor for run in self.runs for successor in run.successors()]
 
+    def final(self, step: int) -> Array:
+        """The state after so many steps of every sample, ``(batch, *event)``; they are final, and kept for a trajectory."""
+        rows = [states()[step] for states in self._reached.kept]
+        return self._given_back(_stacked(self.xp, rows, self.x_T.shape))
+
+    def expected(self, sample: int, i: int) -> Array | None:
+        """The output expected at node i of a final sample, ``(*event)``, if nodes between evaluated ones were not asked."""
+        outcome = self._outcomes.get(sample)
+        if outcome is None or outcome.expected is None:
+            return None
+        return self.xp.reshape(outcome.expected(i), self.x_T.shape[1:])
+
     @property
     def converged(self) -> bool:
         """Whether all samples are final, before the round is committed."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -112,8 +110,7 @@ class Stepwise:
             raise (ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError)(
                 solution.message, solution
             )
-        rows: Sequence[Any] = [window.kept[steps] for window in state.windows]  # type: ignore[index]
-        return torch.stack([torch.as_tensor(row) for row in rows]).reshape(state.x_T.shape)
+        return state.final(steps)
 
     @property
     def solution(self) -> Solution:

@@ -32,7 +32,6 @@ from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
 from parasolver_core.denoiser import SharedDenoiser
-from parasolver_core.hierarchy import SpreadNodes
 from parasolver_core.solution import RoundRecord
 
 
@@ -105,11 +104,11 @@ class Replay(Listener):
 
         The recurrence is that of the state; where the loop has changed it since, the pipeline's output differs.
         """
-        window = self._state.windows[0]
-        if not isinstance(window, SpreadNodes) or window.kept is None:
+        m = self._state.expected(0, i)
+        if m is None:
             return given["model_output"]
-        x = given["sample"]
-        m, state = window.expected(i).reshape(x.shape), window.kept[i].reshape(x.shape)
+        x, state = given["sample"], self._state.final(i)[0]
+        m, state = m.reshape(x.shape), state.reshape(x.shape)
         if not self._capture.unchanged:
             m = m - (x.to(m.dtype) - state) * _weight(self._rule, i)
         return m.to(given["model_output"].dtype)
@@ -191,7 +190,7 @@ class Replay(Listener):
 
     def _until(self, steps: int) -> torch.Tensor:
         """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
-        state, window = self._state, self._state.windows
+        state = self._state
         while state.steps[0] < steps and not self._solver.done(state):
             self._round()
             if getattr(self._pipe, "interrupt", False) and state.steps[0] < steps:
@@ -200,9 +199,7 @@ class Replay(Listener):
             solution = self._solver.result(state)
             error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
             raise error(solution.message, solution)
-        kept = window[0].kept
-        assert kept is not None
-        return kept[steps].reshape(state.x_T.shape[1:]).to(state.x_T.dtype, copy=True)
+        return state.final(steps)[0].clone()
 
     def _round(self) -> None:
         self._solver.step(self._state)
