@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
 Array = Any  # an array of any library that array-api-compat knows
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 _SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
@@ -168,3 +171,18 @@ def working_dtype(xp: Any, dtype: Any) -> Any:
 def no_grad(xp: Any) -> Any:
     """A context in which the library records no gradients; does nothing where there are none."""
     return xp.no_grad() if array_api_compat.is_torch_namespace(xp) else nullcontext()
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
+
+    A network that was compiled by itself stays compiled inside.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
+        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return called

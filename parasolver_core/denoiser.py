@@ -362,9 +362,11 @@ def check_prediction(prediction: Array, x: Array) -> None:
     if got is None:
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
+    hint = "one prediction a row, in the dtype and on the device of x"
+    if got[0] != tuple(x.shape) and x.ndim == 1:
+        hint = "an x_T of shape (n,) is n samples of one number each; for one sample of n numbers give x_T[None]"
     raise ValueError(
-        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
-        "one prediction a row, in the dtype and on the device of x"
+        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; {hint}"
     )
 
 

@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, outside_graphs, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
@@ -184,6 +184,7 @@ class Solver(ABC):
         state.halt(_status_after(error))
         return self._partial(state)
 
+    @outside_graphs
     def solve(
         self,
         denoiser: DenoiserFn,
@@ -359,6 +360,7 @@ class ParallelIntegralSolver(Solver):
         return outputs[: len(running)], ends[-1]
 
 
+@outside_graphs
 def solve(
     denoiser: DenoiserFn,
     x_T: Array,
@@ -642,8 +644,13 @@ def _message(status: Status, state: SolverState) -> str:
     ran_out = (
         "" if memory is None else f" Memory ran out; the network was called with at most {memory} rows from then on."
     )
+    fewer = f" instead of {total}" if rounds < total else ""
+    each = " a sample" if state.batch > 1 else ""
     return {
-        Status.CONVERGED: f"Converged in {rounds} rounds and {state.stats.evaluations} evaluations.{ran_out}",
+        Status.CONVERGED: (
+            f"Converged in {rounds} rounds{fewer}, with {state.stats.evaluations / state.batch:g} evaluations{each}."
+            f"{ran_out}"
+        ),
         Status.MAX_ROUNDS: (
             f"Not converged within max_rounds={rounds}: {steps} of {total} steps are final. Raise max_rounds "
             f"({total} always suffice), the window or the tolerance."
