@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -112,15 +111,21 @@ class SharedDenoiser(ABC):
         """
 
 
-@contextmanager
-def telling(denoiser: Any) -> Iterator[None]:
-    """Within the block, an exception that ends the run is told to the processes that share the rows."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(denoiser, SharedDenoiser):
-            denoiser.end(error)
-        raise
+class Telling:
+    """Within its ``with`` block, an exception that ends the run is told to the processes that share the rows.
+
+    No generator: that would set attributes of the exception, which it may refuse.
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self._denoiser = denoiser
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.end(error)
 
 
 class BatchedCall:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, outside_graphs, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
-from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
+from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, Telling
 from parasolver_core.errors import (
     ConvergenceError,
     NonFiniteError,
@@ -205,7 +205,7 @@ class Solver(ABC):
         state: SolverState | None = None
         solution: Solution | None = None
         try:
-            with telling(denoiser):
+            with Telling(denoiser):
                 state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
                 with Meter(progress, len(state.recurrence) * state.batch) as show:
                     while not self.done(state):
@@ -525,7 +525,7 @@ def _chosen(
     rounds = {"warmup_steps": parallel.warmup_steps, "max_rounds": parallel.max_rounds}
 
     def choose_now() -> Choice:
-        with telling(denoiser):
+        with Telling(denoiser):
             return choose_timed()
 
     def choose_timed() -> Choice:
