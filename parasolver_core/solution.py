@@ -145,7 +145,7 @@ class Solution:
         error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS.
         stats: what it cost.
         trajectory: ``(N + 1, batch, *event)`` with ``save="trajectory"``: all states, ``x_T`` first, the sample
-            last; NaN where a state is not final. Else None.
+            last, to the bit; NaN where a state is not final; on the device of the states. Else None.
         states: the last final state of each sample, ``(batch, *event)``.
     """
 
