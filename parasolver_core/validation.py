@@ -85,7 +85,9 @@ def _check_plain_torch(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a plain tensor, got a nested one; give tensor.to_padded_tensor(value)")
     if str(value.layout) != "torch.strided":
         raise TypeError(f"{name}: expected a plain tensor, got the layout {value.layout}; give tensor.to_dense()")
-    if module != "torch" or kind not in ("Tensor", "Parameter", "Buffer"):
+    plain = module == "torch" and kind in ("Tensor", "Parameter", "Buffer")
+    device_of_its_own = kind != "MaskedTensor" and "__torch_dispatch__" in vars(type(value))  # below the arithmetic
+    if not plain and not device_of_its_own:
         raise TypeError(
             f"{name}: expected a plain tensor, got the subclass {kind}, whose own arithmetic the solver does not "
             "follow; give tensor.as_subclass(torch.Tensor), or what it holds as a tensor"
