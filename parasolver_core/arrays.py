@@ -75,6 +75,11 @@ def coarse(xp: Any, row: Array) -> Array:
     return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
 
 
+def mean_square(xp: Any, row: Array) -> Array:
+    """``[mean of the squares]`` of (size,), of the same dtype."""
+    return xp.reshape(vecdot(xp, row, row), (1,)) / row.shape[0]
+
+
 def matmul(xp: Any, a: Array, b: Array) -> Array:
     """``a @ b`` in the full precision of their dtype, whatever a user has allowed for a network's products.
 

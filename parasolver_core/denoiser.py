@@ -22,7 +22,8 @@ from parasolver_core.step_rules import StepRule
 class DenoiserFn(Protocol):
     """``denoiser(x, t) -> prediction``, the network in the form in which the solver calls it.
 
-    ``x`` is ``(rows, *event)``, where the rows are the time steps and samples of one round in any number and order;
+    ``x`` is ``(rows, *event)``, where the rows are the time steps and samples of one round in any number: sample by
+    sample, and of each sample as many as it has nodes in the round, which need not be the same number for all.
     ``t`` is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).

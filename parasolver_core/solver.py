@@ -272,7 +272,8 @@ class ParallelIntegralSolver(Solver):
         tolerance: wanted relative RMS distance to the sequential sample; 0 means exact.
         method: a preset's name or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
-        check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
+        check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
+            other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         max_rounds: give up after so many; by default never: N suffice, or N and a sliding window's with spread nodes.
         max_rows, buckets, state_device: how the network is called, as in :func:`solve`.
 
@@ -420,7 +421,8 @@ def solve(
             rows of a call are then on the network's device. For states so large that a window of them does not fit.
         warmup_steps: further sequential network calls after the first, before the window opens; no nodes are
             spread then.
-        check: spend one evaluation on finding a denoiser that is not deterministic.
+        check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
+            other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
             one with the same noise and another condition. It changes the cost and not the result. Nodes begin there,
             and are not spread.
@@ -439,6 +441,7 @@ def solve(
         ConvergenceError: not within ``max_rounds``.
         NonFiniteError: the network gave NaN or infinity.
         NondeterministicDenoiserError: the network does not repeat itself.
+        CoupledRowsError: a row's prediction depends on other rows, its place or their number.
 
     Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
     """
