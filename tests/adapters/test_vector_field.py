@@ -417,7 +417,9 @@ def test_what_was_reached_on_a_grid_with_substeps() -> None:
 def test_linear_field_backwards_in_time(steps: int) -> None:
     """A ratio of two corrections was trusted although neither was small: -2e226 was accepted for 1.9e138."""
     t, h = np.linspace(5.15, 0, steps + 1), 5.15 / steps
-    y = odeint(lambda t, y: -155.0 * y + np.sin(t), np.array([0.0375]), t, method="euler")[:, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        y = odeint(lambda t, y: -155.0 * y + np.sin(t), np.array([0.0375]), t, method="euler")[:, 0]
     expected = [0.0375]
     for now in t[:-1]:
         expected.append((1 + 155 * h) * expected[-1] - h * np.sin(now))
@@ -428,7 +430,7 @@ def test_linear_field_backwards_in_time(steps: int) -> None:
 @pytest.mark.parametrize("field", [np.tanh, lambda y: y * (1 - y)])
 @pytest.mark.parametrize("other", [False, True])
 def test_element_that_decays_to_nothing_and_grows_again(rate: float, field: Any, other: bool) -> None:
-    """Held against the largest value so far, defects let 19.7 pass for 1.0004; others gave a false NaN."""
+    """Defects once were held against the largest value so far: 19.7 was accepted for 1.0004, or NaN told of."""
     t = np.linspace(0, 10, 2001)
 
     def f(t: Any, y: Any) -> Any:
@@ -468,8 +470,8 @@ def test_wide_chaotic_state_in_windows_is_announced() -> None:
     np.testing.assert_array_equal(found.states, expected)
 
 
-@pytest.mark.parametrize("steps", [200, 1000])
-@pytest.mark.parametrize("method", ["rk4", "ab3"])
+@pytest.mark.parametrize("steps", [200, 300])
+@pytest.mark.parametrize("method", ["heun", "ab3"])
 def test_field_that_acts_on_all_times_at_once(xp: Any, steps: int, method: str) -> None:
     """A norm over all that is given, too small to matter where it was tried: 0.168 was accepted for -0.168."""
 
@@ -479,12 +481,12 @@ def test_field_that_acts_on_all_times_at_once(xp: Any, steps: int, method: str) 
         return turned / xp.where(norm > 3, norm, 3 + 0 * norm)
 
     y0, t = xp.asarray([0.5, 0.2], dtype=xp.float64), np.linspace(0, 1, steps + 1)
-    with pytest.warns(SequentialFallbackWarning, match=r"among other times than alone.*one after another|basin"):
+    with pytest.warns(SequentialFallbackWarning, match="f gave something else .* among other times than alone"):
         found = integrate(field, y0, t, method=method)
     assert found.sequential_steps == steps
     growth, angle = np.exp(0.1), 2 / 3
     exact = growth * np.array([0.5 * np.cos(angle) + 0.2 * np.sin(angle), 0.2 * np.cos(angle) - 0.5 * np.sin(angle)])
-    np.testing.assert_allclose(np.from_dlpack(found.states)[-1], exact, rtol=1e-6)
+    np.testing.assert_allclose(np.from_dlpack(found.states)[-1], exact, rtol=2e-4)
 
 
 def test_gradient_of_a_field_that_acts_on_all_times_at_once() -> None:
