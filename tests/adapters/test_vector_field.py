@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
+from parasolver_adapters.vector_field.grid import Grid
 from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS, RungeKutta, phi_functions
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
@@ -587,6 +588,36 @@ def test_users_jacobian(dense: bool) -> None:
     close(found.states, odeint(logistic, y0, TIMES, linearization="sequential"))
     with pytest.raises(ValueError, match="jacobian: expected shape"):
         integrate(logistic, y0, TIMES, jacobian=lambda t, y: y[:1], linearization="full")
+
+
+def test_users_jacobian_of_another_dtype() -> None:
+    def jacobian(t: Any, y: Any) -> Any:
+        return np.zeros((len(y), 3, 3), dtype=np.float32)
+
+    options: dict[str, Any] = {"linearization": "full", "batch_dims": 0}
+    with pytest.raises(ValueError, match=r"jacobian: expected shape .* and dtype float64 .* got .* dtype float32"):
+        integrate(logistic, np.array([0.3, 0.2, 0.9]), TIMES, jacobian=jacobian, **options)
+
+
+@pytest.mark.parametrize("linearization", ["full", "diagonal"])
+def test_state_that_rests_at_zero(linearization: Any) -> None:
+    """Differences are taken there as well; a step of zero length would give NaN."""
+    y0 = np.array([[0.0, 0.0], [1.0, -2.0]])
+    found = integrate(lambda t, y: -np.sin(y) * (2 + np.cos(t)), y0, TIMES / 2, linearization=linearization)
+    assert found.sequential_steps == 0
+    assert found.rounds < 12
+    np.testing.assert_array_equal(found.states[:, 0], 0)
+    expected = 2 * np.arctan(np.tan(np.array([0.5, -1.0])) * np.exp(-2 * 3.0 - np.sin(3.0)))
+    np.testing.assert_allclose(found.states[-1, 1], expected, rtol=1e-6)
+
+
+def test_steps_end_where_the_next_begin() -> None:
+    """To the last bit, which ``t + (t' - t)`` is not."""
+    t = np.linspace(-1.0, 1.0, 413) ** 3
+    grid = Grid(t, START, 1)
+    assert np.any(t[:-1] + np.diff(t) != t[1:])
+    np.testing.assert_array_equal(grid.times(0, 412, 1.0), t[1:])
+    np.testing.assert_array_equal(grid.times(0, 412, 0.0), t[:-1])
 
 
 def test_jacobian_by_torch_func() -> None:
