@@ -310,7 +310,7 @@ def compare(got: Any, want: Any, draw: Draw, tolerance: float) -> str:
     a, b = to_host(got.states).astype(np.float64), to_host(want.states).astype(np.float64)
     if got.success != want.success:
         return f"{got.status} for {want.status}: {got.message}"
-    finite = np.isfinite(b).reshape(len(b), -1).all(axis=1) & np.isfinite(a).reshape(len(a), -1).all(axis=1)
+    finite: Any = np.isfinite(b).reshape(len(b), -1).all(axis=1) & np.isfinite(a).reshape(len(a), -1).all(axis=1)
     last = len(finite) if finite.all() else int(np.argmin(finite))
     with np.errstate(all="ignore"):
         far = np.abs(a[:last] - b[:last]) / local_scale(b[:last], b.ndim - 1, float(np.finfo(draw.dtype).tiny))

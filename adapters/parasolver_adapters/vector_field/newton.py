@@ -168,7 +168,7 @@ class ParallelIntegrator:
         xp, n, final = problem.xp, hi - lo, tolerance == 0.0
         tolerance = max(tolerance, self.tolerance)
         surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
-        limit = problem.field.spent + problem.sequential_cost(n) / 2
+        defects, limit = problem.flat(y[1:, ...]), problem.field.spent + problem.sequential_cost(n) / 2
         before = before_travelled = best = np.inf
         moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
