@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -21,7 +20,7 @@ from parasolver_adapters.vector_field.problem import Problem, integrate_sequenti
 from parasolver_adapters.vector_field.result import IVPResult, ODESolution, announcement, every, finished, partial
 from parasolver_adapters.vector_field.verification import LARGEST_DENSE, doubt
 from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
-from parasolver_core.errors import NonFiniteError
+from parasolver_core.errors import NonFiniteError, attach
 from parasolver_core.validation import check_count, check_tolerance
 
 _EXPECTED_ROUNDS = 5
@@ -122,8 +121,8 @@ def integrate(
             states = _states(problem, integrator, y0, effort)
         solution = finished(problem, states, effort, integrator)
     except BaseException as error:
-        with suppress(Exception):  # of exceptions that refuse attributes, too
-            error.solution = every(substeps, partial(problem, effort, integrator, error))  # type: ignore[attr-defined]
+        kind = type(error)
+        attach(error, lambda: cast(Any, every(substeps, partial(problem, effort, integrator, kind))))
         raise
     if effort.note:
         _warn(announcement(effort, problem))

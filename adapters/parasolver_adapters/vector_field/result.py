@@ -114,13 +114,13 @@ def _record(
 
 
 def partial(
-    problem: Problem, effort: Effort, integrator: ParallelIntegrator | None, error: BaseException
+    problem: Problem, effort: Effort, integrator: ParallelIntegrator | None, kind: type[BaseException]
 ) -> ODESolution:
     """What was reached when the run ended by an exception; gradients are not kept."""
     states = detach(problem.xp.concat(effort.reached, axis=0))
     steps = states.shape[0] - 1
-    interrupted = isinstance(error, KeyboardInterrupt)
-    message = f"{'Interrupted' if interrupted else type(error).__name__} after {steps} of {len(problem.grid)} steps."
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    message = f"{'Interrupted' if interrupted else kind.__name__} after {steps} of {len(problem.grid)} steps."
     status = Status.INTERRUPTED if interrupted else Status.FAILED
     effort = replace(effort, sequential_steps=steps if integrator is None else effort.sequential_steps)
     return _record(problem, problem.grid.t[: steps + 1], states, (status, message), effort, integrator)
