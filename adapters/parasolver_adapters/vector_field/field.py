@@ -221,6 +221,7 @@ class Field:
             out = np.asarray(out)
         if not isinstance(out, self._type):
             raise TypeError(f"f: expected {self._type.__name__} of shape {shape}, got {type(out).__name__}")
+        out = cast(Any, out)
         if tuple(out.shape) != shape or out.dtype != self._dtype:
             raise ValueError(
                 f"f: expected the derivative as shape {shape}, dtype {self._dtype}, got shape {tuple(out.shape)}, "

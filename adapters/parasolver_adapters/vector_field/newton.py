@@ -168,8 +168,9 @@ class ParallelIntegrator:
         xp, n, final = problem.xp, hi - lo, tolerance == 0.0
         tolerance = max(tolerance, self.tolerance)
         surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
-        limit = problem.field.spent + problem.sequential_cost(n) / 2
-        before, best, moved, field = np.inf, np.inf, np.full(n, np.inf), Recorder(problem.field)
+        defects, limit = problem.flat(y[1:, ...]), problem.field.spent + problem.sequential_cost(n) / 2
+        before = before_travelled = best = np.inf
+        moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
             field.first = None
             ends, _past = problem.method.advance(field, problem.grid, lo, hi, y[:-1, ...], past)
@@ -191,9 +192,11 @@ class ParallelIntegrator:
             if done:
                 moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)
                 break
-            surrogate.update(size, size / before)
-            before, best = size, min(size, best)
-            if size > _DIVERGED * best or problem.field.spent > limit:
+            # Beside what it was: where digits cancel, most of a trajectory goes in each round, and that is progress.
+            travelled = float(xp.max(xp.abs(d) / old))
+            surrogate.update(travelled, travelled / before_travelled)
+            before, before_travelled, best, old = size, travelled, min(travelled, best), scale
+            if travelled > _DIVERGED * best or problem.field.spent > limit:
                 break
         good = moved <= 0.1 * tolerance
         accepted = n if good.all() else int(np.argmin(good))
