@@ -132,7 +132,7 @@ def _leave(entered: tuple[Any, type], blocks: _Blocks) -> None:
     """Give a pipeline the class of the block that was entered last of those that are left, in any order."""
     pipe = entered[0]
     left = [one for one in blocks if one[0] is pipe and one is not entered]
-    gone = left + [entered] if len(left) == 1 else [entered]
+    gone = [*left, entered] if len(left) == 1 else [entered]
     blocks[:] = [one for one in blocks if not any(one is other for other in gone)]
     pipe.__class__ = left[-1][1]
 
