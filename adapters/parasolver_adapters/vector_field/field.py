@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from parasolver_adapters.vector_field.grid import Grid
-from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, is_array, no_grad, to_host
 
 Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop"]
 Signature = Literal["ty", "yt"]
@@ -242,7 +242,7 @@ def own_memory(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.array(values)
     if is_array(values):
-        return array_api_compat.array_namespace(values).asarray(values, copy=True)
+        return copied(array_api_compat.array_namespace(values), values)
     return values
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_torch_array
+from array_api_compat import device, is_torch_array
 
 from parasolver_adapters.vector_field.field import own_memory
 from parasolver_adapters.vector_field.methods import (
@@ -96,9 +96,9 @@ class FieldJacobian(Surrogate):
         grid, xp, lo = self.problem.grid, self.problem.xp, self.lo
         below, above = (edges[:-1] + edges[1:]) // 2, (edges[:-1] + edges[1:] + 1) // 2
         t = (grid.t[lo + below] + grid.t[lo + above]) / 2
-        states = xp.take(y, xp.asarray(below), axis=0)
+        states = xp.take(y, xp.asarray(below, device=device(y)), axis=0)
         if np.any(below != above):
-            states = (states + xp.take(y, xp.asarray(above), axis=0)) / 2
+            states = (states + xp.take(y, xp.asarray(above, device=device(y)), axis=0)) / 2
         return grid.asarray(t), states
 
     def _jacobian(self, t: Array, y: Array) -> Array:

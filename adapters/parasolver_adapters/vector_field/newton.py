@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_adapters.vector_field.jacobian import FieldJacobian
@@ -253,7 +254,7 @@ def hermite(coarse: Problem, nodes: NDArray[np.int64], states: Array, finer: NDA
     left = np.minimum(np.searchsorted(nodes, finer, side="right") - 1, len(own) - 1)
     h = own.h[left]
     s = (grid.t[finer] - own.t[left]) / h
-    here, ahead = xp.asarray(left), xp.asarray(left + 1)
+    here, ahead = (xp.asarray(one, device=device(states)) for one in (left, left + 1))
     table = (
         ((1 + 2 * s) * (1 - s) ** 2, states, here),
         (s**2 * (3 - 2 * s), states, ahead),
