@@ -46,8 +46,9 @@ CLOSEST = {  # by the file's name, beside the test files that name its module
 }  # fmt: skip
 
 PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
-LIBRARIES = ("numpy", "torch", "hypothesis", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
+LIBRARIES = ("numpy", "torch", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
 _FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+_UNUSABLE = "the tests fail, or take too long, without a change"
 Change = Callable[[], str]
 Site = tuple[Path, int, int]
 
@@ -145,21 +146,28 @@ def closest(file: Path, thorough: bool) -> list[str]:
     return [str(one.relative_to(ROOT)) for one in dict.fromkeys(named + naming)]
 
 
-def survives(copy: Path, file: Path, number: int, limit: float, thorough: bool) -> str | None:
-    """What the change was, if all tests near it still pass; None if one fails or hangs."""
+def survives(copy: Path, site: Site, limit: float, thorough: bool) -> str | None:
+    """What the change was, if all tests near it still pass; None if one fails."""
+    file, _, number = site
     text, told = mutated(file, number)
     whole = (ROOT / file).read_text()
     (copy / file).write_text(text)
-    tests = _FORK.Process(target=_run_tests, args=(copy, closest(file, thorough)))
+    failed = fails(copy, closest(file, thorough), limit)
+    (copy / file).write_text(whole)
+    if failed is None:
+        return f"{told}  (time ran out, undecided)"
+    return None if failed else told
+
+
+def fails(copy: Path, files: list[str], limit: float) -> bool | None:
+    """Whether a test of these files fails; None where time ran out."""
+    tests = _FORK.Process(target=_run_tests, args=(copy, files))
     tests.start()
     tests.join(limit)
     undecided = tests.is_alive()
     tests.kill()
     tests.join()
-    (copy / file).write_text(whole)
-    if undecided:
-        return f"{told}  (time ran out, undecided)"
-    return told if tests.exitcode == 0 else None
+    return None if undecided else tests.exitcode != 0
 
 
 def _run_tests(copy: Path, files: list[str]) -> None:
@@ -172,6 +180,7 @@ def _run_tests(copy: Path, files: list[str]) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     os._exit(int(pytest.main([*options, *files])))
 
 
@@ -180,10 +189,16 @@ def work(own: list[Site], each: float, thorough: bool, end: float, results: Any)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache"))
-        for file, line, number in own:
+        known: dict[Path, bool | None] = {}
+        for site in own:
             if time.monotonic() > end:
                 break
-            results.put((f"{file}:{line}", survives(copy, file, number, each, thorough)))
+            if site[0] not in known:  # else every change would count as noticed
+                known[site[0]] = fails(copy, closest(site[0], thorough), each)
+            if known[site[0]] is not False:
+                results.put((f"{site[0]}:{site[1]}", f"{_UNUSABLE} (undecided)"))
+                continue
+            results.put((f"{site[0]}:{site[1]}", survives(copy, site, each, thorough)))
     results.put(None)
 
 
