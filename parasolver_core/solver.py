@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -270,7 +271,7 @@ class ParallelIntegralSolver(Solver):
         step_rule: the sampler.
         window: nodes evaluated in one round, of each sample; 1 is the sequential sampler.
         tolerance: wanted relative RMS distance to the sequential sample; 0 means exact.
-        method: a preset's name or a :class:`~parasolver_core.methods.Method`.
+        method: a preset's name, a calibration's file or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
         check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
             other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
@@ -288,7 +289,7 @@ class ParallelIntegralSolver(Solver):
 
     window: int = 5
     tolerance: float = field(default=1e-2, kw_only=True)
-    method: str | Method = field(default="secant", kw_only=True)
+    method: str | os.PathLike[str] | Method = field(default="secant", kw_only=True)
     warmup_steps: int = field(default=0, kw_only=True)
     check: bool = field(default=True, kw_only=True)
 
@@ -370,7 +371,7 @@ def solve(
     window: int | Literal["auto"] = 5,
     *,
     tolerance: float = 1e-2,
-    method: str | Method = "secant",
+    method: str | os.PathLike[str] | Method = "secant",
     costs: CostTable | Mapping[int, float] | None = None,
     seed: Seed | None = None,
     noise: Array | NoiseFn | None = None,
@@ -404,7 +405,9 @@ def solve(
         tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
             see the theory page. 0 evaluates every node at its final input.
         method: "secant"; "identity" (Picard); "paradigms", "parasolver" and "parataa", the published methods with their
-            own stop rules; "sequential", whatever the window; or a :class:`~parasolver_core.methods.Method`.
+            own stop rules; "sequential", whatever the window; a file that a
+            :class:`~parasolver_core.calibration.Calibration` was saved to; or a
+            :class:`~parasolver_core.methods.Method`.
         costs: with ``window="auto"``, seconds of one network call by its rows, such as ``{1: 0.05, 8: 0.06, 64: 0.3}``,
             instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
