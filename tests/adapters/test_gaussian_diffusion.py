@@ -10,10 +10,10 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor
 
+from benchmarks.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
 from parasolver_adapters.epsilon_models import space_timesteps
 from parasolver_adapters.gaussian_diffusion import UnsupportedDiffusionError, parallel_gaussian_diffusion
 from parasolver_core import NonFiniteError
-from tests.adapters.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
 from tests.adapters.weights import relative
 
 SHAPE = (2, 3, 4, 4)
@@ -91,6 +91,22 @@ def test_within_the_tolerance_in_far_fewer_rounds(loop: str, most: int) -> None:
     want, got, parallel = both(diffusion(100), loop, Network(6), tolerance=1e-2, window=32)
     assert relative(got, want) < 1e-2
     assert parallel.solution.stats.rounds <= most
+
+
+class Quiet(SpacedDiffusion):
+    """Makes its steps as DDIM does, and draws nothing."""
+
+    def p_sample(self, model: Any, x: Tensor, t: Tensor, model_kwargs: Any = None) -> dict[str, Tensor]:
+        _, _, clean = self.p_mean_variance(model, x, t, True, None, model_kwargs)
+        bar, prev = self._at(self.alphas_cumprod, t, x), self._at(self.alphas_cumprod_prev, t, x)
+        eps = (x - bar.sqrt() * clean) / (1 - bar).sqrt()
+        return {"sample": prev.sqrt() * clean + (1 - prev).sqrt() * eps, "pred_xstart": clean}
+
+
+def test_steps_that_draw_no_noise() -> None:
+    want, got, parallel = both(diffusion(40, cls=Quiet), "p_sample_loop", Network(6), tolerance=1e-3)
+    assert relative(got, want) < 1e-3
+    assert parallel.solution.stats.rounds <= 15
 
 
 def test_networks_that_predict_the_clean_sample() -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint as torch_odeint
 
+from benchmarks import published
+from benchmarks.published import edm_sampler
 from parasolver_adapters.samplers import UnsupportedSamplerError, parallel, sample_flow, step_rule_from_sampler
 from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, NonFiniteError, solve, solve_sequential
-from tests.adapters.published import edm_sampler, k_diffusion
 from tests.adapters.weights import relative
 
 FIXED = [
@@ -34,6 +35,13 @@ FIXED = [
     ("dpmpp_3m_sde", {}),
 ]
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
+
+
+def k_diffusion() -> Any:
+    sampling = published.k_diffusion()
+    if sampling is None:
+        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion")
+    return sampling
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
