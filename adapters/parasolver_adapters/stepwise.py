@@ -118,7 +118,8 @@ class Stepwise:
     @property
     def solution(self) -> Solution:
         """What the run came to, without its states."""
-        return replace(self._solver.result(self.state), trajectory=None)
+        self.state.save = "sample"  # a second copy of all states is not wanted
+        return self._solver.result(self.state)
 
 
 class _Nothing(StepRule):
