@@ -60,6 +60,8 @@ class Choices:
         """Raise a ValueError or TypeError for what cannot be; ``options`` are the solver's."""
         if isinstance(window, str) and window != "auto":
             raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
+        if options.get("method") == "sequential":
+            window, options = 1, {name: value for name, value in options.items() if name != "method"}
         auto = isinstance(window, str)
         return cls(ParallelIntegralSolver(_nothing, 2 if auto else window, **options), auto)
 
