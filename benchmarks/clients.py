@@ -8,14 +8,10 @@ table into ``docs/clients.md``; :func:`client` adds rows.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,10 +19,12 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
+from benchmarks.problems import PROBLEMS, Problem, flow_denoiser
+from benchmarks.published import edm_sampler, k_diffusion
 from parasolver_adapters.gaussian_diffusion import parallel_gaussian_diffusion
 from parasolver_adapters.multi_device import MultiDeviceDenoiser
-from parasolver_adapters.samplers import parallel, sample_flow
+from parasolver_adapters.samplers import parallel, sample_flow, step_rule_from_sampler
 from parasolver_core import DDIM, NoiseSchedule, Solution, solve, solve_sequential
 
 PAGE = Path(__file__).parents[1] / "docs/clients.md"
@@ -67,22 +65,10 @@ def client(make: Callable[[], Iterator[Client]]) -> Callable[[], Iterator[Client
     return make
 
 
-def k_diffusion() -> Any:
-    """Its samplers, without what its package imports for training; None if it is not installed."""
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
-        return None
-    if "k_diffusion" not in sys.modules:
-        package = ModuleType("k_diffusion")
-        package.__path__ = list(spec.submodule_search_locations or ())
-        sys.modules["k_diffusion"] = package
-    return importlib.import_module("k_diffusion.sampling")
-
-
 def clean_samples(problem: Problem) -> Callable[..., Tensor]:
     """The problem's network in the manner of k-diffusion: ``denoised = model(x, sigma)``."""
     network = problem.make()
-    alphas = torch.from_numpy(problem.schedule.alphas_cumprod)
+    alphas = torch.tensor(problem.schedule.alphas_cumprod)
     levels = (1 / alphas - 1).sqrt()
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
@@ -128,11 +114,6 @@ def sampler(name: str, fn: Any, arguments: tuple[Any, ...], options: dict[str, A
     told = "".join(f", {key}={value:g}" if isinstance(value, float) else "" for key, value in options.items())
     if "disable" in inspect.signature(fn).parameters:
         options = options | {"disable": True}
-    calls = []
-
-    def counting(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return arguments[0](*args, **kwargs)
 
     def ours(tolerance: float) -> Run:
         run = parallel(fn, 16, tolerance=tolerance)
@@ -140,14 +121,36 @@ def sampler(name: str, fn: Any, arguments: tuple[Any, ...], options: dict[str, A
         assert run.solution is not None
         return sample, run.solution
 
-    seeded(lambda: fn(counting, *arguments[1:], **options))
-    return Client(name + told, 2, len(calls), 16, lambda: seeded(lambda: fn(*arguments, **options)), ours)
+    rule = step_rule_from_sampler(fn, *arguments[2:], model=arguments[0], **options)
+    return Client(name + told, 2, len(rule.timesteps), 16, lambda: seeded(lambda: fn(*arguments, **options)), ours)
+
+
+class Preconditioned:
+    """A network in the manner of EDM's: with attributes, and levels that may have no axes."""
+
+    sigma_min, sigma_max = 0.0, float("inf")
+
+    def __init__(self, model: Callable[..., Tensor]) -> None:
+        self._model = model
+
+    def round_sigma(self, sigma: Any) -> Tensor:
+        return torch.as_tensor(sigma)
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self._model(x.float(), sigma.float().flatten().expand(len(x)))
+
+
+@client
+def sampler_of_edm() -> Iterator[Client]:
+    problem = PROBLEMS["policy"]
+    network = Preconditioned(clean_samples(problem))
+    for churn in (0.0, 40.0):
+        options = {"num_steps": 40, "S_churn": churn}
+        yield sampler("EDM edm_sampler", edm_sampler, (network, problem.starts(BATCH).float()), options)
 
 
 @client
 def flows() -> Iterator[Client]:
-    from benchmarks.problems import flow_denoiser
-
     problem = PROBLEMS["policy"]
     velocity, x = flow_denoiser(problem.make(), problem), problem.starts(BATCH)
     own = {"schedule": NoiseSchedule.flow_matching(), "prediction_type": "flow"}
@@ -169,8 +172,6 @@ def flows() -> Iterator[Client]:
 
 @client
 def loops_of_guided_diffusion() -> Iterator[Client]:
-    from tests.adapters.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
-
     problem = PROBLEMS["policy"]
     network, bar = problem.make(), problem.schedule.alphas_cumprod
     for loop, steps, window in (("ddim_sample_loop", 50, 16), ("p_sample_loop", 250, 32), ("p_sample_loop", 1000, 100)):

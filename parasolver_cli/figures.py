@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from parasolver_cli.outcome import Look, Outcome
+from parasolver_core import Calibration
 
 INK, MUTED, OUTSIDE, FRONT = "#22272e", "#6b7480", "#eef0f2", "#e8590c"
 STYLE: dict[str, Any] = {
@@ -190,3 +191,25 @@ def _round_down(value: float) -> float:
     """To 1, 2 or 5 times a power of ten."""
     power = 10.0 ** np.floor(np.log10(value))
     return float(power * max(step for step in (1, 2, 5) if step * power <= value * (1 + 1e-9)))
+
+
+def draw_calibration(found: Calibration, file: Path) -> None:
+    """The error of every sample over the tolerance, a row for each margin that was tried, as PNG."""
+    trials = sorted(found.trials, key=lambda one: one.gain)
+    with mpl.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(8.0, 0.5 * len(trials) + 1.8), layout="constrained")
+        ax = figure.subplots()
+        for row, trial in enumerate(trials):
+            chosen = trial.gain == found.gain
+            ratios = np.maximum(np.array(trial.errors) / found.tolerance, 1e-4)
+            ax.plot(ratios, np.full(len(ratios), row), "o", ms=5, alpha=0.6, color=FRONT if chosen else MUTED)
+        ax.axvspan(0.5, 1.0, color=OUTSIDE, zorder=0)
+        ax.axvline(1.0, color=INK, lw=1.0)
+        ax.set(xscale="log", ylim=(len(trials) - 0.5, -0.5), xlabel="error of each sample / tolerance")
+        names = {1.0: "default"}
+        labels = [f"{names.get(one.gain, f'{one.gain:.3g} times')}: {one.rounds:.1f} rounds" for one in trials]
+        ax.set_yticks(range(len(trials)), labels)
+        ax.set_title(f"Margins; found: {found.gain:.3g} times the default", loc="left")
+        for side in ("top", "right", "left"):
+            ax.spines[side].set_visible(False)
+        FigureCanvasAgg(figure).print_png(file)

@@ -149,6 +149,12 @@ def sample(
     max_rows: Annotated[
         int, typer.Option(min=1, help="The most rows in one call of the network, by one process.")
     ] = 64,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What --calibrate wrote for this network.", dir_okay=False)
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Find from 8 pictures or more how far the tolerance may be trusted.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Sample sequentially too, and tell the difference.")
     ] = False,
@@ -190,6 +196,8 @@ def sample(
         device=device,
         dtype=dtype,
         max_rows=max_rows,
+        calibration=calibration,
+        calibrate=calibrate,
         compare=compare,
     )
     try:

@@ -23,16 +23,19 @@ from torch import Tensor
 
 from parasolver_adapters import dit, guided_diffusion
 from parasolver_adapters.epsilon_models import EpsilonModel, LearnedVariance, starting_noise
+from parasolver_cli.figures import draw_calibration
 from parasolver_cli.meter import bar, bars
 from parasolver_cli.processes import Processes, processes
 from parasolver_core import (
     DDIM,
     DDPM,
     DPMSolver,
+    Method,
     Solution,
     Status,
     StepRule,
     __version__,
+    calibrate,
     solve,
     solve_sequential,
 )
@@ -53,6 +56,8 @@ class Settings:
         window: None: the one with the least predicted time.
         device: "auto": a GPU if there is one.
         max_rows: in one call of the network, by one process.
+        calibration: a file with the margins of this network; None: the default's.
+        calibrate: whether to find them from these pictures first.
         compare: whether to sample sequentially as well.
     """
 
@@ -74,6 +79,8 @@ class Settings:
     device: str
     dtype: str
     max_rows: int
+    calibration: Path | None
+    calibrate: bool
     compare: bool
 
 
@@ -105,7 +112,11 @@ def _run(settings: Settings, team: Processes, console: Console) -> bool:
     seconds = {"loading": time.perf_counter() - started}
     x_T = starting_noise(settings.count, loaded.event, settings.seed, settings.device)
     options: dict[str, Any] = {"seed": settings.seed, "max_rows": settings.max_rows * team.count, "throw": False}
-    solution, error = _solve(settings, (denoiser, x_T, timesteps, rule), options, seconds, console)
+    arguments = (denoiser, x_T, timesteps, rule)
+    method = settings.calibration or "secant"
+    if settings.calibrate:
+        method, seconds["calibrating"] = _calibrated(settings, arguments, options, team.rank, console)
+    solution, error = _solve(settings, arguments, options | {"method": method}, seconds, console)
     if team.rank > 0:
         return solution.success
     started = time.perf_counter()
@@ -120,6 +131,23 @@ def _run(settings: Settings, team: Processes, console: Console) -> bool:
     return solution.success
 
 
+def _calibrated(
+    settings: Settings, arguments: Any, options: dict[str, Any], rank: int, console: Console
+) -> tuple[Method, float]:
+    """The method with the margins that these pictures allow, and the seconds it took; writes a file and a picture."""
+    if settings.calibration is not None or settings.window is None:
+        raise ValueError("calibrate: finds a calibration for one window; give --window a number and no --calibration")
+    started = time.perf_counter()
+    with console.status("Calibrating"):
+        chosen = {key: options[key] for key in ("seed", "max_rows")}
+        found = calibrate(*arguments, settings.window, tolerance=settings.tolerance, **chosen)
+    if rank == 0:
+        found.save(settings.out / "calibration.json")
+        draw_calibration(found, settings.out / "calibration.png")
+    console.print(found.message, highlight=False)
+    return found.method, time.perf_counter() - started
+
+
 def _solve(
     settings: Settings, arguments: Any, options: dict[str, Any], seconds: dict[str, float], console: Console
 ) -> tuple[Solution, list[float] | None]:
@@ -132,6 +160,7 @@ def _solve(
         if not (settings.compare and solution.success):
             return solution, None
         show = bar(progress, "sequentially", steps)
+        options = {key: value for key, value in options.items() if key != "method"}
         truth, seconds["sequential_sampling"] = _sampled(lambda: solve_sequential(*arguments, callback=show, **options))
     return solution, _relative(solution.sample, truth.sample) if truth.success else None
 

@@ -4,6 +4,7 @@ The core is framework-agnostic: it imports NumPy and array-api-compat, and works
 knows. ``solve`` is the front door.
 """
 
+from parasolver_core.calibration import Calibration, calibrate
 from parasolver_core.conformance import DenoiserReport, check_denoiser
 from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
 from parasolver_core.errors import (
@@ -24,6 +25,7 @@ from parasolver_core.step_rules import DDIM, DDPM, DPMSolver, Euler, StepRule
 __all__ = [
     "DDIM",
     "DDPM",
+    "Calibration",
     "ConvergenceError",
     "CoupledRowsError",
     "DPMSolver",
@@ -48,6 +50,7 @@ __all__ = [
     "Stats",
     "Status",
     "StepRule",
+    "calibrate",
     "check_denoiser",
     "clip_sample",
     "solve",

@@ -25,6 +25,8 @@ class RoundView:
         size: (n,), RMS of each node's input.
         bound: (n,), the acceptance's own :meth:`Acceptance.bounds` of these nodes.
         rounding: the relative size of moves that are no more than the arithmetic's own noise.
+        smallness: (n,), at most 1: what of a node's size counts where the data are much smaller than the noise, see
+            :meth:`~parasolver_core.recurrence.Recurrence.smallness`.
     """
 
     lo: int
@@ -32,6 +34,7 @@ class RoundView:
     size: Float64
     bound: Float64
     rounding: float
+    smallness: Float64
 
     def leading(self, effect: Float64, tolerance: float) -> tuple[int, float]:
         """How many leading nodes, at least 1, have an effect within the tolerance, and the largest effect of them."""
@@ -122,7 +125,7 @@ class RelativeMove(Acceptance):
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         caution = 1 + tolerance / self.margins.loosest
-        return view.leading(view.move / view.bound * caution, tolerance)
+        return view.leading(shares(view.move, view.bound * view.smallness) * caution, tolerance)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
 Array = Any  # an array of any library that array-api-compat knows
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 _SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
@@ -70,6 +73,11 @@ def coarse(xp: Any, row: Array) -> Array:
         return xp.zeros_like(row[:1])
     single = xp.all(xp.astype(xp.astype(row, xp.float32), row.dtype) == row)
     return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
+
+
+def mean_square(xp: Any, row: Array) -> Array:
+    """``[mean of the squares]`` of (size,), of the same dtype."""
+    return xp.reshape(vecdot(xp, row, row), (1,)) / row.shape[0]
 
 
 def matmul(xp: Any, a: Array, b: Array) -> Array:
@@ -175,3 +183,18 @@ def working_dtype(xp: Any, dtype: Any) -> Any:
 def no_grad(xp: Any) -> Any:
     """A context in which the library records no gradients; does nothing where there are none."""
     return xp.no_grad() if array_api_compat.is_torch_namespace(xp) else nullcontext()
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
+
+    A network that was compiled by itself stays compiled inside.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
+        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return called

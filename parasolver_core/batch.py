@@ -149,7 +149,10 @@ class WindowBatch(Run):
         r -= H
         self._r = r
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        sums = xp.concat([gram, vecdot(xp, self._dX[:, past:, :], r), vecdot(xp, X, X)], axis=1)
+        pairs = [(self._dX[:, past:, :], r), (X, X)]
+        if self._plan.recurrence.tells_size(self._lo + self._n - 1):
+            pairs += [(H, H), (H, r)]  # of which the size of the predicted sample follows
+        sums = xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1)
         return xp.concat([xp.reshape(sums, (-1,)), coarse(xp, D[0, :])])
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
@@ -171,7 +174,8 @@ class WindowBatch(Run):
             )
         ]
         lo, ending = self._lo, self._lo + decision.accepted == self._form.steps
-        risky = ending.any() or not sums[:, -n:].max() <= self._large  # a state may run out of range: keep those before
+        squares = sums[:, n * n + n : n * n + 2 * n]
+        risky = ending.any() or not squares.max() <= self._large  # a state may run out of range: keep those before
         before = copied(self._xp, self._S[:, past, :]) if risky else None
         warm = lo + decision.accepted > self._plan.warmup_steps
         self._write(decision, np.where(warm, self._plan.width, 1))
@@ -234,7 +238,7 @@ class WindowBatch(Run):
     def _decide(self, sums: Float64, usable: Indices) -> tuple[Decision, Float64]:
         """Slopes, T and what is final, from a round's sums; also the RMS of each defect, (B, n)."""
         n, nodes, size = self._longest, self._window_nodes, self._size
-        gram, cross, squares = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n : -n], sums[:, -n:]
+        gram, cross, squares, predicted = self._unpacked(sums)
         inside = np.arange(n) < usable[:, None]
         p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         old, moved = (np.take_along_axis(table, nodes, axis=1) for table in (self._slope, self._moved))
@@ -250,12 +254,7 @@ class WindowBatch(Run):
         length, move = np.sqrt(squares), np.sqrt(norms)
         relative = shares(move, length)
         sound = np.maximum(_leading(inside & (relative <= _WILD)), 1)
-        accepted = self._accept(relative, length / np.sqrt(size), usable, sound)
-        # a final node whose move was rounding keeps what the network said: a slope would only add to the noise
-        still = inside & (relative > 0) & (relative <= _ROUNDING * self._unit) & (np.arange(n) < accepted[:, None])
-        if still.any():
-            slope_held = np.where(still, p, slope_held)
-            T, _ = self._form.propagation(self._lo, slope_held, gram)
+        accepted = self._accept(relative, length / np.sqrt(size), predicted, usable, sound)
         at = np.nonzero(inside)
         self._slope[at[0], nodes[at]] = new[at]
         self._moved[at[0], nodes[at]] = np.where(np.arange(n) < sound[:, None], norms, 0.0)[at]
@@ -264,12 +263,28 @@ class WindowBatch(Run):
         defects = np.sqrt(np.einsum("bii->bi", gram) / size) / np.abs(q)
         return Decision(T, slope_held, relative, accepted, sound), defects
 
-    def _accept(self, move: Float64, length: Float64, usable: Indices, sound: Indices) -> Indices:
+    def _unpacked(self, sums: Float64) -> tuple[Float64, Float64, Float64, Float64]:
+        """``<r, r'>``, (B, n, n); ``<dX, r>``, ``<X, X>``, (B, n); mean square of the last node's prediction, (B,)."""
+        n = self._longest
+        gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(len(sums), -1, n)
+        predicted = np.full(len(sums), np.inf)
+        if rest.shape[1] > 2:  # h = H + r
+            at = (np.arange(len(sums)), self._n - 1)
+            predicted = (rest[:, 2][at] + 2 * rest[:, 3][at] + np.einsum("bii->bi", gram)[at]) / self._size
+        return gram, rest[:, 0], rest[:, 1], predicted
+
+    def _accept(self, move: Float64, length: Float64, predicted: Float64, usable: Indices, sound: Indices) -> Indices:
         """How many leading nodes of each sample are final."""
-        plan, accepted = self._plan, np.ones(len(move), dtype=np.int64)
+        plan, accepted, last = self._plan, np.ones(len(move), dtype=np.int64), (self._lo + self._n - 1).tolist()
         for row, (lo, n) in enumerate(zip(self._lo.tolist(), usable.tolist(), strict=True)):
-            bound, rounding = plan.bound[lo : lo + n], _ROUNDING * self._unit
-            view = RoundView(lo=lo, move=move[row, :n], size=length[row, :n], bound=bound, rounding=rounding)
+            view = RoundView(
+                lo=lo,
+                move=move[row, :n],
+                size=length[row, :n],
+                bound=plan.bound[lo : lo + n],
+                rounding=_ROUNDING * self._unit,
+                smallness=plan.recurrence.smallness(last[row], float(predicted[row]))[lo : lo + n],
+            )
             count, error = plan.method.acceptance.accept(view, plan.tolerance)
             accepted[row] = min(max(count, 1), sound[row])  # the first node's input was final
             self._error[row] = max(self._error[row], error)
@@ -423,8 +438,7 @@ class WindowBatch(Run):
             Finite sums, how many leading nodes of each sample are usable, and the samples (rows) that fail.
         """
         xp, n, past = self._xp, self._longest, self._form.past
-        gram, cross, squares = np.split(sums.copy(), [n * n, n * n + n], axis=1)
-        gram = gram.reshape(-1, n, n)
+        gram, cross, squares, _ = self._unpacked(sums)
         fine = np.isfinite(np.einsum("bii->bi", gram)) & np.isfinite(cross) & np.isfinite(squares)
         usable = np.minimum(np.maximum(_leading(fine), 1), self._n)
         inside = np.arange(n) < usable[:, None]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,7 +22,8 @@ from parasolver_core.step_rules import StepRule
 class DenoiserFn(Protocol):
     """``denoiser(x, t) -> prediction``, the network in the form in which the solver calls it.
 
-    ``x`` is ``(rows, *event)``, where the rows are the time steps and samples of one round in any number and order;
+    ``x`` is ``(rows, *event)``, where the rows are the time steps and samples of one round in any number: sample by
+    sample, and of each sample as many as it has nodes in the round, which need not be the same number for all.
     ``t`` is (rows,), each row's own timestep, integers or floats as the timesteps were given. The prediction has the
     shape, dtype and device of ``x``. Each row must depend on that row alone, and the same row must always give the
     same prediction (evaluation mode, no dropout).
@@ -112,15 +112,21 @@ class SharedDenoiser(ABC):
         """
 
 
-@contextmanager
-def telling(denoiser: Any) -> Iterator[None]:
-    """Within the block, an exception that ends the run is told to the processes that share the rows."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(denoiser, SharedDenoiser):
-            denoiser.end(error)
-        raise
+class Telling:
+    """Within its ``with`` block, an exception that ends the run is told to the processes that share the rows.
+
+    No generator: that would set attributes of the exception, which it may refuse.
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self._denoiser = denoiser
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and isinstance(self._denoiser, SharedDenoiser):
+            self._denoiser.end(error)
 
 
 class BatchedCall:
@@ -362,9 +368,11 @@ def check_prediction(prediction: Array, x: Array) -> None:
     if got is None:
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
+    hint = "one prediction a row, in the dtype and on the device of x"
+    if got[0] != tuple(x.shape) and x.ndim == 1:
+        hint = "an x_T of shape (n,) is n samples of one number each; for one sample of n numbers give x_T[None]"
     raise ValueError(
-        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; "
-        "one prediction a row, in the dtype and on the device of x"
+        f"denoiser: expected the prediction as {expected}, got shape {got[0]}, dtype {got[1]}, on {got[2]}; {hint}"
     )
 
 

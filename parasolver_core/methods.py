@@ -8,11 +8,14 @@ Preconditioning steps are ``warmup_steps`` plus one, since the first call of ``"
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from parasolver_core.acceptance import Acceptance, RelativeMove, StepVariance
+from parasolver_core.acceptance import Acceptance, Margins, RelativeMove, StepVariance
 from parasolver_core.linearization import Identity, Linearization, Secant
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.validation import check_count
@@ -23,6 +26,7 @@ _NODES, _NODES_NOISY = 5.5, 8.0  # spread nodes: over the root of the tolerance;
 _SHARE, _SHARE_NOISY = 3, 2  # how many times as many steps there must be before nodes are spread
 _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
+CALIBRATED = "parasolver calibration 1"  # what a calibration file says it is
 FINEST = 1e-6  # a smaller tolerance is the arithmetic's
 _SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q, r of sliding_rounds; by benchmarks.planning
 
@@ -199,13 +203,30 @@ METHODS: dict[str, Method] = {
 SEQUENTIAL = "The plain loop, one step after another, whatever the window: what the others are measured against."
 
 
-def get_method(method: str | Method) -> Method:
-    """The preset of that name, or the method itself."""
+def get_method(method: str | os.PathLike[str] | Method) -> Method:
+    """The preset of that name, what a calibration file holds, or the method itself."""
     if isinstance(method, Method):
         return method
     if isinstance(method, str) and method == "sequential":
         raise ValueError("method: 'sequential' is no parallel method; use SequentialSolver, or solve_sequential")
+    if isinstance(method, os.PathLike) or (isinstance(method, str) and method.endswith(".json")):
+        return _calibrated(method)
     if not isinstance(method, str) or method not in METHODS:
         names = ", ".join(repr(name) for name in [*METHODS, "sequential"])
-        raise ValueError(f"method: expected one of {names}, or a Method, got {method!r}")
+        raise ValueError(f"method: expected one of {names}, a calibration's JSON file or a Method, got {method!r}")
     return METHODS[method]
+
+
+def _calibrated(file: str | os.PathLike[str]) -> Method:
+    """The default method with the margins of a file that :meth:`parasolver_core.Calibration.save` wrote."""
+    try:
+        record = json.loads(Path(file).read_text())
+        if record["kind"] != CALIBRATED:
+            raise ValueError(f"its kind is {record['kind']!r}")
+        return Method(acceptance=RelativeMove(Margins(**record["margins"])))
+    except OSError as error:
+        raise ValueError(f"method: the calibration {os.fspath(file)!r} cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"method: {os.fspath(file)!r} is not what Calibration.save writes ({error}); calibrate again"
+        ) from error

@@ -16,9 +16,10 @@ class Meter:
     Args:
         show: whether there is a bar at all.
         total: of the steps.
+        unit: what a step is called.
     """
 
-    def __init__(self, show: bool, total: int) -> None:
+    def __init__(self, show: bool, total: int, unit: str = "step") -> None:
         self._bar: Any = None
         if not show:
             return
@@ -28,7 +29,7 @@ class Meter:
             raise ImportError("progress: a progress bar needs tqdm; pip install 'parasolver[progress]'") from error
         if sys.stderr is not None and not getattr(sys.stderr, "closed", False):
             with suppress(OSError, ValueError):
-                self._bar = tqdm(total=total, unit="step")
+                self._bar = tqdm(total=total, unit=unit)
 
     def __enter__(self) -> Meter:
         return self

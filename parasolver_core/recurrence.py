@@ -24,6 +24,9 @@ from parasolver_core.validation import check_count
 Float64 = NDArray[np.float64]
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
+_USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, are not small
+_TOLD = 0.95  # with so much of the clean sample in a state, the predicted sample is about as large as the sample
+_TINY = 1e-24  # squared: data of size 0
 _BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
 
 
@@ -108,6 +111,27 @@ class Recurrence:
         if self.signal is None:
             return np.ones(len(self))
         return np.maximum(self.signal, UNDECIDED) ** (self.noise_share - 1)
+
+    def tells_size(self, nodes: NDArray[np.int64]) -> bool:
+        """Whether the predicted sample at any of these nodes is about as large as the sample."""
+        return self.signal is not None and bool(np.any(self.signal[nodes] >= _TOLD))
+
+    def smallness(self, node: int, square: float) -> Float64:
+        """(N,), at most 1: by how much less a state's size tells of the sample's, where the data are small.
+
+        An error in the sample counts relative to the sample, of which a state holds ``alpha``, and noise for the rest.
+        For data of the usual size, about that of the noise, states are as large as the sample. Where the data's size s
+        is much less, moves are measured by ``s sqrt(alpha^2 + sigma^2)`` in the place of the state's size,
+        ``sqrt(alpha^2 s^2 + sigma^2)``.
+
+        Args:
+            node: where the predicted sample is known. With much noise it is the mean of the data and tells nothing.
+            square: the mean of its squares.
+        """
+        if self.signal is None or not self.tells_size(np.array([node])) or not square < _USUAL**2:
+            return np.ones(len(self))
+        square = max(square, _TINY)
+        return np.sqrt(square / (1 - self.signal**2 * (1 - square)))
 
     @property
     def blind(self) -> int:

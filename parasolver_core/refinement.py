@@ -24,8 +24,8 @@ _SETTLED = 0.2  # the last sweep's change of the sample, in units of the toleran
 _SWEEPS = 3  # sweeps over a level that follow its last refinement
 _MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
 _MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
-_ASTRAY = 2.0  # a sample that the k-th sweep over a level changes by more than 2 / k is lost, k = 2 and on,
-_PATIENCE = 20.0  # and (N / window / 20)^2 and on: where a window would slide for long, much is at stake
+_ASTRAY = 0.8  # a sample that the third sweep over a level, or a later one, changes by so much of its size is lost;
+_PATIENCE = 20.0  # from the (N / window / 20)^2-th on, as much is at stake where a window would slide for long
 _GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
 _MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
 
@@ -152,8 +152,8 @@ class Refinement:
     def _astray(self) -> bool:
         """Whether the sample is as far from settling as networks are that expand everywhere."""
         sweeps, lengths = len(self._changes), len(self.aims.recurrence) / self.aims.width
-        judged = not self._opening and sweeps >= max(2.0, (lengths / _PATIENCE) ** 2)
-        return judged and self._changes[-1] > _ASTRAY / sweeps
+        judged = not self._opening and sweeps >= max(3.0, (lengths / _PATIENCE) ** 2)
+        return judged and self._changes[-1] > _ASTRAY
 
     @property
     def worthless(self) -> bool:

@@ -24,7 +24,7 @@ class Status(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampleRecord:
     """One sample in one round.
 
@@ -44,6 +44,10 @@ class SampleRecord:
     defects: NDArray[np.float64]
     error: float
 
+    def __repr__(self) -> str:
+        nodes = f"{len(self.nodes)} nodes in {self.nodes[0]}..{self.nodes[-1]}" if len(self.nodes) else "no nodes"
+        return f"SampleRecord(sample={self.sample}, {nodes}, accepted={self.accepted}, error={self.error:.3g})"
+
     @property
     def first(self) -> int:
         """The first node evaluated."""
@@ -55,7 +59,7 @@ class SampleRecord:
         return len(self.nodes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoundRecord:
     """One round.
 
@@ -72,6 +76,10 @@ class RoundRecord:
     samples: tuple[SampleRecord, ...]
     seconds_denoiser: float
     seconds: float
+
+    def __repr__(self) -> str:
+        told = f"round={self.round}, evaluations={self.evaluations}, accepted={self.accepted}"
+        return f"RoundRecord({told}, residual={self.residual:.3g}, seconds={self.seconds:.3g})"
 
     @property
     def accepted(self) -> int:
@@ -123,7 +131,7 @@ class Stats:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The result of a run.
 
@@ -137,7 +145,7 @@ class Solution:
         error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS.
         stats: what it cost.
         trajectory: ``(N + 1, batch, *event)`` with ``save="trajectory"``: all states, ``x_T`` first, the sample
-            last; NaN where a state is not final. Else None.
+            last, to the bit; NaN where a state is not final; on the device of the states. Else None.
         states: the last final state of each sample, ``(batch, *event)``.
     """
 
@@ -150,6 +158,11 @@ class Solution:
     stats: Stats
     trajectory: Array | None = field(repr=False)
     states: Array = field(repr=False)
+
+    def __repr__(self) -> str:
+        cost = f"{self.stats.rounds} rounds, {self.stats.evaluations} evaluations"
+        dtype = str(self.sample.dtype).rpartition(".")[2]
+        return f"Solution({self.status.value}, {cost}, sample {dtype} {tuple(self.sample.shape)})"
 
     @property
     def success(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -15,10 +16,10 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, outside_graphs, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
-from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, telling
+from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, Telling
 from parasolver_core.errors import (
     ConvergenceError,
     NonFiniteError,
@@ -185,6 +186,7 @@ class Solver(ABC):
         state.halt(_status_after(error))
         return self._partial(state)
 
+    @outside_graphs
     def solve(
         self,
         denoiser: DenoiserFn,
@@ -205,7 +207,7 @@ class Solver(ABC):
         state: SolverState | None = None
         solution: Solution | None = None
         try:
-            with telling(denoiser):
+            with Telling(denoiser):
                 state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
                 with Meter(progress, len(state.recurrence) * state.batch) as show:
                     while not self.done(state):
@@ -275,9 +277,10 @@ class ParallelIntegralSolver(Solver):
         step_rule: the sampler.
         window: nodes evaluated in one round, of each sample; 1 is the sequential sampler.
         tolerance: wanted relative RMS distance to the sequential sample; 0 means exact.
-        method: a preset's name or a :class:`~parasolver_core.methods.Method`.
+        method: a preset's name, a calibration's file or a :class:`~parasolver_core.methods.Method`.
         warmup_steps: sequential network calls after the first before the window opens ("preconditioning steps").
-        check: evaluate one row a second time and compare, to find a denoiser that is not deterministic.
+        check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
+            other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         max_rounds: give up after so many; by default never: N suffice, or N and a sliding window's with spread nodes.
         max_rows, buckets, state_device: how the network is called, as in :func:`solve`.
 
@@ -292,7 +295,7 @@ class ParallelIntegralSolver(Solver):
 
     window: int = 5
     tolerance: float = field(default=1e-2, kw_only=True)
-    method: str | Method = field(default="secant", kw_only=True)
+    method: str | os.PathLike[str] | Method = field(default="secant", kw_only=True)
     warmup_steps: int = field(default=0, kw_only=True)
     check: bool = field(default=True, kw_only=True)
 
@@ -365,6 +368,7 @@ class ParallelIntegralSolver(Solver):
         return [D[start:end, :] for start, end in pairwise([0, *ends])], D.shape[0]
 
 
+@outside_graphs
 def solve(
     denoiser: DenoiserFn,
     x_T: Array,
@@ -373,7 +377,7 @@ def solve(
     window: int | Literal["auto"] = 5,
     *,
     tolerance: float = 1e-2,
-    method: str | Method = "secant",
+    method: str | os.PathLike[str] | Method = "secant",
     costs: CostTable | Mapping[int, float] | None = None,
     seed: Seed | None = None,
     noise: Array | NoiseFn | None = None,
@@ -407,7 +411,9 @@ def solve(
         tolerance: wanted distance to the sequential sample: RMS of the difference over RMS of the sample. An estimate,
             see the theory page. 0 evaluates every node at its final input.
         method: "secant"; "identity" (Picard); "paradigms", "parasolver" and "parataa", the published methods with their
-            own stop rules; "sequential", whatever the window; or a :class:`~parasolver_core.methods.Method`.
+            own stop rules; "sequential", whatever the window; a file that a
+            :class:`~parasolver_core.calibration.Calibration` was saved to; or a
+            :class:`~parasolver_core.methods.Method`.
         costs: with ``window="auto"``, seconds of one network call by its rows, such as ``{1: 0.05, 8: 0.06, 64: 0.3}``,
             instead of timing it.
         seed: for the noise of stochastic step rules; an integer, or one for each sample. The noise depends on
@@ -424,7 +430,8 @@ def solve(
             rows of a call are then on the network's device. For states so large that a window of them does not fit.
         warmup_steps: further sequential network calls after the first, before the window opens; no nodes are
             spread then.
-        check: spend one evaluation on finding a denoiser that is not deterministic.
+        check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
+            other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
             one with the same noise and another condition. It changes the cost and not the result. Nodes begin there,
             and are not spread.
@@ -443,6 +450,7 @@ def solve(
         ConvergenceError: not within ``max_rounds``.
         NonFiniteError: the network gave NaN or infinity.
         NondeterministicDenoiserError: the network does not repeat itself.
+        CoupledRowsError: a row's prediction depends on other rows, its place or their number.
 
     Reference: Lu, Zhu, Hou, "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025.
     """
@@ -529,7 +537,7 @@ def _chosen(
     rounds = {"warmup_steps": parallel.warmup_steps, "max_rounds": parallel.max_rounds}
 
     def choose_now() -> Choice:
-        with telling(denoiser):
+        with Telling(denoiser):
             return choose_timed()
 
     def choose_timed() -> Choice:
@@ -648,8 +656,13 @@ def _message(status: Status, state: SolverState) -> str:
     ran_out = (
         "" if memory is None else f" Memory ran out; the network was called with at most {memory} rows from then on."
     )
+    fewer = f" instead of {total}" if rounds < total else ""
+    each = " a sample" if state.batch > 1 else ""
     return {
-        Status.CONVERGED: f"Converged in {rounds} rounds and {state.stats.evaluations} evaluations.{ran_out}",
+        Status.CONVERGED: (
+            f"Converged in {rounds} rounds{fewer}, with {state.stats.evaluations / state.batch:g} evaluations{each}."
+            f"{ran_out}"
+        ),
         Status.MAX_ROUNDS: (
             f"Not converged within max_rounds={rounds}: {steps} of {total} steps are final. Raise max_rounds "
             f"({total} always suffice), the window or the tolerance."

@@ -249,12 +249,12 @@ class ParallelState(SolverState):
         self.runs = [successor for run in self.runs for successor in run.successors()]
 
     def final(self, step: int) -> Array:
-        """The state after so many steps of every sample, ``(batch, *event)``; they are final, and kept for a trajectory."""
+        """The state after so many steps, final and kept for a trajectory, of every sample, ``(batch, *event)``."""
         rows = [states()[step] for states in self._reached.kept]
         return self._given_back(_stacked(self.xp, rows, self.x_T.shape))
 
     def expected(self, sample: int, i: int) -> Array | None:
-        """The output expected at node i of a final sample, ``(*event)``, if nodes between evaluated ones were not asked."""
+        """The output expected at node i of a final sample, ``(*event)``, if it was interpolated; else None."""
         outcome = self._outcomes.get(sample)
         if outcome is None or outcome.expected is None:
             return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, is_array, to_host
 
+T = TypeVar("T")
 _NORMAL, _SCALE, _ENOUGH = (0.5, 2.0), 2.0, 16  # the RMS of standard normal noise; times as much wanted; numbers
 
 
@@ -30,8 +31,18 @@ def check_start(x_T: Array) -> None:
             f"x_T: expected shape (batch, *event) with no empty axis, got {tuple(x_T.shape)}; "
             "for a single sample add a first axis of length 1"
         )
-    if not bool(xp.all(xp.isfinite(x_T))):
+    if not _read("x_T", x_T, lambda: bool(xp.all(xp.isfinite(x_T)))):
         raise ValueError("x_T: holds NaN or infinity; start from finite noise")
+
+
+def _read(name: str, array: Array, read: Callable[[], T]) -> T:
+    """What is read of an array's numbers; refused where its device holds none."""
+    try:
+        return read()
+    except RuntimeError as error:
+        if str(array_api_compat.device(array)) != "meta":
+            raise
+        raise TypeError(f"{name}: expected numbers, got a tensor on the device meta, which holds none") from error
 
 
 def check_plain(name: str, value: Any, *, native: bool = True) -> None:
@@ -74,9 +85,9 @@ def _check_plain_torch(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a plain tensor, got a nested one; give tensor.to_padded_tensor(value)")
     if str(value.layout) != "torch.strided":
         raise TypeError(f"{name}: expected a plain tensor, got the layout {value.layout}; give tensor.to_dense()")
-    if value.device.type == "meta":
-        raise TypeError(f"{name}: expected a tensor with numbers, got one on the device meta, which holds none")
-    if module != "torch" or kind not in ("Tensor", "Parameter", "Buffer"):
+    plain = module == "torch" and kind in ("Tensor", "Parameter", "Buffer")
+    device_of_its_own = kind != "MaskedTensor" and "__torch_dispatch__" in vars(type(value))  # below the arithmetic
+    if not plain and not device_of_its_own:
         raise TypeError(
             f"{name}: expected a plain tensor, got the subclass {kind}, whose own arithmetic the solver does not "
             "follow; give tensor.as_subclass(torch.Tensor), or what it holds as a tensor"
@@ -111,7 +122,9 @@ def check_timesteps(timesteps: ArrayLike) -> NDArray[Any]:
     """Timesteps as a host array: 1-D, not empty, real, finite. Which orders make sense, the step rule knows."""
     check_plain("timesteps", timesteps, native=False)
     try:
-        grid = to_host(timesteps) if is_array(timesteps) else np.asarray(timesteps)
+        grid = (
+            _read("timesteps", timesteps, lambda: to_host(timesteps)) if is_array(timesteps) else np.asarray(timesteps)
+        )
     except TypeError as error:  # bfloat16, which NumPy does not have and which cannot tell timesteps apart
         raise TypeError(f"timesteps: expected integers, float32 or float64, got {error}") from error
     if grid.ndim != 1 or grid.size == 0:

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView, shares
-from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
 from parasolver_core.correction import SweepCorrection
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence, combine
@@ -196,15 +196,18 @@ class SampleWindow:
 
     def take_defect(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
-        D = self._take(D)
-        return self._xp.concat([self._correction.compare(D, self.lo), coarse(self._xp, D[0, :])])
+        D, (p, q) = self._take(D), self._recurrence.held[self.hi - 1].tolist()
+        held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])  # the predicted sample
+        own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
+        return self._xp.concat([self._correction.compare(D, self.lo), *own])
 
     def correct(self, D: Array, compared: Float64) -> SampleRecord:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in.
 
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
-        D, nodes, compared, unit = self._take(D), self.nodes, compared[:-1], max(self._eps, float(compared[-1]))
+        D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(compared, [-2])
+        unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
         told = self._correction.tell(compared, self.lo)
         defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
         if count == 0:
@@ -226,13 +229,18 @@ class SampleWindow:
         size = np.sqrt(told.size)
         relative = shares(move, size)
         view = RoundView(
-            lo=self.lo, move=relative, size=size, bound=self._plan.bound[self.nodes], rounding=_ROUNDING * unit
+            lo=self.lo,
+            move=relative,
+            size=size,
+            bound=self._plan.bound[self.nodes],
+            rounding=_ROUNDING * unit,
+            smallness=smallness[self.nodes],
         )
         sound = min(sound, _leading(relative <= _WILD))
         accepted, error = self._method.acceptance.accept(view, self._plan.tolerance)
         accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
         self.error = max(self.error, error)
-        self._slide(accepted, sound, D, (relative > 0) & (relative <= view.rounding))
+        self._slide(accepted, sound)
         dropped = np.full(len(nodes) - count, np.nan)
         return SampleRecord(self.index, nodes, accepted, np.append(relative, dropped), defects, self.error)
 
@@ -264,20 +272,16 @@ class SampleWindow:
         """An array of the window's as one of the user's library, in the same memory."""
         return given_back(self._plan.xp, array)
 
-    def _slide(self, accepted: int, sound: int, D: Array, rounding: NDArray[np.bool_]) -> None:
-        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones.
-
-        Final nodes whose move was ``rounding`` keep what the network said, D: a slope would only add to the noise.
-        """
+    def _slide(self, accepted: int, sound: int) -> None:
+        """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
-        x, made = None, self._correction.exact
-        for row, i in enumerate(range(self.lo, self.lo + accepted)):
-            if rounding[row]:
-                self._correction.write("M", i, D[row, :])
-                made = False
-            # final states come from the recurrence itself, to the last bit
-            x = self._correction.X[i + 1 - self._correction.base, :] if made and i + 1 < first_new else self._advance(i)
-            if not made and i + 1 < first_new:
+        x = None
+        for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
+            if self._correction.exact and i + 1 < first_new:
+                x = self._correction.X[i + 1 - self._correction.base, :]
+            else:
+                x = self._advance(i)
+            if not self._correction.exact and i + 1 < first_new:
                 self._correction.write("X", i + 1, x)
             if self._kept is not None:
                 self._kept.append(copied(self._xp, x))
@@ -392,7 +396,7 @@ class SampleWindow:
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
             self._evaluated[self.lo] = True
-            self._slide(1, 1, D, np.zeros(1, dtype=bool))
+            self._slide(1, 1)
             return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
         self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:

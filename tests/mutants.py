@@ -46,8 +46,9 @@ CLOSEST = {  # by the file's name, beside the test files that name its module
 }  # fmt: skip
 
 PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
-LIBRARIES = ("numpy", "torch", "hypothesis", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
+LIBRARIES = ("numpy", "torch", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
 _FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+_UNUSABLE = "the tests fail, or take too long, without a change"
 Change = Callable[[], str]
 Site = tuple[Path, int, int]
 
@@ -132,33 +133,41 @@ def mutated(file: Path, number: int) -> tuple[str, str]:
     return ast.unparse(ast.fix_missing_locations(tree)), f"{before[:80]}  ->  {told}"
 
 
-def closest(file: Path) -> list[str]:
-    """The test files to run, the closest first: those named, then those that import the module, the quickest first."""
+def closest(file: Path, thorough: bool) -> list[str]:
+    """The test files to run, the closest first: those named, those that import the module, if thorough all others."""
     folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
     named = [one for name in CLOSEST.get(file.stem, [file.stem]) for one in tests if one.stem == f"test_{name}"]
     naming = [one for one in tests if module in one.read_text() or file.stem in one.stem]
     package = module.rpartition(".")[0]
-    naming += tests if folder == "core" else [one for one in tests if f"{package} import" in one.read_text()]
+    if thorough or not named + naming:
+        naming += tests if folder == "core" else [one for one in tests if f"{package} import" in one.read_text()]
     return [str(one.relative_to(ROOT)) for one in dict.fromkeys(named + naming)]
 
 
-def survives(copy: Path, file: Path, number: int, limit: float) -> str | None:
-    """What the change was, if all tests near it still pass; None if one fails or hangs."""
+def survives(copy: Path, site: Site, limit: float, thorough: bool) -> str | None:
+    """What the change was, if all tests near it still pass; None if one fails."""
+    file, _, number = site
     text, told = mutated(file, number)
     whole = (ROOT / file).read_text()
     (copy / file).write_text(text)
-    tests = _FORK.Process(target=_run_tests, args=(copy, closest(file)))
+    failed = fails(copy, closest(file, thorough), limit)
+    (copy / file).write_text(whole)
+    if failed is None:
+        return f"{told}  (time ran out, undecided)"
+    return None if failed else told
+
+
+def fails(copy: Path, files: list[str], limit: float) -> bool | None:
+    """Whether a test of these files fails; None where time ran out."""
+    tests = _FORK.Process(target=_run_tests, args=(copy, files))
     tests.start()
     tests.join(limit)
     undecided = tests.is_alive()
     tests.kill()
     tests.join()
-    (copy / file).write_text(whole)
-    if undecided:
-        return f"{told}  (time ran out, undecided)"
-    return told if tests.exitcode == 0 else None
+    return None if undecided else tests.exitcode != 0
 
 
 def _run_tests(copy: Path, files: list[str]) -> None:
@@ -171,18 +180,25 @@ def _run_tests(copy: Path, files: list[str]) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     os._exit(int(pytest.main([*options, *files])))
 
 
-def work(own: list[Site], each: float, end: float, results: Any) -> None:
+def work(own: list[Site], each: float, thorough: bool, end: float, results: Any) -> None:
     """The changes of one worker, in a copy of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache"))
-        for file, line, number in own:
+        known: dict[Path, bool | None] = {}
+        for site in own:
             if time.monotonic() > end:
                 break
-            results.put((f"{file}:{line}", survives(copy, file, number, each)))
+            if site[0] not in known:  # else every change would count as noticed
+                known[site[0]] = fails(copy, closest(site[0], thorough), each)
+            if known[site[0]] is not False:
+                results.put((f"{site[0]}:{site[1]}", f"{_UNUSABLE} (undecided)"))
+                continue
+            results.put((f"{site[0]}:{site[1]}", survives(copy, site, each, thorough)))
     results.put(None)
 
 
@@ -193,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="no new change after so many seconds")
     parser.add_argument("--workers", type=int, default=2, help="how many copies of the project work at once")
     parser.add_argument("--each", type=float, default=180, help="seconds for the tests of one change")
+    parser.add_argument("--thorough", action="store_true", help="what the closest tests do not notice: all others too")
     parser.add_argument("--part", choices=[*PARTS, "both"], default="both")
     parser.add_argument("--file", default="", help="only files whose name contains this")
     given = parser.parse_args(argv)
@@ -202,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module(library)
     results, end = _FORK.Queue(), time.monotonic() + given.seconds
     parts = [sample[start :: given.workers] for start in range(given.workers)]
-    workers = [_FORK.Process(target=work, args=(part, given.each, end, results)) for part in parts]
+    workers = [_FORK.Process(target=work, args=(part, given.each, given.thorough, end, results)) for part in parts]
     for worker in workers:
         worker.start()
     counts, left = {"noticed": 0, "survived": 0, "undecided": 0}, len(workers)

@@ -231,6 +231,8 @@ class Draft(_Stepped):
             )
         alphas_cumprod = torch.as_tensor(self.diffusion.alphas_cumprod).double().cpu().numpy()
         schedule = NoiseSchedule.from_alphas_cumprod(alphas_cumprod, default_prediction_type="sample")
+        if not self.steps[0].draws:
+            return DDIM(schedule), timesteps
         if names == {"ddim_sample"}:
             return DDIM(schedule, eta=float(self.steps[0].arguments.get("eta", 0.0))), timesteps
         large = "FIXED_LARGE" in str(getattr(self.diffusion, "model_var_type", ""))
@@ -255,7 +257,7 @@ class _Live(_Stepped):
         if self._run is None:
             self._draft.check_rows(step, x)
             self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [one.arguments for one in steps]), len(steps))
-            self._run = self._choices.begin(self._nodes, x, self._rule, self._timesteps, self._nodes.noise(steps))
+            self._run = self._choices.begin(self._nodes, x, self._rule, self._timesteps, self._nodes.noise)
         for draw in steps[i].draws:  # leaves the random numbers where the step would have left them
             torch.randn_like(draw)
         self._count = i + 1
@@ -328,14 +330,9 @@ class _StepDenoiser:
             change = change - c * z.to(change)
         return (change / b).to(x.dtype)
 
-    def noise(self, steps: list[_Step]) -> Callable[[int, int], Tensor]:
-        """The first draw of each step; nothing for a step that draws none."""
-
-        def draw(step: int, sample: int) -> Tensor:
-            draws = self._rows.draws_of(step, sample)
-            return draws[0] if draws else torch.zeros_like(steps[step].t, dtype=torch.float32)
-
-        return draw
+    def noise(self, step: int, sample: int) -> Tensor:
+        """The first draw of a step; asked for only where there is one."""
+        return self._rows.draws_of(step, sample)[0]
 
     def predicted(self, i: int) -> Tensor:
         """The predicted clean samples of step i, asked for in order; interpolated where it was not evaluated."""

@@ -58,6 +58,8 @@ class Choices:
         """Raise a ValueError or TypeError for what cannot be; ``options`` are the solver's."""
         if isinstance(window, str) and window != "auto":
             raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
+        if options.get("method") == "sequential":
+            window, options = 1, {name: value for name, value in options.items() if name != "method"}
         auto = isinstance(window, str)
         return cls(ParallelIntegralSolver(_nothing, 2 if auto else window, **options), auto)
 
@@ -115,7 +117,8 @@ class Stepwise:
     @property
     def solution(self) -> Solution:
         """What the run came to, without its states."""
-        return replace(self._solver.result(self.state), trajectory=None)
+        self.state.save = "sample"  # a second copy of all states is not wanted
+        return self._solver.result(self.state)
 
 
 class _Nothing(StepRule):

@@ -279,7 +279,8 @@ def test_the_pipeline_is_unchanged_after_an_exception(where: str) -> None:
         own = pipe.unet.forward
         watch(pipe.unet, lambda sample, *args, **kwargs: fail() if len(sample) > 2 else None)
         before = state_of(pipe)
-    with pytest.raises(ValueError if where == "arguments" else KeyError), parallel_sampling(pipe, **options) as run:
+    kind, told = (ValueError, "`prompt`") if where == "arguments" else (KeyError, "^'boom'$")
+    with pytest.raises(kind, match=told), parallel_sampling(pipe, **options) as run:
         sample(pipe, **changes)
     assert same(before, state_of(pipe))
     assert run.status is Status.FAILED
@@ -588,7 +589,7 @@ def test_pipelines_in_two_threads_may_share_a_network(both: bool) -> None:
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what)
 def test_what_cannot_be_parallel_is_refused_or_left_alone(refusal: Refusal) -> None:
     pipe = refusal.build()
-    with pytest.raises(PipelineNotParallelError), parallel_sampling(pipe):
+    with pytest.raises(PipelineNotParallelError, match=r"\w+") as refused, parallel_sampling(pipe):
         refusal.call(pipe)
     pipe = refusal.build()
     with (
@@ -596,7 +597,7 @@ def test_what_cannot_be_parallel_is_refused_or_left_alone(refusal: Refusal) -> N
         parallel_sampling(pipe, fallback="sequential") as run,
     ):
         got = refusal.call(pipe)
-    assert run.reason
+    assert run.reason == str(refused.value)
     assert run.status is Status.CONVERGED
     if refusal.repeats:
         assert torch.equal(got, refusal.call(refusal.build()))

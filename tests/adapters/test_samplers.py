@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint as torch_odeint
 
+from benchmarks import published
+from benchmarks.published import edm_sampler
 from parasolver_adapters.samplers import UnsupportedSamplerError, parallel, sample_flow, step_rule_from_sampler
 from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, NonFiniteError, solve, solve_sequential
-from tests.adapters.published import edm_sampler, k_diffusion
 from tests.adapters.weights import relative
 
 FIXED = [
@@ -34,6 +35,13 @@ FIXED = [
     ("dpmpp_3m_sde", {}),
 ]
 TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
+
+
+def k_diffusion() -> Any:
+    sampling = published.k_diffusion()
+    if sampling is None:
+        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion")
+    return sampling
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -121,7 +129,7 @@ def test_sampler_of_edm(churn: float) -> None:
 
     want = edm_sampler(network, x, cond, randn_like=draws(1), **options)
     sampler = parallel(edm_sampler, 16, tolerance=0)
-    assert relative(sampler(network, x, cond, randn_like=draws(1), **options), want) < 1e-12
+    assert relative(sampler(network, x, cond, randn_like=draws(1), **options), want) < 1e-6  # the network's
     assert relative(sampler(network, x, cond, randn_like=draws(2), **options), want) > (1e-3 if churn else -1)
     rule = step_rule_from_sampler(edm_sampler, model=network, **options)
     assert rule.init_noise_sigma == pytest.approx(80.0)
@@ -298,7 +306,8 @@ def test_signature_and_methods_stay() -> None:
     assert inspect.signature(sampler) == inspect.signature(fn)
     assert sampler.__name__ == "sample_heun"
     x, sigmas = normal(2, 12), levels(6)
-    assert torch.equal(parallel(fn, 1)(model, x, sigmas, **CALL), fn(model, x, sigmas, **CALL))
+    for sequential in (parallel(fn, 1), parallel(fn, method="sequential")):
+        assert torch.equal(sequential(model, x, sigmas, **CALL), fn(model, x, sigmas, **CALL))
 
     class Sampler:
         scale = 2.0

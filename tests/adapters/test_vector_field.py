@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
+from parasolver_adapters.vector_field.grid import Grid
 from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS, RungeKutta, phi_functions
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.solution import Status
@@ -417,7 +418,9 @@ def test_what_was_reached_on_a_grid_with_substeps() -> None:
 def test_linear_field_backwards_in_time(steps: int) -> None:
     """A ratio of two corrections was trusted although neither was small: -2e226 was accepted for 1.9e138."""
     t, h = np.linspace(5.15, 0, steps + 1), 5.15 / steps
-    y = odeint(lambda t, y: -155.0 * y + np.sin(t), np.array([0.0375]), t, method="euler")[:, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        y = odeint(lambda t, y: -155.0 * y + np.sin(t), np.array([0.0375]), t, method="euler")[:, 0]
     expected = [0.0375]
     for now in t[:-1]:
         expected.append((1 + 155 * h) * expected[-1] - h * np.sin(now))
@@ -428,7 +431,7 @@ def test_linear_field_backwards_in_time(steps: int) -> None:
 @pytest.mark.parametrize("field", [np.tanh, lambda y: y * (1 - y)])
 @pytest.mark.parametrize("other", [False, True])
 def test_element_that_decays_to_nothing_and_grows_again(rate: float, field: Any, other: bool) -> None:
-    """Held against the largest value so far, defects let 19.7 pass for 1.0004; others gave a false NaN."""
+    """Defects once were held against the largest value so far: 19.7 was accepted for 1.0004, or NaN told of."""
     t = np.linspace(0, 10, 2001)
 
     def f(t: Any, y: Any) -> Any:
@@ -468,8 +471,8 @@ def test_wide_chaotic_state_in_windows_is_announced() -> None:
     np.testing.assert_array_equal(found.states, expected)
 
 
-@pytest.mark.parametrize("steps", [200, 1000])
-@pytest.mark.parametrize("method", ["rk4", "ab3"])
+@pytest.mark.parametrize("steps", [200, 300])
+@pytest.mark.parametrize("method", ["heun", "ab3"])
 def test_field_that_acts_on_all_times_at_once(xp: Any, steps: int, method: str) -> None:
     """A norm over all that is given, too small to matter where it was tried: 0.168 was accepted for -0.168."""
 
@@ -479,12 +482,12 @@ def test_field_that_acts_on_all_times_at_once(xp: Any, steps: int, method: str) 
         return turned / xp.where(norm > 3, norm, 3 + 0 * norm)
 
     y0, t = xp.asarray([0.5, 0.2], dtype=xp.float64), np.linspace(0, 1, steps + 1)
-    with pytest.warns(SequentialFallbackWarning, match=r"among other times than alone.*one after another|basin"):
+    with pytest.warns(SequentialFallbackWarning, match="f gave something else .* among other times than alone"):
         found = integrate(field, y0, t, method=method)
     assert found.sequential_steps == steps
     growth, angle = np.exp(0.1), 2 / 3
     exact = growth * np.array([0.5 * np.cos(angle) + 0.2 * np.sin(angle), 0.2 * np.cos(angle) - 0.5 * np.sin(angle)])
-    np.testing.assert_allclose(np.from_dlpack(found.states)[-1], exact, rtol=1e-6)
+    np.testing.assert_allclose(np.from_dlpack(found.states)[-1], exact, rtol=2e-4)
 
 
 def test_gradient_of_a_field_that_acts_on_all_times_at_once() -> None:
@@ -585,6 +588,36 @@ def test_users_jacobian(dense: bool) -> None:
     close(found.states, odeint(logistic, y0, TIMES, linearization="sequential"))
     with pytest.raises(ValueError, match="jacobian: expected shape"):
         integrate(logistic, y0, TIMES, jacobian=lambda t, y: y[:1], linearization="full")
+
+
+def test_users_jacobian_of_another_dtype() -> None:
+    def jacobian(t: Any, y: Any) -> Any:
+        return np.zeros((len(y), 3, 3), dtype=np.float32)
+
+    options: dict[str, Any] = {"linearization": "full", "batch_dims": 0}
+    with pytest.raises(ValueError, match=r"jacobian: expected shape .* and dtype float64 .* got .* dtype float32"):
+        integrate(logistic, np.array([0.3, 0.2, 0.9]), TIMES, jacobian=jacobian, **options)
+
+
+@pytest.mark.parametrize("linearization", ["full", "diagonal"])
+def test_state_that_rests_at_zero(linearization: Any) -> None:
+    """Differences are taken there as well; a step of zero length would give NaN."""
+    y0 = np.array([[0.0, 0.0], [1.0, -2.0]])
+    found = integrate(lambda t, y: -np.sin(y) * (2 + np.cos(t)), y0, TIMES / 2, linearization=linearization)
+    assert found.sequential_steps == 0
+    assert found.rounds < 12
+    np.testing.assert_array_equal(found.states[:, 0], 0)
+    expected = 2 * np.arctan(np.tan(np.array([0.5, -1.0])) * np.exp(-2 * 3.0 - np.sin(3.0)))
+    np.testing.assert_allclose(found.states[-1, 1], expected, rtol=1e-6)
+
+
+def test_steps_end_where_the_next_begin() -> None:
+    """To the last bit, which ``t + (t' - t)`` is not."""
+    t = np.linspace(-1.0, 1.0, 413) ** 3
+    grid = Grid(t, START, 1)
+    assert np.any(t[:-1] + np.diff(t) != t[1:])
+    np.testing.assert_array_equal(grid.times(0, 412, 1.0), t[1:])
+    np.testing.assert_array_equal(grid.times(0, 412, 0.0), t[:-1])
 
 
 def test_jacobian_by_torch_func() -> None:

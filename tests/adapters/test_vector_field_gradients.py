@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
+from parasolver_core.solution import Status
 
 torch = pytest.importorskip("torch")
 
@@ -127,6 +128,43 @@ def test_only_one_side_needs_gradients(wanted: str) -> None:
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_parameter_that_is_used_after_a_while_only() -> None:
+    a = torch.tensor(0.4, dtype=DTYPE, requires_grad=True)
+
+    def field(t: Any, y: Any) -> Any:
+        late = torch.as_tensor(t) > 1
+        return torch.where(late, a, 0.0) - y if bool(late.any()) else -y
+
+    y0 = torch.ones(1, dtype=DTYPE)
+    found, expected = (
+        gradients(field, y0, times(200, 2.0), [a], linearization=name)[0] for name in ("full", "sequential")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    assert float(found.abs()) > 1
+
+
+def test_trajectory_that_ran_away_has_no_gradient() -> None:
+    y0 = torch.tensor([1.0], dtype=DTYPE, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        found = integrate(lambda t, y: y**3, y0, times(), throw=False)
+    assert found.status in (Status.NONFINITE_SOLVER, Status.NONFINITE_MODEL)
+    assert not found.states.requires_grad
+
+
+def test_gradient_that_decays_to_nothing_and_grows_again() -> None:
+    """The gradient at the end passes through 1e-27 on its way to the beginning."""
+    y0, t = torch.tensor([1.0], dtype=DTYPE, requires_grad=True), torch.linspace(0, 10, 1001, dtype=DTYPE)
+
+    def gradient(linearization: Any) -> Any:
+        y = odeint(lambda t, y: 5.0 * (t - 5) * torch.sin(y), y0, t, linearization=linearization)
+        return torch.autograd.grad(y[-1].sum(), y0)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SequentialFallbackWarning)
+        torch.testing.assert_close(gradient("auto"), gradient("sequential"), rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("linearization", ["full", "sequential"])

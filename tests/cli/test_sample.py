@@ -269,3 +269,18 @@ def test_ctrl_c_in_two_processes_keeps_what_was_reached(tmp_path: Path) -> None:
     assert record(tmp_path / "out")["status"] == "interrupted"
     assert (tmp_path / "out" / "000.png").exists()
     assert "Traceback" not in errors.split("torch/distributed")[0], errors
+
+
+def test_margins_are_found_kept_and_used_again(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = ("--count", 8, "--window", 8, "--tolerance", 0.05, "--labels", "3,7")
+    found = sample(first, *options, "--calibrate", steps=12)
+    kept = json.loads((first / "calibration.json").read_text())
+    assert kept["gain"] >= 1
+    with Image.open(first / "calibration.png") as picture:
+        assert picture.size[0] > 400
+    used = sample(again, *options, "--calibration", first / "calibration.json", steps=12)
+    assert torch.equal(found, used)
+    assert record(again)["rounds"] == record(first)["rounds"]
+    refused = run("sample", "--out", again, *options, "--calibrate", "--window", "auto", code=1)
+    assert "calibrate: finds a calibration for one window" in " ".join(refused.split())

@@ -93,6 +93,43 @@ def test_the_published_stop_rule_estimates_a_finite_error(end: float) -> None:
     assert rule.accept(moved, 1.0)[0] == (2 if end == 0 else 3)
 
 
+class Everything(Acceptance):
+    """Takes whatever a round gives."""
+
+    def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
+        return len(view.move), 0.0
+
+
+def test_a_node_that_was_moved_out_of_all_reach_is_not_final_whatever_the_acceptance_says() -> None:
+    """A first round of copies, on a network whose outputs are a million times the states."""
+    method = Method(acceptance=Everything(), spread=False, fill="copy")
+    arguments = (normal((1, 6)), TABLE.timesteps(10), DDIM(TABLE), 10)
+    far = solve(lambda x, t: np.tanh(x) + 1e6, *arguments, method=method)
+    assert far.stats.history[0].samples[0].accepted == 1
+    calm = solve(TanhNetwork(), *arguments, method=method)
+    assert calm.stats.history[0].samples[0].accepted == 10
+
+
+class Lost(Secant):
+    """Its slopes are not finite every other time."""
+
+    def update(self, slope: np.ndarray, moved: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        new = super().update(slope, moved, cross)
+        new[::2] = np.nan
+        new[1::4] = np.inf
+        return new
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_slopes_that_are_not_finite_are_left_as_they_were(spread: bool) -> None:
+    n = 200 if spread else 20
+    arguments = (TanhNetwork(), normal((2, 6)), TABLE.timesteps(n), DDIM(TABLE))
+    got = solve(*arguments, 16, tolerance=5e-2, method=Method(linearization=Lost(), spread=spread))
+    assert got.success
+    assert relative(got.sample, sequential(*arguments).sample) < 5e-2
+    assert got.stats.rounds < n / 2
+
+
 class Longer(StepRule):
     def recurrence(self, timesteps: np.ndarray) -> Recurrence:
         return table(np.append(timesteps, timesteps[-1] + 1))

@@ -49,8 +49,12 @@ def test_error_is_within_tolerance_at_a_fraction_of_the_cost(rule: DDIM | DPMSol
     x_T, timesteps = noise(), SCHEDULE.timesteps(500)
     truth = solve_sequential(mixture_denoiser, x_T, timesteps, rule).sample
     solution = solve(mixture_denoiser, x_T, timesteps, rule, window=20, tolerance=tolerance)
-    assert np.all(relative_error(solution.sample, truth) <= tolerance)
+    error = relative_error(solution.sample, truth)
+    assert np.all(error <= tolerance)
     assert np.all(solution.error_estimate <= tolerance)
+    assert np.all(solution.error_estimate >= 3 * error)  # with caution: of such smooth networks 5 to 20 times
+    last = [one.error for record in solution.stats.history for one in record.samples if one.accepted]
+    assert sorted(last) == sorted(solution.error_estimate)
     assert solution.stats.rounds <= 20  # a window sliding over 500 steps needs at least 25
     assert solution.stats.evaluations <= 4 * 250  # sequential: 500 for each of the 4 samples
 
@@ -285,9 +289,9 @@ def test_a_looser_tolerance_never_costs_more_rounds_beyond_one(
 ) -> None:
     """Spread nodes were tried where they lose: 18 rounds at 5 % on a network that took 11 at 1 %.
 
-    Two where a window too small for the first level goes astray, which it is found to do after three rounds.
+    Three where a window too small for the first level goes astray, which it is found to do after four rounds.
     """
-    beyond = 1 if isinstance(network, FunctionType) or window > 12 else 2
+    beyond = 1 if isinstance(network, FunctionType) or window > 12 else 3
     kind = "sample" if isinstance(network, Untrained) else "epsilon"
     arguments = (network, noise(8), SCHEDULE.timesteps(steps), rule(SCHEDULE, prediction_type=kind), window)
     rounds = []

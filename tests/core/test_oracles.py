@@ -48,6 +48,23 @@ def test_each_ddim_step_on_gaussian_data(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
+def test_the_first_guess_of_the_slope_is_that_of_gaussian_data(name: str) -> None:
+    schedule, grid, kind = PATHS[name]
+    denoiser = Gaussian(schedule, kind, std=schedule.sigma_data)
+    ends = [denoiser(np.full((len(grid), 1), x), grid)[:, 0] for x in (0.0, 1.0)]
+    table = DDIM(schedule, prediction_type=kind).recurrence(grid)
+    np.testing.assert_allclose(table.slope, ends[1] - ends[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_picard_slopes_make_every_step_the_identity(name: str) -> None:
+    """``dx' / dx = a + b g = 1`` of steps that read one output."""
+    schedule, grid, kind = PATHS[name]
+    table = DDIM(schedule, prediction_type=kind).recurrence(grid)
+    np.testing.assert_allclose(table.a[:, 0] + table.b[:, 0] * table.identity_slope, 1.0, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PATHS)
 def test_euler_is_ddim(name: str) -> None:
     schedule, grid, kind = PATHS[name]
     ddim, euler = (rule(schedule, prediction_type=kind).recurrence(grid) for rule in (DDIM, Euler))

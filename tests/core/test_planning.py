@@ -127,7 +127,15 @@ def test_auto_with_costs_given() -> None:
     assert "with a window of" in free.message
 
 
-def test_auto_measures_once(cache: Path) -> None:
+def test_auto_measures_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1e-6
+        return clock[0]
+
+    monkeypatch.setattr(time, "perf_counter", tick)
+
     class Slow:
         """A batch costs as much as a row."""
 
@@ -136,7 +144,7 @@ def test_auto_measures_once(cache: Path) -> None:
 
         def __call__(self, x: Any, t: Any) -> Any:
             rows.append(x.shape[0])
-            time.sleep(0.004)
+            clock[0] += 0.004
             return network(x, t)
 
     rows, network = [], TanhNetwork(4)

@@ -99,10 +99,15 @@ class Capture(Listener):
         if self.start is not None:
             raise CaptureDone
 
-    def finish(self) -> None:
-        """After the pass: the scheduler's steps as a table."""
+    def finish(self, given: Mapping[str, Any]) -> None:
+        """After the pass, a call with these arguments: the scheduler's steps as a table."""
         if self.start is None:
-            raise PipelineNotParallelError("the pipeline never called scheduler.step(model_output, timestep, sample)")
+            strength = given.get("strength")
+            raise PipelineNotParallelError(
+                "the pipeline never called scheduler.step(model_output, timestep, sample)"
+                if strength is None
+                else f"strength={strength} leaves no steps of the loop; pass a larger one, or more num_inference_steps"
+            )
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
         self.rule = _rule(self.scheduler, self.begin, self.options)

@@ -111,19 +111,33 @@ def parallel_sampling(
         timeout=timeout,
     )
     run, own = ParallelRun(), type(pipe)
-    runs = [run]
-    pipe.__class__ = _parallel_class(getattr(own, _UNTOUCHED, own), choices, runs)
+    runs, blocks = [run], getattr(own, _BLOCKS, [])
+    if not any(one is pipe for one, _ in blocks):  # copies of a pipeline have its class
+        blocks.append((pipe, own))
+    entered = pipe, _parallel_class(getattr(own, _UNTOUCHED, own), choices, runs, blocks)
+    blocks.append(entered)
+    pipe.__class__ = entered[1]
     try:
         yield run
     finally:
-        pipe.__class__ = own
+        _leave(entered, blocks)
         runs.clear()  # the class lives on until garbage is collected
 
 
-_UNTOUCHED = "_outside_parallel_sampling"
+_UNTOUCHED, _BLOCKS = "_outside_parallel_sampling", "_blocks_of_parallel_sampling"
+_Blocks = list[tuple[Any, type]]  # pipelines, and the classes that they got, the innermost last; the first is their own
 
 
-def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> type:
+def _leave(entered: tuple[Any, type], blocks: _Blocks) -> None:
+    """Give a pipeline the class of the block that was entered last of those that are left, in any order."""
+    pipe = entered[0]
+    left = [one for one in blocks if one[0] is pipe and one is not entered]
+    gone = [*left, entered] if len(left) == 1 else [entered]
+    blocks[:] = [one for one in blocks if not any(one is other for other in gone)]
+    pipe.__class__ = left[-1][1]
+
+
+def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun], blocks: _Blocks) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
     active: list[Session] = []
 
@@ -140,7 +154,7 @@ def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun]) -> typ
         finally:
             active.clear()
 
-    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call), _UNTOUCHED: own}
+    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call), _UNTOUCHED: own, _BLOCKS: blocks}
     if hasattr(own, "encode_prompt"):
 
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +250,7 @@ class Session:
             for hook in hooks:
                 hook.remove()
             put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
-        capture.finish()
+        capture.finish(kwargs)
         return capture
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:

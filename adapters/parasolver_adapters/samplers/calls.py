@@ -69,6 +69,12 @@ class SamplerCall:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor among the arguments is; the CPU if there is none."""
+        tensors = (one for one in tree_leaves((self.args, dict(self.kwargs))) if isinstance(one, Tensor))
+        return next((one.device for one in tensors), torch.device("cpu"))
+
     def run(self, model: Any, x: Tensor, **replaced: Any) -> Any:
         """Call it; arguments that it has by these names are replaced."""
         try:

@@ -69,10 +69,6 @@ class ParallelSampler:
         self.solution = live.end()
         return returned
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """Bound like a function, so that a class may have it for a method."""
-        return self if instance is None else functools.partial(self, instance)
-
     def _denoiser(self, model: Any, draft: Draft, batch: int) -> Any:
         try:
             arguments = StepArguments(draft.arguments, batch, "arguments of the network")

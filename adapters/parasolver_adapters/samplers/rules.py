@@ -294,6 +294,7 @@ class _Run:
         take = recorder.take if recorder else list
         draw: Draw = recorder or no_noise
         begin = torch.from_numpy(np.random.default_rng(3).standard_normal(PROBES)) if start is None else start
+        device = call.device  # the sampler's own tensors are there; what is read of it comes to the host
 
         def reply(i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             if not isinstance(x, Tensor) or x.shape != begin.shape:
@@ -302,14 +303,15 @@ class _Run:
                     f"sampler: {call.name} gives its network {got} in call {i}, where its state is {tuple(begin.shape)}"
                 )
             draws.append(take())
-            inputs.append(x.detach().clone().double())
+            inputs.append(x.detach().double().cpu().clone())
             times.append(time_of(args, kwargs, i))
             outputs.append(torch.from_numpy(network(i, inputs[-1].numpy(), times[-1])))
-            return outputs[-1].clone()
+            return outputs[-1].clone().to(device)
 
         try:
-            with Float64(draw):
-                end = call.silent(Stub(reply, model), begin.clone(), **sources(begin))
+            with Float64(lambda *drawn: draw(*drawn).to(device)):
+                probes = begin.clone().to(device)
+                end = call.silent(Stub(reply, model), probes, **sources(probes))
         except UnsupportedSamplerError:
             raise
         except Exception as error:
@@ -331,7 +333,7 @@ class _Run:
     @property
     def states(self) -> list[Tensor]:
         """N + 1; the last output in the place of an end that is none."""
-        return [*self.inputs, self.outputs[-1] if self.end is None else self.end.double()]
+        return [*self.inputs, self.outputs[-1] if self.end is None else self.end.double().cpu()]
 
     @property
     def trace(self) -> Trace:

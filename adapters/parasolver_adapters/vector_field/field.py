@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from parasolver_adapters.vector_field.grid import Grid
-from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
+from parasolver_core.arrays import Array, copied, detach, is_array, no_grad, to_host
 
 Batching = Literal["auto", "column", "trailing", "merged", "rows", "vmap", "loop"]
 Signature = Literal["ty", "yt"]
@@ -221,6 +221,7 @@ class Field:
             out = np.asarray(out)
         if not isinstance(out, self._type):
             raise TypeError(f"f: expected {self._type.__name__} of shape {shape}, got {type(out).__name__}")
+        out = cast(Any, out)
         if tuple(out.shape) != shape or out.dtype != self._dtype:
             raise ValueError(
                 f"f: expected the derivative as shape {shape}, dtype {self._dtype}, got shape {tuple(out.shape)}, "
@@ -241,7 +242,7 @@ def own_memory(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.array(values)
     if is_array(values):
-        return array_api_compat.array_namespace(values).asarray(values, copy=True)
+        return copied(array_api_compat.array_namespace(values), values)
     return values
 
 

@@ -6,10 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_torch_array
+from array_api_compat import device, is_torch_array
 
 from parasolver_adapters.vector_field.field import own_memory
-from parasolver_adapters.vector_field.methods import ExponentialRungeKutta, adams_weights, phi_functions
+from parasolver_adapters.vector_field.methods import (
+    AdamsBashforth,
+    ExponentialRungeKutta,
+    RungeKutta,
+    adams_weights,
+    phi_functions,
+)
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
 from parasolver_core.arrays import Array
@@ -90,9 +96,9 @@ class FieldJacobian(Surrogate):
         grid, xp, lo = self.problem.grid, self.problem.xp, self.lo
         below, above = (edges[:-1] + edges[1:]) // 2, (edges[:-1] + edges[1:] + 1) // 2
         t = (grid.t[lo + below] + grid.t[lo + above]) / 2
-        states = xp.take(y, xp.asarray(below), axis=0)
+        states = xp.take(y, xp.asarray(below, device=device(y)), axis=0)
         if np.any(below != above):
-            states = (states + xp.take(y, xp.asarray(above), axis=0)) / 2
+            states = (states + xp.take(y, xp.asarray(above, device=device(y)), axis=0)) / 2
         return grid.asarray(t), states
 
     def _jacobian(self, t: Array, y: Array) -> Array:
@@ -132,9 +138,11 @@ class StepJacobian(FieldJacobian):
         xp, method = self.problem.xp, self.problem.method
         if isinstance(method, ExponentialRungeKutta):
             return self._exponential(method, J, mean)
-        if not self.memory:
-            return super()._increment(J, mean)
         scaled, d, order = self._times(J, mean), J.shape[-1], self.memory + 1
+        if isinstance(method, RungeKutta):
+            return _runge_kutta(xp, method, scaled)
+        if not isinstance(method, AdamsBashforth):
+            return super()._increment(J, mean)
         weights = adams_weights(np.arange(order + 1.0), order)[-1]
         top = xp.concat([scaled * float(w) for w in weights], axis=-1)
         shift = np.eye(self.memory * d, order * d) - np.eye(self.memory * d, order * d, d)
@@ -155,6 +163,16 @@ class StepJacobian(FieldJacobian):
         if method.order == 1:
             return euler
         return euler + xp.matmul(problem.grid.asarray(phi_2), xp.matmul(J, euler))
+
+
+def _runge_kutta(xp: Any, method: RungeKutta, scaled: Array) -> Array:
+    """A step's Jacobian less 1, where that of the field times the step's length is ``scaled``."""
+    stages: list[Array] = []
+    total = xp.zeros_like(scaled)
+    for row in (*method.a, method.b):
+        total = sum((K * w for w, K in zip(row, stages, strict=True)), xp.zeros_like(scaled))
+        stages.append(scaled + xp.matmul(scaled, total))
+    return total
 
 
 def _prefer_autograd(y: Array) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from array_api_compat import device
 from numpy.typing import NDArray
 
 from parasolver_adapters.vector_field.jacobian import FieldJacobian
@@ -168,8 +169,9 @@ class ParallelIntegrator:
         xp, n, final = problem.xp, hi - lo, tolerance == 0.0
         tolerance = max(tolerance, self.tolerance)
         surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
-        limit = problem.field.spent + problem.sequential_cost(n) / 2
-        before, best, moved, field = np.inf, np.inf, np.full(n, np.inf), Recorder(problem.field)
+        defects, limit = problem.flat(y[1:, ...]), problem.field.spent + problem.sequential_cost(n) / 2
+        before = before_travelled = best = np.inf
+        moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
             field.first = None
             ends, _past = problem.method.advance(field, problem.grid, lo, hi, y[:-1, ...], past)
@@ -191,9 +193,11 @@ class ParallelIntegrator:
             if done:
                 moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)
                 break
-            surrogate.update(size, size / before)
-            before, best = size, min(size, best)
-            if size > _DIVERGED * best or problem.field.spent > limit:
+            # Beside what it was: where digits cancel, most of a trajectory goes in each round, and that is progress.
+            travelled = float(xp.max(xp.abs(d) / old))
+            surrogate.update(travelled, travelled / before_travelled)
+            before, before_travelled, best, old = size, travelled, min(travelled, best), scale
+            if travelled > _DIVERGED * best or problem.field.spent > limit:
                 break
         good = moved <= 0.1 * tolerance
         accepted = n if good.all() else int(np.argmin(good))
@@ -250,7 +254,7 @@ def hermite(coarse: Problem, nodes: NDArray[np.int64], states: Array, finer: NDA
     left = np.minimum(np.searchsorted(nodes, finer, side="right") - 1, len(own) - 1)
     h = own.h[left]
     s = (grid.t[finer] - own.t[left]) / h
-    here, ahead = xp.asarray(left), xp.asarray(left + 1)
+    here, ahead = (xp.asarray(one, device=device(states)) for one in (left, left + 1))
     table = (
         ((1 + 2 * s) * (1 - s) ** 2, states, here),
         (s**2 * (3 - 2 * s), states, ahead),

@@ -96,8 +96,8 @@ def local_scale(xp: Any, states: Array, reach: int) -> Array:
 
 
 def reach(steps: int) -> int:
-    """How many nodes around count as near: the range of double precision decays by 1e15 over so many at most."""
-    return max(steps // 20, 1)
+    """How many nodes around count as near: the range of double precision decays by 1e6 over so many at most."""
+    return max(steps // 50, 1)
 
 
 def is_rounding(xp: Any, defects: Array, size: Array, shaken: Callable[[Array], Array]) -> bool:
