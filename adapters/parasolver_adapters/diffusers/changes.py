@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules import module as modules
 
 from parasolver_adapters.diffusers.listening import networks_of
+from parasolver_adapters.diffusers.standins import place_of
 
+_PLAIN, _SOME = {bool, int, float, str}, 32
 _SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")
 
 
@@ -47,6 +52,80 @@ def what_moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) ->
     """The names of those whose values have changed."""
     pairs = zip(before, positions_of(switches), switches, strict=True)
     return {name for one, other, (_, name) in pairs if not _equal(one, other) and not _alike(one, other)}
+
+
+class Weights:
+    """What tells whether the networks of a pipeline compute as they did: two of them are equal if so.
+
+    Which modules, parameters and buffers they have and where these lie, how often each was written to, and a few of its
+    values, as a change through ``.data`` is not counted; the modules' hooks and their numbers, words and switches.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._marks: list[Any] = []
+        few: dict[Any, list[torch.Tensor]] = {}
+        for network in networks_of(pipe).values():
+            for module in network.modules():
+                own = vars(module)
+                self._marks.append((id(module), *(item for item in own.items() if type(item[1]) in _PLAIN)))
+                self._marks.append((*module._forward_hooks, *module._forward_pre_hooks))
+                for value in (*module._parameters.values(), *module._buffers.values()):
+                    if value is not None:
+                        self._marks.append(
+                            (id(value), place_of(value), None if value.is_inference() else value._version)
+                        )
+                        if (some := _some_of(value)) is not None:
+                            few.setdefault((some.device, some.dtype), []).append(some)
+        self._few = {kind: torch.cat(values).view(torch.uint8) for kind, values in few.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Weights)
+            and self._marks == other._marks
+            and self._few.keys() == other._few.keys()
+            and all(torch.equal(values, other._few[kind]) for kind, values in self._few.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _some_of(value: torch.Tensor) -> torch.Tensor | None:
+    """A few of the values, wherever they lie in memory; nothing of tensors that are kept in another way."""
+    if place_of(value) is None or value.is_meta:
+        return None
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    count = min(span, _SOME)
+    own = value.detach()
+    own = own.view(torch.uint8) if own.dtype.itemsize == 1 else own
+    return own.as_strided((count,), (span // count,), own.storage_offset())
+
+
+def hooks_of(network: torch.nn.Module) -> dict[Any, str]:
+    """The names of modules inside that have hooks, by the hooks' own numbers."""
+    everywhere = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
+    found: dict[Any, str] = {number: "every module" for hooks in everywhere for number in hooks}
+    for name, module in network.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            found |= dict.fromkeys(hooks, name or type(network).__name__)
+    return found
+
+
+_SERIALS: dict[int, tuple[Any, int]] = {}
+_COUNT = itertools.count()
+
+
+def serial_of(value: Any) -> Any:
+    """A number for an object, unlike its id never given to another one."""
+    key = id(value)
+    known = _SERIALS.get(key)
+    if known is not None and known[0]() is value:
+        return known[1]
+    try:
+        reference = weakref.ref(value, lambda _: _SERIALS.pop(key, None))
+    except TypeError:  # small values of built-in types
+        return type(value).__qualname__
+    _SERIALS[key] = reference, next(_COUNT)
+    return _SERIALS[key][1]
 
 
 def _alike(one: Any, other: Any) -> bool:
