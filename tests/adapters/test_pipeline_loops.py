@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
 from parasolver_core import Status
-from tests.adapters.tiny_pipelines import ddim_pipeline, distance, generator, randn, stable_diffusion, text, watch
+from tests.adapters.tiny_pipelines import ddim_pipeline, distance, randn, stable_diffusion, text, watch
 
 STEPS = 8
 
@@ -306,23 +306,6 @@ def test_features_that_an_attention_processor_stores() -> None:
     processors = dict(pipe.unet.attn_processors)
     pipe.unet.set_attn_processor(processors | {next(iter(processors)): Storing()})
     refused(pipe, lambda: None, "attention processors Storing")
-
-
-def test_self_attention_guidance() -> None:
-    """A pipeline of diffusers with an attention store and a hook that it sets in its call."""
-    pipe = diffusers.StableDiffusionSAGPipeline(**stable_diffusion().components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-
-    def sample() -> torch.Tensor:
-        given = {"num_inference_steps": 4, "output_type": "latent", "sag_scale": 0.75}
-        return pipe(**text(), **given, generator=generator()).images
-
-    want, before = sample(), dict(pipe.unet.attn_processors)
-    with pytest.raises(PipelineNotParallelError, match="CrossAttnStoreProcessor"), parallel_sampling(pipe):
-        sample()
-    with pytest.warns(UserWarning, match="sampled sequentially"), parallel_sampling(pipe, fallback="sequential"):
-        assert torch.equal(sample(), want)
-    assert len(before) == len(pipe.unet.attn_processors)
 
 
 # ---------------------------------------------------------------- what an earlier step left

@@ -515,22 +515,23 @@ def test_an_interrupt_leaves_the_last_latents(window: int) -> None:
         assert steps == 4
 
 
-class Closed(Exception):
+class ClosedError(Exception):
     """Takes no attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(name)
+        if not name.startswith("__"):
+            raise AttributeError(name)
 
 
 @pytest.mark.parametrize("window", [1, 5])
 def test_an_exception_that_takes_no_attributes_passes_unchanged(window: int) -> None:
-    raised = Closed("mine")
+    raised = ClosedError("mine")
 
     def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         raise raised
 
     pipe = stable_diffusion()
-    with pytest.raises(Closed, match="mine") as caught, parallel_sampling(pipe, window=window) as run:
+    with pytest.raises(ClosedError, match="mine") as caught, parallel_sampling(pipe, window=window) as run:
         sample(pipe, callback_on_step_end=callback)
     assert caught.value is raised
     assert (run.status, run.steps) == (Status.FAILED, 1)

@@ -14,7 +14,7 @@ from torch.nn.modules import module as modules
 from parasolver_adapters.diffusers.listening import networks_of
 from parasolver_adapters.diffusers.standins import place_of
 
-_PLAIN, _SOME = {bool, int, float, str}, 32
+_PLAIN, _SOME = {bool, float, str}, 32
 _SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")
 
 
@@ -55,43 +55,72 @@ def what_moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) ->
 
 
 class Weights:
-    """What tells whether the networks of a pipeline compute as they did: two of them are equal if so.
+    """Tells whether the networks of a pipeline compute as they did, from two looks at them, in little time.
 
-    Which modules, parameters and buffers they have and where these lie, how often each was written to, and a few of its
-    values, as a change through ``.data`` is not counted; the modules' hooks and their numbers, words and switches.
+    A look is at their modules, hooks, and switches and numbers of these, at which tensors they have, where these lie and
+    how often each was written to, and, as writing through ``.data`` is not counted, at a few values of each.
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._marks: list[Any] = []
-        few: dict[Any, list[torch.Tensor]] = {}
-        for network in networks_of(pipe).values():
-            for module in network.modules():
-                own = vars(module)
-                self._marks.append((id(module), *(item for item in own.items() if type(item[1]) in _PLAIN)))
-                self._marks.append((*module._forward_hooks, *module._forward_pre_hooks))
-                for value in (*module._parameters.values(), *module._buffers.values()):
-                    if value is not None:
-                        self._marks.append(
-                            (id(value), place_of(value), None if value.is_inference() else value._version)
-                        )
-                        if (some := _some_of(value)) is not None:
-                            few.setdefault((some.device, some.dtype), []).append(some)
-        self._few = {kind: torch.cat(values).view(torch.uint8) for kind, values in few.items()}
+        self._networks = list(networks_of(pipe).values())
+        self._find()
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Weights)
-            and self._marks == other._marks
-            and self._few.keys() == other._few.keys()
-            and all(torch.equal(values, other._few[kind]) for kind, values in self._few.items())
+    def look(self) -> tuple[list[Any], list[torch.Tensor]]:
+        """What is to be compared by :meth:`differ`."""
+        tensors = self._places()
+        if tensors != self._found:  # others than before: of modules that are moved to the device when they are called
+            self._find()
+            tensors = self._found
+        marks = [own.get(name) for own, name in self._settings]
+        for module in self._modules:
+            marks.append(len(vars(module)))
+            marks += map(id, module._modules.values())
+            marks += [*module._forward_hooks, *module._forward_pre_hooks]
+        return [tensors, marks], [torch.cat(few) for few in self._few.values()]
+
+    @staticmethod
+    def differ(before: tuple[list[Any], list[torch.Tensor]], after: tuple[list[Any], list[torch.Tensor]]) -> bool:
+        """Whether the networks have changed between two looks."""
+        if before[0] != after[0] or len(before[1]) != len(after[1]):
+            return True
+        return not all(
+            torch.equal(_bytes_of(one), _bytes_of(other)) for one, other in zip(before[1], after[1], strict=True)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    def _find(self) -> None:
+        self._modules = [module for network in self._networks for module in network.modules()]
+        owns = [vars(module) for module in self._modules]
+        self._settings = [(own, name) for own in owns for name, value in own.items() if type(value) in _PLAIN]
+        self._slots = [
+            (slot, name) for module in self._modules for slot in (module._parameters, module._buffers) for name in slot
+        ]
+        self._found = self._places()
+        self._few: dict[Any, list[torch.Tensor]] = {}
+        for slot, name in self._slots:
+            some = _some_of(slot[name])
+            if some is not None:
+                self._few.setdefault((some.device, some.dtype), []).append(some)
+
+    def _places(self) -> list[Any]:
+        values = [slot.get(name) for slot, name in self._slots]
+        return [
+            None if value is None else (id(value), value.is_inference() or value._version, _address(value))
+            for value in values
+        ]
 
 
-def _some_of(value: torch.Tensor) -> torch.Tensor | None:
+def _address(value: torch.Tensor) -> int | None:
+    return value.data_ptr() if type(value) in (torch.Tensor, torch.nn.Parameter) else None
+
+
+def _bytes_of(values: torch.Tensor) -> torch.Tensor:
+    """So that NaN is equal to itself."""
+    return values.view(torch.uint8)
+
+
+def _some_of(value: torch.Tensor | None) -> torch.Tensor | None:
     """A few of the values, wherever they lie in memory; nothing of tensors that are kept in another way."""
-    if place_of(value) is None or value.is_meta:
+    if value is None or value.is_meta or place_of(value) is None:
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     count = min(span, _SOME)

@@ -156,12 +156,16 @@ class Replay(Listener):
         if inputs is not None:
             kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
         switches = switches_of(self._pipe)
+        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
+        if not callbacks:
+            return kwargs
+        weights = Weights(self._pipe)
 
         def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
             def watching(*args: Any) -> Any:
                 given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
                 versions = {key: (value, version_of(value)) for key, value in given.items()}
-                settings, positions, weights = dict(vars(self._pipe)), positions_of(switches), Weights(self._pipe)
+                settings, positions, look = dict(vars(self._pipe)), positions_of(switches), weights.look()
                 returned = callback(*args)
                 changed = isinstance(returned, dict) and were_replaced(versions, returned)
                 if not self._plain and (
@@ -169,14 +173,13 @@ class Replay(Listener):
                     or any(was_written(value, version) for value, version in versions.values())
                     or not are_same(settings, vars(self._pipe), "_interrupt")
                     or what_moved(switches, positions)
-                    or Weights(self._pipe) != weights
+                    or weights.differ(look, weights.look())
                 ):
                     self._give_up(f"{name} changed what the pipeline goes on with")
                 return returned
 
             return watching
 
-        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
         return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
 
     @property
