@@ -57,8 +57,8 @@ def what_moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) ->
 class Weights:
     """Tells whether the networks of a pipeline compute as they did, from two looks at them, in little time.
 
-    A look is at their modules, hooks, and switches and numbers of these, at which tensors they have, where these lie and
-    how often each was written to, and, as writing through ``.data`` is not counted, at a few values of each.
+    A look is at their modules, hooks, and switches and numbers of these, at which tensors they have, where these lie
+    and how often each was written to, and, as writing through ``.data`` is not counted, at a few values of each.
     """
 
     def __init__(self, pipe: Any) -> None:
