@@ -151,6 +151,49 @@ class _Exported:
         return (1, 0)
 
 
+def swallowing(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+    """Takes another way where it is refused one."""
+    m = predict(pipe, t, x)
+    try:
+        return m / (1 + float(m.numpy().std()))
+    except RuntimeError:
+        return m
+
+
+def counting(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+    m = predict(pipe, t, x)
+    return m / (1 + len(m[m > 0.2]) / m.numel())
+
+
+@pytest.mark.parametrize("change", [swallowing, counting])
+def test_values_of_the_state_that_decide_in_hiding(change: Change) -> None:
+    refused(looping(), change, "as it was recorded gives scheduler.step a model_output that is off")
+
+
+def in_place(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+    m = predict(pipe, t, x)
+    m *= 1.1
+    m += 0.1 * x
+    return m
+
+
+def masked(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+    m = predict(pipe, t, x).clone()
+    m[m.abs() > 1] *= 0.5
+    return m
+
+
+def idle(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+    """Calls the network once more for nothing."""
+    predict(pipe, t, 0.5 * x)
+    return predict(pipe, t, x)
+
+
+@pytest.mark.parametrize("change", [in_place, masked, idle])
+def test_loops_that_only_look_odd(change: Change) -> None:
+    is_right(looping(), change)
+
+
 # ---------------------------------------------------------------- gradients
 
 

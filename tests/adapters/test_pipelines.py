@@ -482,6 +482,23 @@ def test_a_callback_that_changes_weights_is_noticed(how: str) -> None:
     assert distance(got, want) < 1e-12
 
 
+def test_a_callback_may_call_the_network() -> None:
+    def callback(into: list[torch.Tensor]) -> Any:
+        def look(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            prompt = text()["prompt_embeds"]
+            into.append(pipe.unet(given["latents"], timestep, encoder_hidden_states=prompt).sample)
+            return given
+
+        return look
+
+    pipe, want, got = stable_diffusion(), [], []
+    sample(pipe, callback_on_step_end=callback(want))
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        sample(pipe, callback_on_step_end=callback(got))
+    assert max(map(distance, got, want)) < 1e-12
+    assert run.reason is None
+
+
 @pytest.mark.parametrize("window", [1, 5])
 def test_an_interrupt_leaves_the_last_latents(window: int) -> None:
     """An interrupt in a callback, by the user's keyboard."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Prelu
 from parasolver_adapters.diffusers.listening import Listener, networks_of, processors_of, with_state
 from parasolver_adapters.diffusers.programs import Call, Program, Ref
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import dense
+from parasolver_adapters.diffusers.standins import copies
 
 MOST_STEPS = 8  # that are checked
 _CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # kinds of calls, by pipeline
@@ -61,10 +61,10 @@ class Check(Listener):
         key = form_of_call(module, kwargs, leaves)
         if self._step not in self._steps:
             known = self._capture.recorder.references.get(key)
-            return forward(*args, **kwargs) if known is None else tree_unflatten(_copies(known.outputs), known.spec)
-        own = _copies(leaves)
+            return forward(*args, **kwargs) if known is None else tree_unflatten(copies(known.outputs), known.spec)
+        own = copies(leaves)
         output = forward(*args, **kwargs)
-        self._calls.append((key, own, _copies(tree_leaves(output))))
+        self._calls.append((key, own, copies(tree_leaves(output))))
         return output
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -91,7 +91,7 @@ class Check(Listener):
                 own_x, own_m = end.value
                 break
             outputs = self._made(i, call, leaves)
-            others = other.send(sent and _copies(sent))[1]  # type: ignore[arg-type]
+            others = other.send(sent and copies(sent))[1]  # type: ignore[arg-type]
             self._look_at_a_batch(call, leaves, others, outputs)
             sent = outputs
         pairs = {"sample": (self._state if own_x is None else own_x, x), "model_output": (own_m, m)}
@@ -226,10 +226,6 @@ def _structure(program: Program, described: Callable[[Any], Any] = _wiring) -> t
         )
         parts.append((name, tuple(map(described, leaves))))
     return tuple(parts)
-
-
-def _copies(values: Iterable[Any]) -> list[Any]:
-    return [dense(one.detach().clone()) if isinstance(one, torch.Tensor) else one for one in values]
 
 
 def _are_alike(one: Any, other: Any) -> bool:

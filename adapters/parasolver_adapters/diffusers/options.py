@@ -91,15 +91,6 @@ def batch_of(solution: Solution, stats: Stats) -> Solution:
     )
 
 
-def leave(error: BaseException, solution: Solution | None) -> None:
-    """Make it reachable as ``error.solution``, if the exception has none and takes attributes."""
-    try:
-        if getattr(error, "solution", None) is None:
-            error.solution = solution  # type: ignore[attr-defined]
-    except Exception:
-        return
-
-
 @dataclass(frozen=True)
 class Choices:
     """The arguments of :func:`~parasolver_adapters.diffusers.parallel_sampling`, checked."""

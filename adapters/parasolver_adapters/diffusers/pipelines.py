@@ -34,11 +34,12 @@ from parasolver_adapters.diffusers.listening import (
     put_back,
     subclass,
 )
-from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview, leave
+from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
 from parasolver_adapters.diffusers.second_pass import Replay
 from parasolver_core import SolverError, Status
+from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods import Method
 from parasolver_core.solution import Stats
 
@@ -180,7 +181,9 @@ class Session:
         except BaseException as error:
             run.status = run.status or _ended_by(error)
             put_back(self._processors)
-            leave(error, run.so_far(run.status))
+            solution = run.so_far(run.status)
+            if solution is not None and not has_solution(error):
+                attach(error, lambda: solution)
             raise
 
     def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
@@ -210,8 +213,9 @@ class Session:
             replay.end()
         except BaseException as error:
             solution = replay.reached(_ended_by(error))
-            self.run.status = None if solution is None else solution.status
-            leave(error, solution)
+            if solution is not None:
+                self.run.status = solution.status
+                attach(error, lambda: solution)
             replay.end(error)
             raise
         self.run.status = replay.status or Status.STOPPED

@@ -54,7 +54,7 @@ class Replay(Listener):
         self._state = self._solver.init(
             self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
         )
-        self._step, self._plain = 0, False
+        self._step, self._plain, self._calling_back = 0, False, False
         self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
         self._blanks: dict[tuple[Any, ...], Any] = {}
         self._prelude = Prelude(capture.prelude)
@@ -62,11 +62,13 @@ class Replay(Listener):
         self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._plain or self._step == len(self._capture.timesteps):
+        if self._plain or self._calling_back or self._step == len(self._capture.timesteps):
             return forward(*args, **kwargs)
         return self._blank(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if self._calling_back:
+            return step(**given)
         i, self._step = self._step, self._step + 1
         if i == len(self._capture.timesteps) and not self._plain:
             self._give_up("the pipeline has more than one loop, and the first is over")
@@ -166,7 +168,11 @@ class Replay(Listener):
                 given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
                 versions = {key: (value, version_of(value)) for key, value in given.items()}
                 settings, positions, look = dict(vars(self._pipe)), positions_of(switches), weights.look()
-                returned = callback(*args)
+                self._calling_back = True
+                try:
+                    returned = callback(*args)
+                finally:
+                    self._calling_back = False
                 changed = isinstance(returned, dict) and were_replaced(versions, returned)
                 if not self._plain and (
                     changed
