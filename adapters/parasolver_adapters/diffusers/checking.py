@@ -125,19 +125,12 @@ class Check(Listener):
 
 def causes(pipe: Any) -> str:
     """What a loop may do that a recording does not show, the likely one first."""
-    hooked = sorted({name for network in networks_of(pipe).values() for name in hooks_of(network).values()})
-    stores = sorted(
-        {
-            type(one).__name__
-            for _, processors in processors_of(pipe)
-            for one in processors.values()
-            if not type(one).__module__.startswith("diffusers.models.") and not type(one).__name__.startswith("PAG")
-        }
-    )
-    found = [f"hooks on {', '.join(hooked[:4])}"] * bool(hooked) + [f"attention processors {', '.join(stores)}"] * bool(
-        stores
-    )
-    inside = f" ({'; '.join(found)})" if found else ", by a hook or an attention processor"
+    hooked = {name for network in networks_of(pipe).values() for name in hooks_of(network).values()}
+    kinds = {type(one) for _, processors in processors_of(pipe) for one in processors.values()}
+    foreign = {kind.__name__ for kind in kinds if not kind.__module__.startswith("diffusers.models.")}
+    named = (("hooks on", hooked), ("attention processors", foreign))
+    found = "; ".join(f"{what} {', '.join(sorted(names)[:4])}" for what, names in named if names)
+    inside = f" ({found})" if found else ", by a hook or an attention processor"
     return (
         f"the loop may take features from inside a network{inside}, a gradient through it, values of the state out of "
         "torch, or something that an earlier step or call left behind"

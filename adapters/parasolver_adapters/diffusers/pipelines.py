@@ -171,6 +171,7 @@ class Session:
         self._remembered: list[Any] = []
         self._replayed: Iterator[Any] | None = None
         self._capturing: Capture | None = None
+        self._too_late = False  # to leave a call to the pipeline: callbacks have been made
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
@@ -192,7 +193,7 @@ class Session:
             return self._parallel(kwargs, streams)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
             run.reason = str(error)
-            if self.choices.fallback == "error":
+            if self.choices.fallback == "error" or self._too_late:
                 raise PipelineNotParallelError(run.reason) from error
         warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=5)
         streams.restore()
@@ -212,6 +213,7 @@ class Session:
                 result = self.call(**replay.watched(kwargs))
             replay.end()
         except BaseException as error:
+            self._too_late = replay.called_back
             solution = replay.reached(_ended_by(error))
             if solution is not None:
                 self.run.status = solution.status

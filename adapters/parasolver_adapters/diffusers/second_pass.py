@@ -55,6 +55,7 @@ class Replay(Listener):
             self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
         )
         self._step, self._plain, self._calling_back = 0, False, False
+        self.called_back = False  # too late to begin again
         self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
         self._blanks: dict[tuple[Any, ...], Any] = {}
         self._prelude = Prelude(capture.prelude)
@@ -168,7 +169,7 @@ class Replay(Listener):
                 given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
                 versions = {key: (value, version_of(value)) for key, value in given.items()}
                 settings, positions, look = dict(vars(self._pipe)), positions_of(switches), weights.look()
-                self._calling_back = True
+                self._calling_back = self.called_back = True
                 try:
                     returned = callback(*args)
                 finally:
