@@ -75,7 +75,8 @@ def test_other_methods(method: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": 30, "output_type": "np"}
     want = pipe(**given, generator=generator()).images
-    with parallel_sampling(pipe, window=8, tolerance=0.1, method=method, warmup_steps=2) as run:
+    warmup = 0 if method == "parataa" else 2  # that opens its window at once
+    with parallel_sampling(pipe, window=8, tolerance=0.1, method=method, warmup_steps=warmup) as run:
         got = pipe(**given, generator=generator()).images
     assert run.status is Status.CONVERGED
     assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 0.1
