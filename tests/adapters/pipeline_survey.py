@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
@@ -22,6 +23,10 @@ from tests.adapters.tiny_pipelines import (
     ddim,
     ddim_pipeline,
     generator,
+    half_mask,
+    ltx,
+    picture,
+    randn,
     stable_diffusion,
     text,
 )
@@ -48,6 +53,12 @@ class Odd(diffusers.DDIMPipeline):
                 m = m + 0.01 * torch.randn_like(m)
             if kind == "decision" and float(m.abs().max()) > 10:
                 m = m * 0.5
+            if kind == "NumPy":
+                m = m / (1 + float(np.abs(m.numpy()).max()))
+            if kind == "gradient":
+                with torch.enable_grad():
+                    own = x.detach().requires_grad_(True)
+                    m = m + torch.autograd.grad(self.unet(own, t).sample.norm(), own)[0]
             if kind == "momentum":
                 kept = m = m + 0.1 * kept
             if kind == "buffer":
@@ -139,6 +150,36 @@ def pag() -> Any:
     return pipe
 
 
+def _self_attention_guidance() -> Any:
+    """A pipeline with an attention store, and a hook that it sets in its call."""
+    pipe = diffusers.StableDiffusionSAGPipeline(**stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _frames_of_ltx(pipe: Any) -> torch.Tensor:
+    given = {"latents": randn(1, 8, 8), "num_frames": 9, "height": 64, "width": 64, "num_inference_steps": 6}
+    return pipe(**text(), **given, **ATTENDED, generator=generator(), output_type="latent").frames
+
+
+ATTENDED = {f"{name}_attention_mask": torch.ones(1, 5, dtype=torch.int64) for name in ("prompt", "negative_prompt")}
+
+
+def _inpainting_of_if() -> Any:
+    """With a fixed variance, as that which the network learns is refused before."""
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    unet = stable_diffusion(unet={"in_channels": 3, "out_channels": 6}).unet
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    pipe = diffusers.IFInpaintingPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _picture_of_if(pipe: Any) -> torch.Tensor:
+    given = {"image": 2 * picture() - 1, "mask_image": half_mask(), "strength": 1.0, "num_inference_steps": 6}
+    return torch.as_tensor(pipe(**text(), **given, generator=generator(), output_type="pt").images)
+
+
 def _shifting() -> Any:
     pipe = stable_diffusion()
     prepare, shift = type(pipe).prepare_latents, iter(range(9))
@@ -158,6 +199,19 @@ REFUSALS = [
     Refusal("latents that are not the same in two calls", _shifting, _sample, repeats=False),
     odd("random numbers in the loop", "randomness", repeats=False),
     odd("decisions by the values of the state", "decision"),
+    odd("values of the state outside torch, as in NumPy", "NumPy"),
+    odd("gradients through a network, as universal guidance", "gradient"),
+    Refusal(
+        "features from inside a network, as in self-attention guidance",
+        _self_attention_guidance,
+        lambda pipe: pipe(**text(), num_inference_steps=4, generator=generator(), output_type="latent").images,
+    ),
+    Refusal(
+        "a frame that the loop keeps as it was: image-to-video of LTX and Sana",
+        lambda: diffusers.LTXImageToVideoPipeline(**ltx().components),
+        _frames_of_ltx,
+    ),
+    Refusal("pixels that the loop keeps as they were: inpainting of IF", _inpainting_of_if, _picture_of_if),
     odd("momentum, or a guidance that remembers earlier steps", "momentum"),
     odd("layers that the loop switches, as GLIGEN", "switch"),
     odd("a buffer that the loop writes to", "buffer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import inspect
 import operator
@@ -74,7 +75,8 @@ def test_other_methods(method: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": 30, "output_type": "np"}
     want = pipe(**given, generator=generator()).images
-    with parallel_sampling(pipe, window=8, tolerance=0.1, method=method, warmup_steps=2) as run:
+    warmup = 0 if method == "parataa" else 2  # that opens its window at once
+    with parallel_sampling(pipe, window=8, tolerance=0.1, method=method, warmup_steps=warmup) as run:
         got = pipe(**given, generator=generator()).images
     assert run.status is Status.CONVERGED
     assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 0.1
@@ -147,9 +149,10 @@ def test_stats_count_every_sample_and_every_call() -> None:
         sample(pipe, **text(2))
     history = run.stats.history
     assert run.stats.evaluations == sum(record.evaluations for record in history)
-    assert run.stats.calls == run.stats.rounds == len(history) == len(rows)
+    looked = 2  # calls of the loop itself, the first time, to compare them with what was recorded
+    assert run.stats.calls == run.stats.rounds == len(history) == len(rows) - looked
     compared = 4  # rows that are evaluated twice, to compare a batch with the pipeline's own call
-    assert sum(rows) == 2 * run.stats.evaluations + compared
+    assert sum(rows) == 2 * run.stats.evaluations + compared + looked * 4
 
 
 def test_max_rows_bounds_the_rows_of_latents_in_a_call() -> None:
@@ -454,6 +457,106 @@ def test_a_callback_of_the_older_kind_that_writes_into_the_latents_is_noticed() 
     assert distance(got, want) < 1e-12
 
 
+WEIGHTS: dict[str, Any] = {
+    "data": lambda conv: conv.weight.data.mul_(0.5),
+    "in place": lambda conv: conv.weight.detach().mul_(0.5),
+    "one entry": lambda conv: conv.bias.detach()[0].add_(1.0),
+    "load_state_dict": lambda conv: conv.load_state_dict({n: 0.5 * one for n, one in conv.state_dict().items()}),
+    "another parameter": lambda conv: setattr(conv, "weight", torch.nn.Parameter(0.5 * conv.weight.detach())),
+    "other data": lambda conv: setattr(conv.weight, "data", 0.5 * conv.weight.data),
+    "another module": lambda conv: conv.register_module("extra", torch.nn.Identity()),
+    "a hook": lambda conv: conv.register_forward_hook(lambda module, args, output: 0.5 * output),
+    "a parametrisation": lambda conv: torch.nn.utils.parametrizations.weight_norm(conv),
+    "a setting": lambda conv: setattr(conv, "padding_mode", "circular"),
+}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_a_callback_that_changes_weights_is_noticed(how: str) -> None:
+    def change(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            WEIGHTS[how](pipe.unet.conv_out)
+        return given
+
+    want = sample(stable_diffusion(), callback_on_step_end=change)
+    pipe = stable_diffusion()
+    with pytest.warns(UserWarning, match="callback_on_step_end changed"), parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, callback_on_step_end=change)
+    assert distance(got, want) < 1e-12
+
+
+def test_a_callback_may_call_the_network() -> None:
+    def callback(into: list[torch.Tensor]) -> Any:
+        def look(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            prompt = text()["prompt_embeds"]
+            into.append(pipe.unet(given["latents"], timestep, encoder_hidden_states=prompt).sample)
+            return given
+
+        return look
+
+    pipe, want, got = stable_diffusion(), [], []
+    sample(pipe, callback_on_step_end=callback(want))
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        sample(pipe, callback_on_step_end=callback(got))
+    assert max(map(distance, got, want)) < 1e-12
+    assert run.reason is None
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_an_interrupt_leaves_the_last_latents(window: int) -> None:
+    """An interrupt in a callback, by the user's keyboard."""
+    seen: list[torch.Tensor] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(given["latents"].clone())
+        if step == 3:
+            raise KeyboardInterrupt
+        return given
+
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        parallel_sampling(pipe, window=window, tolerance=0.0) as run,
+    ):
+        sample(pipe, **text(2), callback_on_step_end=callback)
+    solution = caught.value.solution  # type: ignore[attr-defined]
+    assert run.status is solution.status is Status.INTERRUPTED
+    assert run.steps == 4
+    assert torch.equal(run.latents, seen[-1])
+    steps = solution.steps[0]
+    assert solution.steps == (steps, steps)
+    assert solution.states.shape == solution.sample.shape == (2, 4, 16, 16)
+    if window > 1:
+        assert torch.equal(solution.trajectory[4], seen[-1])
+        assert torch.equal(solution.trajectory[steps], solution.states)
+        assert steps >= 4
+    else:
+        assert torch.equal(solution.states, seen[-1])
+        assert steps == 4
+
+
+class ClosedError(Exception):
+    """Takes no attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("__"):
+            raise AttributeError(name)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_an_exception_that_takes_no_attributes_passes_unchanged(window: int) -> None:
+    raised = ClosedError("mine")
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        raise raised
+
+    pipe = stable_diffusion()
+    with pytest.raises(ClosedError, match="mine") as caught, parallel_sampling(pipe, window=window) as run:
+        sample(pipe, callback_on_step_end=callback)
+    assert caught.value is raised
+    assert (run.status, run.steps) == (Status.FAILED, 1)
+
+
 @pytest.mark.parametrize("paints", [False, True])
 def test_callbacks_in_inference_mode(paints: bool) -> None:
     """Tensors do not count there how often they were written to."""
@@ -603,6 +706,30 @@ def test_what_cannot_be_parallel_is_refused_or_left_alone(refusal: Refusal) -> N
         assert torch.equal(got, refusal.call(refusal.build()))
 
 
+def test_nothing_is_begun_again_after_a_callback() -> None:
+    """A network that drops a row of its batches, at late steps."""
+    pipe, seen = stable_diffusion(), []
+    own = pipe.unet.forward
+
+    @functools.wraps(own)
+    def forward(x: torch.Tensor, t: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(x, t, *args, **kwargs)
+        return (output[0][:-1],) if len(x) > 2 and torch.as_tensor(t).min() < 300 else output
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return given
+
+    pipe.unet.forward = forward
+    with (
+        pytest.raises(PipelineNotParallelError, match="returns a tensor of shape"),
+        parallel_sampling(pipe, fallback="sequential"),
+    ):
+        sample(pipe, callback_on_step_end=callback)
+    assert seen == list(range(len(seen)))
+    assert seen
+
+
 def test_the_page_on_pipelines_is_up_to_date() -> None:
     """``python -m tests.adapters.pipeline_survey --write`` writes it."""
     assert PAGE.read_text() == page({one.what: one.reason() for one in REFUSALS})
@@ -708,9 +835,11 @@ def test_rounds_of_the_embedded_model_are_those_of_solve(name: str) -> None:
 
 def test_max_rounds() -> None:
     pipe = stable_diffusion()
-    with pytest.raises(ConvergenceError, match="max_rounds=3"), parallel_sampling(pipe, max_rounds=3) as run:
+    with pytest.raises(ConvergenceError, match="max_rounds=3") as caught, parallel_sampling(pipe, max_rounds=3) as run:
         sample(pipe)
     assert run.status is Status.MAX_ROUNDS
+    assert caught.value.solution is not None
+    assert caught.value.solution.states.shape == (1, 4, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -743,7 +872,7 @@ def test_conditioning_is_repeated_once() -> None:
     with parallel_sampling(pipe, window=4, tolerance=0.0) as run:
         sample(pipe, num_inference_steps=40)
     assert run.stats.rounds > 20
-    assert len(set(places)) <= 3  # the pipeline's own, and the first rounds' until the window is full
+    assert len(set(places)) <= 4  # the pipeline's own of two passes, and the first rounds' until the window is full
 
 
 def test_nothing_of_a_run_outlives_it() -> None:

@@ -49,24 +49,23 @@ class Networks:
         return outputs
 
     def _group(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
-        reference = None if call.signature in self._checked else self._reference(call)
-        if reference is None:
-            return self._batch(call, nodes)
+        reference = None if call.signature in self._checked else self.reference(call)
+        together = nodes if reference is None else [*nodes, reference.leaves]
         try:
-            *results, again = self._batch(call, [*nodes, reference.leaves])
+            results = self._batch(call, together)
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, SolverError)):  # the latter of another process
+            known = call.signature in self._checked or len(together) == 1
+            if known or isinstance(error, (torch.OutOfMemoryError, SolverError)):  # the latter of another process
                 raise
             raise PipelineNotParallelError(
                 f"{type(call.module).__name__} fails for a batch of several steps: {type(error).__name__}: {error}"
             ) from error
-        for got, want in zip(again, reference.outputs, strict=True):
-            if isinstance(want, torch.Tensor) and want.is_floating_point():
-                _compare(call, got, want)
-        self._checked.add(call.signature)
+        if reference is not None:
+            compare_rows(call, results.pop(), reference.outputs)
+            self._checked.add(call.signature)
         return results
 
-    def _reference(self, call: Call) -> Reference | None:
+    def reference(self, call: Call) -> Reference | None:
         """The known call, if it could be part of this batch."""
         reference = self._references.get(call.signature[0])
         if reference is None:
@@ -160,6 +159,13 @@ def _split(call: Call, output: Any, count: int) -> Sequence[Any]:
             f"{type(call.module).__name__} returns a tensor of shape {tuple(output.shape)} for a batch of {count} steps"
         )
     return output.chunk(count)
+
+
+def compare_rows(call: Call, batched: list[Any], alone: list[Any]) -> None:
+    """The outputs of a node of a batch have to be those of a call for it alone."""
+    for got, want in zip(batched, alone, strict=True):
+        if isinstance(want, torch.Tensor) and want.is_floating_point():
+            _compare(call, got, want)
 
 
 def _compare(call: Call, got: torch.Tensor, want: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from parasolver_adapters.diffusers.leaving import Exits
 from parasolver_adapters.diffusers.programs import Call, Operation, Program, Ref, indices_of
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import dense, place_of, stand_in
+from parasolver_adapters.diffusers.standins import copies, place_of, stand_in
 
 MOST_OPERATIONS = 2000  # of one step outside the networks; more means that a network is being recorded
 UNBATCHED = ("img_ids", "txt_ids", "rotary")  # arguments of these names hold one row a token, never one a sample
@@ -150,9 +150,10 @@ class Recorder(TorchDispatchMode):
         if key not in self.references:
             self.extra_calls += self.program is not None
             with self._outside():
+                own = copies(leaves)  # the loop may write into these later
                 output = forward(*args, **kwargs)
-            outputs, form = tree_flatten(output)
-            self.references[key] = Reference(leaves, [dense(one) for one in outputs], form)
+                outputs, form = tree_flatten(output)
+                self.references[key] = Reference(own, copies(outputs), form)
             if not reads:
                 return output
         elif not reads:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules import module as modules
 
 from parasolver_adapters.diffusers.listening import networks_of
+from parasolver_adapters.diffusers.standins import place_of
 
+_PLAIN, _SOME = {bool, float, str}, 32
 _SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")
 
 
@@ -47,6 +52,109 @@ def what_moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) ->
     """The names of those whose values have changed."""
     pairs = zip(before, positions_of(switches), switches, strict=True)
     return {name for one, other, (_, name) in pairs if not _equal(one, other) and not _alike(one, other)}
+
+
+class Weights:
+    """Tells whether the networks of a pipeline compute as they did, from two looks at them, in little time.
+
+    A look is at their modules, hooks, and switches and numbers of these, at which tensors they have, where these lie
+    and how often each was written to, and, as writing through ``.data`` is not counted, at a few values of each.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._networks = list(networks_of(pipe).values())
+        self._find()
+
+    def look(self) -> tuple[list[Any], list[torch.Tensor]]:
+        """What is to be compared by :meth:`differ`."""
+        tensors = self._places()
+        if tensors != self._found:  # others than before: of modules that are moved to the device when they are called
+            self._find()
+            tensors = self._found
+        marks = [own.get(name) for own, name in self._settings]
+        for module in self._modules:
+            marks.append(len(vars(module)))
+            marks += map(id, module._modules.values())
+            marks += [*module._forward_hooks, *module._forward_pre_hooks]
+        return [tensors, marks], [torch.cat(few) for few in self._few.values()]
+
+    @staticmethod
+    def differ(before: tuple[list[Any], list[torch.Tensor]], after: tuple[list[Any], list[torch.Tensor]]) -> bool:
+        """Whether the networks have changed between two looks."""
+        if before[0] != after[0] or len(before[1]) != len(after[1]):
+            return True
+        return not all(
+            torch.equal(_bytes_of(one), _bytes_of(other)) for one, other in zip(before[1], after[1], strict=True)
+        )
+
+    def _find(self) -> None:
+        self._modules = [module for network in self._networks for module in network.modules()]
+        owns = [vars(module) for module in self._modules]
+        self._settings = [(own, name) for own in owns for name, value in own.items() if type(value) in _PLAIN]
+        self._slots = [
+            (slot, name) for module in self._modules for slot in (module._parameters, module._buffers) for name in slot
+        ]
+        self._found = self._places()
+        self._few: dict[Any, list[torch.Tensor]] = {}
+        for slot, name in self._slots:
+            some = _some_of(slot[name])
+            if some is not None:
+                self._few.setdefault((some.device, some.dtype), []).append(some)
+
+    def _places(self) -> list[Any]:
+        values = [slot.get(name) for slot, name in self._slots]
+        return [
+            None if value is None else (id(value), value.is_inference() or value._version, _address(value))
+            for value in values
+        ]
+
+
+def _address(value: torch.Tensor) -> int | None:
+    return value.data_ptr() if type(value) in (torch.Tensor, torch.nn.Parameter) else None
+
+
+def _bytes_of(values: torch.Tensor) -> torch.Tensor:
+    """So that NaN is equal to itself."""
+    return values.view(torch.uint8)
+
+
+def _some_of(value: torch.Tensor | None) -> torch.Tensor | None:
+    """A few of the values, wherever they lie in memory; nothing of tensors that are kept in another way."""
+    if value is None or value.is_meta or place_of(value) is None:
+        return None
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    count = min(span, _SOME)
+    own = value.detach()
+    own = own.view(torch.uint8) if own.dtype.itemsize == 1 else own
+    return own.as_strided((count,), (span // count,), own.storage_offset())
+
+
+def hooks_of(network: torch.nn.Module) -> dict[Any, str]:
+    """The names of modules inside that have hooks, by the hooks' own numbers."""
+    everywhere = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
+    found: dict[Any, str] = {number: "every module" for hooks in everywhere for number in hooks}
+    for name, module in network.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            found |= dict.fromkeys(hooks, name or type(network).__name__)
+    return found
+
+
+_SERIALS: dict[int, tuple[Any, int]] = {}
+_COUNT = itertools.count()
+
+
+def serial_of(value: Any) -> Any:
+    """A number for an object, unlike its id never given to another one."""
+    key = id(value)
+    known = _SERIALS.get(key)
+    if known is not None and known[0]() is value:
+        return known[1]
+    try:
+        reference = weakref.ref(value, lambda _: _SERIALS.pop(key, None))
+    except TypeError:  # small values of built-in types
+        return type(value).__qualname__
+    _SERIALS[key] = reference, next(_COUNT)
+    return _SERIALS[key][1]
 
 
 def _alike(one: Any, other: Any) -> bool:

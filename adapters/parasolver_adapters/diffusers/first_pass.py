@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import inspect
@@ -12,7 +13,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.capture import Recorder, form_of_call
-from parasolver_adapters.diffusers.changes import are_same, positions_of, switches_of, version_of, what_moved
+from parasolver_adapters.diffusers.changes import (
+    are_same,
+    positions_of,
+    switches_of,
+    version_of,
+    was_written,
+    what_moved,
+)
 from parasolver_adapters.diffusers.listening import Listener, processors_of, with_state
 from parasolver_adapters.diffusers.programs import Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
@@ -25,7 +33,7 @@ _ONCE_A_STEP = {"prev_timestep"}  # an argument of UnCLIPScheduler.step that fol
 
 
 class CaptureDone(BaseException):
-    """Leaves the first pass after its loop; not an error, and not to be caught by the pipeline."""
+    """Leaves a pass that is only watched; not an error, and not to be caught by the pipeline."""
 
 
 class Capture(Listener):
@@ -122,6 +130,11 @@ class Capture(Listener):
                     f"place ({', '.join(sorted(splitting))}), which another batch size changes; pass pag_scale=0"
                 )
 
+    @property
+    def begun(self) -> bool:
+        """Whether the loop has begun."""
+        return self.start is not None
+
     @functools.cached_property
     def unchanged(self) -> bool:
         """Whether the loop gives the scheduler the very states that it returned."""
@@ -166,6 +179,25 @@ class Capture(Listener):
     def expected(self) -> int:
         """How many steps the loop has."""
         return len(self.scheduler.timesteps) - self.begin - (type(self.scheduler).__name__ in ENDS_WITH_ZERO)
+
+
+class Prelude:
+    """Answers the calls that networks get before the first step as they were answered in the first pass.
+
+    The state may begin with these outputs, and the loop may hold them. Another call, or one whose output was written to
+    since, is made.
+    """
+
+    def __init__(self, known: list[tuple[Any, Any, list[Any]]]) -> None:
+        self._known = collections.deque(known)
+
+    def answer(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._known:
+            form, output, versions = self._known.popleft()
+            written = any(map(was_written, tree_leaves(output), versions))
+            if form == form_of_call(module, kwargs, tree_leaves((args, kwargs))) and not written:
+                return output
+        return forward(*args, **kwargs)
 
 
 def _places(timesteps: torch.Tensor, timestep: Any) -> list[int]:

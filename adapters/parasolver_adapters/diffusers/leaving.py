@@ -13,7 +13,7 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 
 _NAMES = (
     "numpy tolist __array__ __dlpack__ data_ptr untyped_storage storage _typed_storage __deepcopy__ share_memory_ "
-    "__reduce_ex__ to_mkldnn"
+    "__reduce_ex__ to_mkldnn apply_ map_"
 )
 EXITS = {getattr(torch.Tensor, name): name for name in _NAMES.split()}
 EXITS[torch.Tensor.__cuda_array_interface__.__get__] = "__cuda_array_interface__"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parasolver_core import ParallelIntegralSolver, Status, StepRule
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
-from parasolver_core.solution import Stats
+from parasolver_core.solution import Solution, Stats
 from parasolver_core.validation import check_count
 
 Preview = Callable[[int, torch.Tensor], Any]
@@ -45,12 +46,49 @@ class ParallelRun:
             FAILED by an exception; None before the first call.
         reason: why it was not sampled in parallel, if it was not.
         latents: the last state that the scheduler returned, ``(batch, *event)``, before decoding.
+        steps: how many steps of the loop led there.
     """
 
     stats: Stats = field(default_factory=Stats)
     status: Status | None = None
     reason: str | None = None
     latents: torch.Tensor | None = field(default=None, repr=False)
+    steps: int = 0
+
+    def stepped(self, latents: torch.Tensor) -> None:
+        """One more step has its result."""
+        self.latents, self.steps = latents, self.steps + 1
+
+    def so_far(self, status: Status) -> Solution | None:
+        """What a loop that ended early leaves, if it has made a step."""
+        if self.latents is None:
+            return None
+        return Solution(
+            sample=self.latents,
+            status=status,
+            message=f"The pipeline ended after {self.steps} steps ({status.value}); these are its last latents.",
+            statuses=(status,) * len(self.latents),
+            steps=(self.steps,) * len(self.latents),
+            error_estimate=np.full(len(self.latents), np.nan),
+            stats=self.stats,
+            trajectory=None,
+            states=self.latents,
+        )
+
+
+def batch_of(solution: Solution, stats: Stats) -> Solution:
+    """The solver's one sample, which is all latents of a pipeline, as a batch of them."""
+    n, trajectory = solution.sample.shape[1], solution.trajectory
+    return replace(
+        solution,
+        sample=solution.sample[0],
+        statuses=solution.statuses * n,
+        steps=solution.steps * n,
+        error_estimate=np.repeat(solution.error_estimate, n),
+        stats=stats,
+        trajectory=None if trajectory is None else trajectory[:, 0],
+        states=solution.states[0],
+    )
 
 
 @dataclass(frozen=True)

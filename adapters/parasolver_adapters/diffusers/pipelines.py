@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from torch import OutOfMemoryError
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
+from parasolver_adapters.diffusers.checking import Check, causes, keep_checked, kind_of_call, was_checked
 from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Streams
 from parasolver_adapters.diffusers.listening import (
     Listener,
@@ -36,7 +38,8 @@ from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
 from parasolver_adapters.diffusers.second_pass import Replay
-from parasolver_core import Status
+from parasolver_core import SolverError, Status
+from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods import Method
 from parasolver_core.solution import Stats
 
@@ -182,16 +185,20 @@ class Session:
         self._remembered: list[Any] = []
         self._replayed: Iterator[Any] | None = None
         self._capturing: Capture | None = None
+        self._too_late = False  # to leave a call to the pipeline: callbacks have been made
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
         run, self._processors = self.run, processors_of(self.pipe)
-        run.stats, run.status, run.reason, run.latents = Stats(), None, None, None
+        run.stats, run.status, run.reason, run.latents, run.steps = Stats(), None, None, None, 0
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
-        except BaseException:
-            run.status = run.status or Status.FAILED
+        except BaseException as error:
+            run.status = run.status or _ended_by(error)
             put_back(self._processors)
+            solution = run.so_far(run.status)
+            if solution is not None and not has_solution(error):
+                attach(error, lambda: solution)
             raise
 
     def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
@@ -200,11 +207,11 @@ class Session:
             return self._parallel(kwargs, streams)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
             run.reason = str(error)
-            if self.choices.fallback == "error":
+            if self.choices.fallback == "error" or self._too_late:
                 raise PipelineNotParallelError(run.reason) from error
         warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=5)
         streams.restore()
-        run.stats, run.status = Stats(), None
+        run.stats, run.status, run.latents, run.steps = Stats(), None, None, 0
         self._remembered, self._replayed = [], None
         return self._sequential(kwargs)
 
@@ -212,6 +219,7 @@ class Session:
         self._refuse()
         capture = self._capture(kwargs)
         streams.restore()
+        self._look(kwargs, capture, streams)
         self._replayed = iter(self._remembered)
         replay = Replay(self.pipe, self.run, self.choices, capture)
         try:
@@ -219,7 +227,11 @@ class Session:
                 result = self.call(**replay.watched(kwargs))
             replay.end()
         except BaseException as error:
-            self.run.status = replay.status
+            self._too_late = replay.called_back
+            solution = replay.reached(_ended_by(error))
+            if solution is not None:
+                self.run.status = solution.status
+                attach(error, lambda: solution)
             replay.end(error)
             raise
         self.run.status = replay.status or Status.STOPPED
@@ -237,21 +249,44 @@ class Session:
 
     def _capture(self, kwargs: dict[str, Any]) -> Capture:
         capture = self._capturing = Capture(self.pipe)
-        silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
         hooks = [decoder.register_forward_pre_hook(capture.over) for decoder in decoders_of(self.pipe)]
         try:
-            with listening(self.pipe, capture), _without_bars(self.bars):
-                self.call(**kwargs | silent)
-        except CaptureDone:
-            pass
+            self._silently(kwargs, capture)
         finally:
             capture.recorder.close()
             self._capturing = None
             for hook in hooks:
                 hook.remove()
-            put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
         capture.finish(kwargs)
         return capture
+
+    def _look(self, kwargs: dict[str, Any], capture: Capture, streams: Streams) -> None:
+        """Once for a kind of call: whether the recorded steps are what the loop does."""
+        kind = kind_of_call(self.pipe, capture, kwargs)
+        if not capture.programs or was_checked(self.pipe, kind):
+            return
+        self._replayed = iter(self._remembered)
+        self._silently(kwargs, Check(self.pipe, capture))
+        streams.restore()
+        keep_checked(self.pipe, kind)
+
+    def _silently(self, kwargs: dict[str, Any], listener: Capture | Check) -> None:
+        """A pass without callbacks and progress bars, which the listener breaks off."""
+        silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
+        try:
+            with listening(self.pipe, listener), _without_bars(self.bars):
+                self.call(**kwargs | silent)
+        except CaptureDone:
+            pass
+        except Exception as error:
+            if not listener.begun or isinstance(error, (PipelineNotParallelError, SolverError, OutOfMemoryError)):
+                raise
+            raise PipelineNotParallelError(
+                f"the loop fails where the networks' outputs are not known yet ({type(error).__name__}: {error}); "
+                f"{causes(self.pipe)}"
+            ) from error
+        finally:
+            put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
         counter = _Counter(self.run, self.choices.preview)
@@ -295,6 +330,10 @@ def _without_bars(owners: list[Any]) -> Iterator[None]:
 _UNSET = object()
 
 
+def _ended_by(error: BaseException) -> Status:
+    return Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
+
+
 class _Counter(Listener):
     """Counts a sequential run."""
 
@@ -306,7 +345,7 @@ class _Counter(Listener):
         stats.rounds, stats.calls = stats.rounds + 1, stats.calls + 1
         stats.evaluations += given["sample"].shape[0]
         output = super().step(scheduler, step, given)
-        self._run.latents = latents = tree_leaves(output)[0]
+        self._run.stepped(latents := tree_leaves(output)[0])
         if self._preview is not None:
             self._preview(stats.rounds, latents)
         return output

@@ -116,9 +116,9 @@ def _repeated(operation: Operation, values: Sequence[Any]) -> Any:
     """The result of a recorded operation on these values."""
     try:
         return operation.function(*_resolve(operation.args, values), **_resolve(operation.kwargs, values))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise PipelineNotParallelError(
             f"an operation of the loop cannot be repeated with other values ({operation.function}): {error}"
         ) from error

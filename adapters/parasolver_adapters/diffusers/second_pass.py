@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
 from parasolver_adapters.diffusers.capture import form_of_call
 from parasolver_adapters.diffusers.changes import (
+    Weights,
     are_same,
     positions_of,
     switches_of,
@@ -24,15 +24,15 @@ from parasolver_adapters.diffusers.changes import (
     were_replaced,
     what_moved,
 )
-from parasolver_adapters.diffusers.first_pass import Capture
+from parasolver_adapters.diffusers.first_pass import Capture, Prelude
 from parasolver_adapters.diffusers.listening import Listener, with_state
-from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun
+from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun, batch_of
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
 from parasolver_core.denoiser import SharedDenoiser
-from parasolver_core.solution import RoundRecord
+from parasolver_core.solution import RoundRecord, Solution
 
 
 class Replay(Listener):
@@ -53,19 +53,22 @@ class Replay(Listener):
         self._state = self._solver.init(
             self._denoiser, capture.start[None], np.arange(n), noise=self._noise, save="trajectory"
         )
-        self._step, self._plain = 0, False
+        self._step, self._plain, self._calling_back = 0, False, False
+        self.called_back = False  # too late to begin again
         self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
         self._blanks: dict[tuple[Any, ...], Any] = {}
-        self._prelude = collections.deque(capture.prelude)
+        self._prelude = Prelude(capture.prelude)
         capture.prelude.clear()
         self._history: list[RoundRecord] = []
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._plain or self._step == len(self._capture.timesteps):
+        if self._plain or self._calling_back or self._step == len(self._capture.timesteps):
             return forward(*args, **kwargs)
         return self._blank(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if self._calling_back:
+            return step(**given)
         i, self._step = self._step, self._step + 1
         if i == len(self._capture.timesteps) and not self._plain:
             self._give_up("the pipeline has more than one loop, and the first is over")
@@ -74,7 +77,7 @@ class Replay(Listener):
             stats.rounds, stats.calls, stats.evaluations = stats.rounds + 1, stats.calls + 1, stats.evaluations + 1
             self._publish()
             output = step(**given)
-            self._run.latents = latents = tree_leaves(output)[0]
+            self._run.stepped(latents := tree_leaves(output)[0])
             if self._choices.preview is not None:
                 self._choices.preview(stats.rounds, latents)
             return output
@@ -94,9 +97,9 @@ class Replay(Listener):
             raise PipelineNotParallelError(fault)
         if fault is not None:  # too late to refuse: callbacks have been made
             self._give_up(fault)
-            self._run.latents = tree_leaves(output)[0]
+            self._run.stepped(tree_leaves(output)[0])
             return output
-        self._run.latents = target
+        self._run.stepped(target)
         return with_state(output, target)
 
     def _expected(self, i: int, given: dict[str, Any]) -> torch.Tensor:
@@ -138,15 +141,10 @@ class Replay(Listener):
         )
 
     def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made.
-
-        Before the first step it is what the first pass got, as the state may begin with it, and outputs hold it.
-        """
-        key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
+        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
         if self._step == 0:
-            known, output, versions = self._prelude.popleft() if self._prelude else (None, None, [])
-            written = any(map(was_written, tree_leaves(output), versions))
-            return output if known == key and not written else forward(*args, **kwargs)
+            return self._prelude.answer(module, forward, args, kwargs)
+        key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
         if key not in self._blanks:
             reference = self._capture.recorder.references.get(key)
             if reference is None:
@@ -160,26 +158,34 @@ class Replay(Listener):
         if inputs is not None:
             kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
         switches = switches_of(self._pipe)
+        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
+        if not callbacks:
+            return kwargs
+        weights = Weights(self._pipe)
 
         def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
             def watching(*args: Any) -> Any:
                 given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
                 versions = {key: (value, version_of(value)) for key, value in given.items()}
-                settings, positions = dict(vars(self._pipe)), positions_of(switches)
-                returned = callback(*args)
+                settings, positions, look = dict(vars(self._pipe)), positions_of(switches), weights.look()
+                self._calling_back = self.called_back = True
+                try:
+                    returned = callback(*args)
+                finally:
+                    self._calling_back = False
                 changed = isinstance(returned, dict) and were_replaced(versions, returned)
                 if not self._plain and (
                     changed
                     or any(was_written(value, version) for value, version in versions.values())
                     or not are_same(settings, vars(self._pipe), "_interrupt")
                     or what_moved(switches, positions)
+                    or weights.differ(look, weights.look())
                 ):
                     self._give_up(f"{name} changed what the pipeline goes on with")
                 return returned
 
             return watching
 
-        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
         return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
 
     @property
@@ -187,6 +193,17 @@ class Replay(Listener):
         """How the solver ended; None if it has not."""
         status = Status.CONVERGED if self._plain else self._state.halted or self._state.statuses[0]
         return None if status is Status.RUNNING else status
+
+    def reached(self, status: Status) -> Solution | None:
+        """What is left when the pipeline's call ends with an exception: the last final latents, and an estimate."""
+        if self._plain:
+            return self._run.so_far(status)
+        if self.status is None:
+            self._state.halt(status)
+        try:
+            return batch_of(self._solver.result(self._state), self._run.stats)
+        except Exception:  # the estimate is made from what the exception has interrupted
+            return self._run.so_far(status)
 
     def _until(self, steps: int) -> torch.Tensor:
         """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
@@ -198,7 +215,7 @@ class Replay(Listener):
         if state.steps[0] < steps:
             solution = self._solver.result(state)
             error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
-            raise error(solution.message, solution)
+            raise error(solution.message, batch_of(solution, self._run.stats))
         return state.final(steps)[0].clone()
 
     def _round(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 def dense(value: Any) -> Any:
     """The value as its stand-in lies in memory: which operations a loop runs may depend on that."""
     return value.contiguous() if isinstance(value, torch.Tensor) and value.layout is torch.strided else value
+
+
+def copies(values: Iterable[Any]) -> list[Any]:
+    """The same values, whatever is written into these later."""
+    return [dense(one.detach().clone()) if isinstance(one, torch.Tensor) else one for one in values]
 
 
 def zeros(like: Any) -> Any:

@@ -1,0 +1,247 @@
+"""Whether the recorded steps are what the loop really does: one more pass, once for a pipeline and a kind of call.
+
+In the first pass the networks answer with zeros, so whatever the loop knows of them other than by their outputs
+(features from inside, gradients, values that left torch, what an earlier step left behind) is wrong in the recorded
+steps. In this pass the state of each step and all that came before it are others than in the first, and at some steps
+the networks are really called, alone. What the loop then gives ``scheduler.step`` is compared with what the recorded
+step makes of the same state and the same outputs. It takes place before the user's first callback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from parasolver_adapters.diffusers.batching import Networks, compare_rows
+from parasolver_adapters.diffusers.capture import form_of_call
+from parasolver_adapters.diffusers.changes import hooks_of, serial_of
+from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Prelude
+from parasolver_adapters.diffusers.listening import Listener, networks_of, processors_of, with_state
+from parasolver_adapters.diffusers.programs import Call, Program, Ref
+from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
+from parasolver_adapters.diffusers.standins import copies
+
+MOST_STEPS = 8  # that are checked
+_CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # kinds of calls, by pipeline
+
+
+class Check(Listener):
+    """The pass that looks whether the recorded steps are right.
+
+    Raises:
+        PipelineNotParallelError: from the pipeline's call, if they are not.
+    """
+
+    def __init__(self, pipe: Any, capture: Capture) -> None:
+        self._pipe, self._capture = pipe, capture
+        self._steps = steps_to_check(capture.programs)
+        self._prelude = Prelude(capture.prelude)
+        self._networks = Networks(capture.forwards, capture.recorder.references)
+        first = (one for one in capture.programs[0].operations if isinstance(one, Call))
+        self._batched = {call.signature for call in first if self._networks.reference(call) is not None}
+        self._calls: list[tuple[Any, list[Any], list[Any]]] = []
+        self._step, self._state = 0, capture.start
+
+    @property
+    def begun(self) -> bool:
+        """Whether the loop has begun."""
+        return self._step > 0
+
+    def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._step == 0:
+            return self._prelude.answer(module, forward, args, kwargs)
+        leaves = tree_leaves((args, kwargs))
+        key = form_of_call(module, kwargs, leaves)
+        if self._step not in self._steps:
+            known = self._capture.recorder.references.get(key)
+            return forward(*args, **kwargs) if known is None else tree_unflatten(copies(known.outputs), known.spec)
+        own = copies(leaves)
+        output = forward(*args, **kwargs)
+        self._calls.append((key, own, copies(tree_leaves(output))))
+        return output
+
+    def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
+        i = self._step
+        if i in self._steps:
+            self._compare(i, given["sample"], given["model_output"])
+        if i == max(self._steps):
+            raise CaptureDone
+        self._step, self._calls = i + 1, []
+        given["model_output"] = self._capture.first
+        output = step(**given)
+        self._state = other_state(tree_leaves(output)[0].detach())
+        return with_state(output, self._state.clone())
+
+    @torch.no_grad()
+    def _compare(self, i: int, x: torch.Tensor, m: torch.Tensor) -> None:
+        """What the loop gives the scheduler, and what the recorded step does with the same network outputs."""
+        program = self._capture.programs[i - 1]
+        run, other, sent = program.run(self._state), program.run(other_state(self._state)), None
+        while True:
+            try:
+                call, leaves = run.send(sent)  # type: ignore[arg-type]
+            except StopIteration as end:
+                own_x, own_m = end.value
+                break
+            outputs = self._made(i, call, leaves)
+            others = other.send(sent and copies(sent))[1]  # type: ignore[arg-type]
+            self._look_at_a_batch(call, leaves, others, outputs)
+            sent = outputs
+        pairs = {"sample": (self._state if own_x is None else own_x, x), "model_output": (own_m, m)}
+        for name, (own, real) in pairs.items():
+            apart = _apart(own, real)
+            if not apart <= _limit(real.dtype):
+                raise self._failure(i, f"gives scheduler.step a {name} that is off by {apart:.2g} of its size")
+
+    def _made(self, i: int, call: Call, leaves: list[Any]) -> list[Any]:
+        """The outputs of the loop's own call that this one stands for."""
+        for at, (key, own, outputs) in enumerate(self._calls):
+            if key == call.signature[0] and all(map(_are_alike, leaves, own)):
+                del self._calls[at]
+                return outputs
+        raise self._failure(i, f"calls {type(call.module).__name__} with arguments that the real loop does not give it")
+
+    def _look_at_a_batch(self, call: Call, leaves: list[Any], others: list[Any], outputs: list[Any]) -> None:
+        """A kind of network call that the first round does not compare has to give the same in a batch as alone."""
+        if call.signature in self._batched:
+            return
+        self._batched.add(call.signature)
+        rows = self._networks.together([(call, leaves), (call, others)])[0]
+        compare_rows(call, rows, outputs)
+
+    def _failure(self, i: int, what: str) -> PipelineNotParallelError:
+        return PipelineNotParallelError(
+            f"step {i} as it was recorded {what}; {causes(self._pipe)}. Compute it from the networks' outputs and the "
+            'state by operations of torch, or pass fallback="sequential"'
+        )
+
+
+def causes(pipe: Any) -> str:
+    """What a loop may do that a recording does not show, the likely one first."""
+    hooked = {name for network in networks_of(pipe).values() for name in hooks_of(network).values()}
+    kinds = {type(one) for _, processors in processors_of(pipe) for one in processors.values()}
+    foreign = {kind.__name__ for kind in kinds if not kind.__module__.startswith("diffusers.models.")}
+    named = (("hooks on", hooked), ("attention processors", foreign))
+    found = "; ".join(f"{what} {', '.join(sorted(names)[:4])}" for what, names in named if names)
+    inside = f" ({found})" if found else ", by a hook or an attention processor"
+    return (
+        f"the loop may take features from inside a network{inside}, a gradient through it, values of the state out of "
+        "torch, or something that an earlier step or call left behind"
+    )
+
+
+def was_checked(pipe: Any, kind: str) -> bool:
+    try:
+        return kind in _CHECKED.get(pipe, ())
+    except TypeError:  # it cannot be a key
+        return False
+
+
+def keep_checked(pipe: Any, kind: str) -> None:
+    try:
+        _CHECKED.setdefault(pipe, set()).add(kind)
+    except TypeError:
+        return
+
+
+def steps_to_check(programs: list[Program]) -> set[int]:
+    """The first and the last step of each structure: what is switched on for a part of the steps has one of its own."""
+    by_structure: dict[Any, list[int]] = {}
+    for i, program in enumerate(programs, start=1):
+        by_structure.setdefault(_structure(program), []).append(i)
+    largest = sorted(by_structure.values(), key=len, reverse=True)
+    return set([end for steps in largest for end in (steps[0], steps[-1])][:MOST_STEPS])
+
+
+def other_state(state: torch.Tensor) -> torch.Tensor:
+    """Another state of the same kind: no value at its place, and no extent as it was."""
+    return torch.roll(state, 1) * 0.9
+
+
+def kind_of_call(pipe: Any, capture: Capture, given: Mapping[str, Any]) -> str:
+    """A name that is equal for calls whose loops do the same.
+
+    In it: what was recorded of every step with the numbers in it, the scheduler, the arguments and the pipeline's own
+    settings (numbers, words and switches; the forms of tensors; which objects), but for prompts and callbacks; the
+    networks, their hooks and attention processors; and how torch is to compute. What is kept elsewhere is not.
+    """
+    networks = networks_of(pipe)
+    arguments = {name: value for name, value in given.items() if not name.startswith("callback")}
+    settings = {name: value for name, value in vars(pipe).items() if name != "scheduler"}
+    parts = [
+        [_structure(program, _described) for program in capture.programs],
+        (_described(capture.start), type(capture.scheduler).__qualname__, _all(capture.options)),
+        _all({name: value is None if "prompt" in name else value for name, value in arguments.items()}),
+        _all(settings),
+        [(name, serial_of(one), one.training, sorted(hooks_of(one))) for name, one in networks.items()],
+        [[serial_of(one) for one in processors.values()] for _, processors in processors_of(pipe)],
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _all(values: Any) -> Any:
+    leaves, form = tree_flatten(values)
+    return [_described(one) for one in leaves], repr(form)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return value.index
+    if isinstance(value, (bool, int, float, complex, str, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, torch.Generator) or type(value).__module__.startswith("PIL."):
+        return type(value).__qualname__
+    return serial_of(value)
+
+
+def _wiring(value: Any) -> int | None:
+    return value.index if isinstance(value, Ref) else None
+
+
+def _structure(program: Program, described: Callable[[Any], Any] = _wiring) -> tuple[Any, ...]:
+    """Which operations and network calls a step is made of."""
+    parts: list[Any] = [program.x, program.m]
+    for one in program.operations:
+        name, leaves = (
+            (one.signature[0], one.leaves)
+            if isinstance(one, Call)
+            else (str(one.function), tree_leaves((one.args, one.kwargs)))
+        )
+        parts.append((name, tuple(map(described, leaves))))
+    return tuple(parts)
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two arguments of a network are the same, but for rounding."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return _apart(one, other) <= _limit(other.dtype)
+    return one == other if isinstance(one, (bool, int, float, str)) else True
+
+
+def _apart(one: Any, other: torch.Tensor) -> float:
+    """The largest difference, over the largest value; what is not finite is equal to itself."""
+    if not isinstance(one, torch.Tensor) or one.shape != other.shape:
+        return math.inf
+    if torch.equal(one, other):
+        return 0.0
+    dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+    one, other = one.to(dtype), other.to(dtype)
+    same = (one == other) | (one.isnan() & other.isnan())
+    difference = float(torch.where(same, 0, (one - other).abs()).max())
+    size = float(torch.where(other.isfinite(), other, 0).abs().max())
+    return difference / size if size else difference and math.inf
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """The same operations on the same numbers differ by rounding at most."""
+    return torch.finfo(dtype).eps ** 0.75 if dtype.is_floating_point else 0.0
