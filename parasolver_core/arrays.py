@@ -156,10 +156,21 @@ def increment(target: Array, index: Any, value: Array) -> Array:
 
 
 def take_rows(rows: Array, index: NDArray[np.int64]) -> Array:
-    """``rows[index]`` of the first axis: one operation, of which array-api-compat's ``take`` makes four for PyTorch."""
+    """``rows[index]`` of the first axis."""
+    return take_at(rows, put_index(rows, index))
+
+
+def put_index(rows: Array, index: NDArray[np.int64]) -> Array:
+    """An index on the device of the rows."""
     xp: Any = array_api_compat.array_namespace(rows)
-    where = xp.asarray(index, device=array_api_compat.device(rows))
-    return rows.index_select(0, where) if array_api_compat.is_torch_array(rows) else xp.take(rows, where, axis=0)
+    return xp.asarray(index, device=array_api_compat.device(rows))
+
+
+def take_at(rows: Array, index: Array) -> Array:
+    """``rows[index]`` in one operation, of which array-api-compat's ``take`` makes four for PyTorch."""
+    if array_api_compat.is_torch_array(rows):
+        return rows.index_select(0, index)
+    return array_api_compat.array_namespace(rows).take(rows, index, axis=0)
 
 
 def detach(array: Array) -> Array:

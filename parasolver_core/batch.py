@@ -8,7 +8,7 @@ the beliefs ``h + (1 + G T) r``, the states behind final nodes and new nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,22 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.acceptance import RoundView, shares
-from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, matmul, take_rows, vecdot
+from parasolver_core.arrays import (
+    Array,
+    coarse,
+    copied,
+    finite_rows,
+    given_back,
+    host_view,
+    matmul,
+    put_index,
+    take_at,
+    take_rows,
+    vecdot,
+)
 from parasolver_core.fill import Entering, Fill
 from parasolver_core.held_form import Float64, HeldForm, Indices
+from parasolver_core.noise import NoiseSource
 from parasolver_core.recurrence import combine
 from parasolver_core.run import Outcome, Run
 from parasolver_core.solution import SampleRecord, Status
@@ -63,7 +76,7 @@ class WindowBatch(Run):
         fill: where nodes that enter begin.
         samples: their places in the batch.
         start: their ``x_T``, (B, size), in the working dtype.
-        noise: ``noise(step, sample)``, (size,).
+        source: the noise.
         slope: (N,) or (B, N), slopes dm/dx to begin with; None: the linearization's.
     """
 
@@ -74,11 +87,11 @@ class WindowBatch(Run):
         fill: Fill,
         samples: Sequence[int],
         start: Array,
-        noise: Callable[[int, int], Array],
+        source: NoiseSource,
         slope: Float64 | None = None,
     ) -> None:
         self._given_dtype, start = start.dtype, host_view(start)
-        self._plan, self._form, self._fill, self._noise, self._xp = plan, form, fill, noise, array_namespace(start)
+        self._plan, self._form, self._fill, self._source, self._xp = plan, form, fill, source, array_namespace(start)
         count, self._size = start.shape
         self._like = {"dtype": start.dtype, "device": device(start)}
         finite = self._xp.finfo(start.dtype)
@@ -143,7 +156,8 @@ class WindowBatch(Run):
         R = self._S.shape[1] // 2
         X, H = self._S[:, past:R, :], self._S[:, R + past :, :]
         held = self._form.held[self._window_nodes]
-        p, q = (self._put(held[:, :, k, None]) for k in (0, 1))
+        both = self._put(np.moveaxis(held, 2, 0)[..., None])
+        p, q = both[0, ...], both[1, ...]
         r = q * xp.reshape(D, (count, n, self._size))
         r += p * X
         r -= H
@@ -153,13 +167,15 @@ class WindowBatch(Run):
         if self._plan.recurrence.tells_size(self._lo + self._n - 1):
             pairs += [(H, H), (H, r)]  # of which the size of the predicted sample follows
         sums = xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1)
-        return xp.concat([xp.reshape(sums, (-1,)), coarse(xp, D[0, :])])
+        sums = xp.reshape(sums, (-1,))
+        return sums if self._dtype.itemsize < 8 else xp.concat([sums, coarse(xp, D[0, :])])
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move all states, accept what is final, slide and fill in."""
         n, past = self._longest, self._form.past
-        self._unit = max(self._eps, float(sums[-1]))
-        sums = sums[:-1].reshape(len(self._n), -1)
+        if self._dtype.itemsize == 8:
+            self._unit, sums = max(self._eps, float(sums[-1])), sums[:-1]
+        sums = sums.reshape(len(self._n), -1)
         self._begun = True
         usable, failed = self._n, {}
         if not np.all(np.isfinite(sums)):
@@ -214,7 +230,7 @@ class WindowBatch(Run):
                 (float(form.b[i, k]), h) for k, h in enumerate(hs)
             ]
             if form.c[i] != 0:
-                terms.append((float(form.c[i]), self._noise(i, sample)))
+                terms.append((float(form.c[i]), self._source.flat(i, sample)))
             xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
         return self._give(xs[0])
 
@@ -307,14 +323,15 @@ class WindowBatch(Run):
         every, flat = np.arange(count)[:, None] * rows, xp.reshape(self._S, (-1, size))
         final = self._final_states(decision, flat)
         self._keep_between(decision, flat, final)
-        base = take_rows(flat, (self._base_rows(last) + every).reshape(-1))
-        parts = [self._r, xp.reshape(base, (count, -1, size)), self._fill.rows(self._places, last, entering.x.shape[1])]
+        base, source = self._base_rows(last) + every, np.concatenate([kept, kept + rows // 2], axis=1) + every
+        at = put_index(flat, np.concatenate([base.reshape(-1), source.reshape(-1)]))
+        parts = [self._r, xp.reshape(take_at(flat, at[: base.size]), (count, -1, size))]
+        parts.append(self._fill.rows(self._places, last, entering.x.shape[1]))
         if entering.noise:
             parts.append(self._draw(last, hi, entering.noise))
         sources = xp.concat([part for part in parts if part is not None], axis=1)
-        self._r = self._dX = base = parts = None  # memory
-        source = np.concatenate([kept, kept + rows // 2], axis=1) + every
-        self._S = xp.reshape(take_rows(flat, source.reshape(-1)), (count, source.shape[1], size))
+        self._r = self._dX = parts = None  # memory
+        self._S = xp.reshape(take_at(flat, at[base.size :]), (count, source.shape[1], size))
         del flat
         moves = matmul(xp, self._put(C), sources)  # everything that is computed
         self._S += moves
@@ -358,12 +375,10 @@ class WindowBatch(Run):
 
     def _draw(self, last: Indices, hi: Indices, count: int) -> Array:
         """z of the steps from ``last`` to those before the new windows' last nodes, zero beyond: (B, count, size)."""
-        nothing, rows = self._xp.zeros(self._size, **self._like), []
-        c = np.append(self._form.c, np.zeros(count + 1))
+        c, wanted = np.append(self._form.c, np.zeros(count + 1)).tolist(), []
         for sample, first, end in zip(self.samples.tolist(), last.tolist(), hi.tolist(), strict=True):
-            steps = range(first, first + count)
-            rows += [self._noise(i, sample) if i < end and c[i] != 0 else nothing for i in steps]
-        return self._xp.reshape(self._xp.stack(rows), (len(last), count, self._size))
+            wanted += [(i, sample) if i < end and c[i] != 0 else None for i in range(first, first + count)]
+        return self._xp.reshape(self._source.block(wanted), (len(last), count, self._size))
 
     def _final_states(self, decision: Decision, flat: Array) -> Array | None:
         """The states behind final nodes, (B, most, size), by the recurrence itself; None where moving them is as good.

@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, assign, own_copy
+from parasolver_core.arrays import Array, assign, own_copy, take_rows
 from parasolver_core.errors import note
 from parasolver_core.recurrence import Recurrence, predicted_sample_coefficients
 from parasolver_core.schedules import NoiseSchedule, check_prediction_type
@@ -324,7 +324,7 @@ class Evaluator:
             with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
                 parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
-        t = xp.take(self._t, xp.asarray(nodes, dtype=xp.int64, device=self._device), axis=0)
+        t = take_rows(self._t, nodes)
         started = time.perf_counter()
         try:
             rows = Rows(nodes, samples, self._recurrence, self._noise)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -66,6 +67,23 @@ class NoiseSource:
             self._kept[at] = self._draw(step, sample)
         return self._kept[at]
 
+    def block(self, wanted: Sequence[tuple[int, int] | None]) -> Array:
+        """The draws of these (step, sample) as rows, (len(wanted), size); zeros for None; one upload."""
+        if self._noise is None:
+            drawn = np.zeros((len(wanted), self._size), dtype=_host_dtype(self._xp, self._dtype))
+            for row, at in enumerate(wanted):
+                if at is not None:
+                    drawn[row] = self._keyed(*at)
+            on_host = isinstance(self._host, np.ndarray)
+            return drawn if on_host else self._xp.asarray(drawn, device=self._device)
+        known = [None if at is None else self.flat(*at) for at in wanted]
+        rows = [self._nothing if row is None else row for row in known]
+        return array_api_compat.array_namespace(rows[0]).stack(rows)
+
+    @cached_property
+    def _nothing(self) -> Array:
+        return host_view(self._xp.zeros(self._size, dtype=self._dtype, device=self._device))
+
     def fingerprint(self, steps: Sequence[int]) -> str:
         """What tells two sources apart, short: the seeds, or a hash of the array, or of what a function gives.
 
@@ -92,13 +110,17 @@ class NoiseSource:
         if not callable(self._noise):
             self.forget(step, sample)
 
+    def _keyed(self, step: int, sample: int) -> np.ndarray:
+        """What the seed gives, (size,), float64."""
+        seed, stream = self._keys[sample]
+        if seed not in self._streams:
+            self._streams[seed] = _Stream(seed)
+        return self._streams[seed].draw(stream, step, (self._size,))
+
     def _draw(self, step: int, sample: int) -> Array:
         z = self._noise
         if z is None:
-            seed, stream = self._keys[sample]
-            if seed not in self._streams:
-                self._streams[seed] = _Stream(seed)
-            z = self._streams[seed].draw(stream, step, (self._size,))
+            z = self._keyed(step, sample)
             return z.astype(self._host.dtype) if isinstance(self._host, np.ndarray) else self._converted(z)
         return self._asked(step, sample) if callable(z) else self._converted(z[step, sample, ...])
 
@@ -203,6 +225,10 @@ def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:
     if any(not 0 <= key < 2**64 for key, _ in keys):
         raise ValueError(f"seed: expected integers in [0, 2**64), got {seed}")
     return keys
+
+
+def _host_dtype(xp: Any, dtype: Any) -> Any:
+    return np.dtype(f"f{xp.finfo(dtype).bits // 8}")
 
 
 def _is_list(seed: Any) -> bool:

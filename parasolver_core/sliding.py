@@ -59,7 +59,7 @@ class Sliding:
             return [Alone(self._sweep(s, row, start[row, :], outlook)) for row, s in enumerate(samples.tolist())]
         slope = None if outlook is None else outlook.slope
         fill = self._fill(samples, outlook)
-        return [WindowBatch(plan, self._form, fill, samples, plan.xp.asarray(start), self._source.flat, slope)]
+        return [WindowBatch(plan, self._form, fill, samples, start, self._source, slope)]
 
     def _fill(self, samples: Indices, outlook: Outlook | None) -> Fill:
         if outlook is not None:
