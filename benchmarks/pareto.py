@@ -57,6 +57,7 @@ SETTINGS = {
     one.name: one
     for one in (
         Setting("DDIM-50, window 16", "DDIM", 50, 16),
+        Setting("DDIM-50, window 8", "DDIM", 50, 8),
         Setting("DDIM-50, window 50", "DDIM", 50, 50),
         Setting("DDIM-100, window 5", "DDIM", 100, 5),
         Setting("2M-25, window 8", "2M", 25, 8),
@@ -64,6 +65,8 @@ SETTINGS = {
         Setting("UniPC-25, window 8", "UniPC", 25, 8),
         Setting("Heun-25, window 16", "Heun", 25, 16),
         Setting("flow Euler-50, window 16", "flow", 50, 16),
+        Setting("flow Euler-28, window 8", "flow", 28, 8),
+        Setting("flow Euler-28, window 28", "flow", 28, 28),
         Setting("DDIM-1000, window 32", "DDIM", 1000, 32),
         Setting("DDPM-100, window 16", "DDPM", 100, 16),
         Setting("DDPM-1000, window 100", "DDPM", 1000, 100),
