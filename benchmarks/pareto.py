@@ -141,10 +141,10 @@ def step_rule(problem: Problem, setting: Setting, steps: int | None = None) -> t
 def tolerances(method: str, setting: Setting) -> tuple[float, ...]:
     """From loose to tight, so that the errors of all methods reach from about 0.1 to 1e-3."""
     if method in (OURS, IDENTITY):
-        return (2.0, 0.6, 0.3, 0.1, 0.05, 0.03, 0.01, 3e-3)
+        return (0.99, 0.6, 0.3, 0.1, 0.05, 0.03, 0.01, 3e-3)
     if method == "parataa":
-        return (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3)
-    return (3.0, 1.0, 0.55, 0.3, 0.1, 0.03) if setting.noisy else (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
+        return (0.99, 0.3, 0.1, 0.03, 0.01, 3e-3)
+    return (0.99, 0.55, 0.3, 0.1, 0.03) if setting.noisy else (0.99, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)
 
 
 @dataclass(frozen=True)
