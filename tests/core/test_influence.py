@@ -50,7 +50,9 @@ def test_margins_shrink_at_loose_tolerances() -> None:
     for tolerance, trusted in ((1e-7, 1.0), (0.3, 0.5), (0.8, 1 / 3)):
         moves = np.array([0.0, 1.0, 1.0]) * tolerance * trusted
         for grown, count in ((0.999, 3), (1.001, 1)):
-            view = RoundView(lo=0, move=grown * moves, size=np.ones(3), bound=np.ones(3), rounding=0.0)
+            view = RoundView(
+                lo=0, move=grown * moves, size=np.ones(3), bound=np.ones(3), rounding=0.0, smallness=np.ones(3)
+            )
             assert accept.accept(view, tolerance)[0] == pytest.approx(count)
         assert accept.spread_tolerance(recurrence, tolerance) == pytest.approx(3 * tolerance)
 
