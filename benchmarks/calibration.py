@@ -27,15 +27,18 @@ from parasolver_core import solve
 CASES: dict[str, tuple[str, ...]] = {
     "clothes": (
         "DDIM-50, window 16",
+        "DDIM-50, window 8",
         "DDIM-50, window 50",
         "DDIM-100, window 5",
         "2M-25, window 8",
+        "flow Euler-28, window 8",
         "DDPM-100, window 16",
     ),
-    "clothes, guided": ("DDIM-50, window 16",),
+    "clothes, guided": ("DDIM-50, window 16", "2M-25, window 8"),
     "emoji": ("DDIM-50, window 16",),
     "policy": tuple(SETTINGS),
     "mixture": tuple(SETTINGS),
+    "mixture, guided": tuple(SETTINGS),
 }
 TOLERANCES = (5e-2, 1e-2, 3e-3)
 BATCH = 25

@@ -80,13 +80,13 @@ class Margins:
 
     Args:
         factor: of the largest accepted move times the root of its influence.
-        loosest: the tolerance at which that is halved. Looser ones gain less and less: where much is still open, a
-            small error may decide it.
+        loosest: the tolerance from about which on the factor falls with its root: where much is still open, a small
+            error may decide it.
         spread, noisy_spread: of the estimated error of spread nodes, without and with noise.
     """
 
-    factor: float = 0.28
-    loosest: float = 0.06
+    factor: float = 0.29
+    loosest: float = 0.02
     spread: float = 1.3
     noisy_spread: float = 0.4
 
@@ -124,7 +124,7 @@ class RelativeMove(Acceptance):
         return (self.margins.noisy_spread if recurrence.stochastic else self.margins.spread) * tolerance
 
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        caution = 1 + tolerance / self.margins.loosest
+        caution = math.sqrt(1 + tolerance / self.margins.loosest)
         return view.leading(shares(view.move, view.bound * view.smallness) * caution, tolerance)
 
 

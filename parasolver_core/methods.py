@@ -28,7 +28,7 @@ _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is wort
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
 CALIBRATED = "parasolver calibration 1"  # what a calibration file says it is
 FINEST = 1e-6  # a smaller tolerance is the arithmetic's
-_SLIDING, _SLIDING_NOISY = (2.1, 1.33, 1 / 3), (4.1, 1.05, 0.55)  # p, q, r of sliding_rounds; by benchmarks.planning
+_SLIDING, _SLIDING_NOISY = (2.6, 1.1, 1 / 3), (4.1, 0.9, 0.55)  # p, q, r of sliding_rounds; by benchmarks.planning
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from parasolver_core.methods import FINEST, Method, sliding_rounds
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.state import SequentialState
 
-_SPREAD, _SPREAD_NOISY = (0.7, 4.0, 0.78), (8.0, 0.0, 0.4)  # p, q and r above
+_SPREAD, _SPREAD_NOISY = (2.5, 4.0, 0.9), (8.0, 0.0, 0.4)  # p, q and r above
 _TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
 _MOST_MADE = 256  # choices that a process remembers

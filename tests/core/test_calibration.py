@@ -128,7 +128,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_arguments(change: dict[str, Any], match: str) -> None:
     names = ("denoiser", "x_T", "timesteps", "step_rule", "window")
-    arguments = dict(zip(names, ARGUMENTS, strict=True)) | change
+    arguments: dict[str, Any] = dict(zip(names, ARGUMENTS, strict=True)) | change
     with pytest.raises((ValueError, TypeError), match=match):
         calibrate(**arguments)
 

@@ -47,10 +47,12 @@ def test_accepted_moves_are_weighed_by_the_root_of_the_influence() -> None:
 def test_margins_shrink_at_loose_tolerances() -> None:
     recurrence = DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(50))
     accept = RelativeMove(Margins(factor=0.2, spread=3.0, loosest=0.1))
-    for tolerance, trusted in ((1e-6, 1 / (1 + 1e-5)), (0.1, 0.5), (0.9, 0.1)):
+    for tolerance, trusted in ((1e-7, 1.0), (0.3, 0.5), (0.8, 1 / 3)):
         moves = np.array([0.0, 1.0, 1.0]) * tolerance * trusted
         for grown, count in ((0.999, 3), (1.001, 1)):
-            view = RoundView(lo=0, move=grown * moves, size=np.ones(3), bound=np.ones(3), rounding=0.0)
+            view = RoundView(
+                lo=0, move=grown * moves, size=np.ones(3), bound=np.ones(3), rounding=0.0, smallness=np.ones(3)
+            )
             assert accept.accept(view, tolerance)[0] == pytest.approx(count)
         assert accept.spread_tolerance(recurrence, tolerance) == pytest.approx(3 * tolerance)
 
