@@ -34,7 +34,7 @@ class RoundView:
     size: Float64
     bound: Float64
     rounding: float
-    smallness: Float64
+    smallness: Float64 | float = 1.0
 
     def leading(self, effect: Float64, tolerance: float) -> tuple[int, float]:
         """How many leading nodes, at least 1, have an effect within the tolerance, and the largest effect of them."""

@@ -103,8 +103,8 @@ class WindowBatch(Run):
         slope = np.where(np.isfinite(slope), slope, plan.recurrence.slope)
         self._slope = np.array(np.broadcast_to(slope, (count, form.steps)))  # dm/dx
         self._moved = np.zeros((count, form.steps))  # sum of squares of each node's last move; 0: unknown
-        self._size_of = np.ones((count, form.steps + 1))  # of each node's state, the root of its sum of squares,
-        self._largest = np.ones((count, form.steps + 1))  # and the largest it ever was: its rounding is that one's
+        self._size_of = np.zeros((count, form.steps + 1))  # of each state, the least that the root of its sum of squares may be
+        self._largest = np.zeros((count, form.steps + 1))  # and the largest it ever was: its rounding is that one's
         self._unit = self._eps  # rounding unit of what the network returns
         self._room = max(_ROOM, _ROOM_TOLERATED * plan.tolerance / self._eps)
         self._error = np.zeros(count)
@@ -176,7 +176,6 @@ class WindowBatch(Run):
         if self._dtype.itemsize == 8:
             self._unit, sums = max(self._eps, float(sums[-1])), sums[:-1]
         sums = sums.reshape(len(self._n), -1)
-        self._begun = True
         usable, failed = self._n, {}
         if not np.all(np.isfinite(sums)):
             sums, usable, failed = self._salvage(D, sums)
@@ -274,8 +273,11 @@ class WindowBatch(Run):
         at = np.nonzero(inside)
         self._slope[at[0], nodes[at]] = new[at]
         self._moved[at[0], nodes[at]] = np.where(np.arange(n) < sound[:, None], norms, 0.0)[at]
-        self._size_of[at[0], nodes[at]] = (length + move)[at]
+        self._size_of[at[0], nodes[at]] = np.maximum(length - move, 0.0)[at]
         self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], (length + move)[at])
+        if not self._begun:  # all began as copies of the first
+            self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], length[at[0], 0])
+        self._begun = True
         defects = np.sqrt(np.einsum("bii->bi", gram) / size) / np.abs(q)
         return Decision(T, slope_held, relative, accepted, sound), defects
 
@@ -338,6 +340,8 @@ class WindowBatch(Run):
         if final is not None:
             self._put_final(final, decision.accepted)
         self._dX, self._lo, self._n = moves[:, : kept.shape[1], :], lo, hi - lo
+        at = np.nonzero(behind)
+        self._size_of[at[0], node[at]] = self._largest[at[0], node[at]] = self._size_of[at[0], last[at[0]]]
         self._keep_first(decision.accepted)
 
     def _base_rows(self, last: Indices) -> Indices:

@@ -48,7 +48,7 @@ class HeldForm:
         both = np.zeros((n, count, 2 * n))  # T beside T gram
         carry = np.zeros((self.past + 1, n, count, 1))  # d x_{t+1} / d x_{t-k}
         carry[: self.reads[0], :, :, 0] = np.moveaxis(self.a[step], 2, 0)
-        for k in range(self.reads[1]):
+        for k in range(min(self.reads[1], n - 1)):
             t, b = np.arange(k, n - 1), self.b[step, k]
             both[t + 1, :, t - k] += b[t]
             both[k + 1 :, :, n:] += b[t, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)

@@ -10,7 +10,7 @@ from scipy.linalg import expm
 
 from parasolver_core import DDIM, Identity, Linearization, Method, NoiseSchedule, Recurrence, Secant, StepRule, solve
 from parasolver_core import solve_sequential as sequential
-from parasolver_core.acceptance import Acceptance, RelativeMove, RoundView, StepVariance
+from parasolver_core.acceptance import Acceptance, Margins, RelativeMove, RoundView, StepVariance
 from tests.core.problems import EPS, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.scaled_linear()
@@ -66,15 +66,18 @@ def test_the_error_estimate_is_the_largest_error_accepted_in_any_round(tolerance
 
 def test_what_the_default_acceptance_says() -> None:
     """The largest effect of the leading nodes that are within the tolerance, or not moved but for rounding."""
-    view = RoundView(
-        lo=3, move=np.array([0.0, 1e-3, 2e-3, 9.0, 1e-4]), size=np.ones(5), bound=np.full(5, 0.5), rounding=1e-12
-    )
-    rule = RelativeMove()
-    assert rule.accept(view, 5e-3) == (3, 4e-3)
-    assert rule.accept(view, 3e-3) == (2, 2e-3)
+    ones = np.ones(5)
+    view = RoundView(3, np.array([0.0, 1e-3, 2e-3, 9.0, 1e-4]), ones, ones / 2, 1e-12, ones)
+    rule = RelativeMove(Margins(loosest=1e9))
+    assert rule.accept(view, 5e-3) == (3, pytest.approx(4e-3))
+    assert rule.accept(view, 3e-3) == (2, pytest.approx(2e-3))
     assert rule.accept(view, 1e-9) == (1, 0.0)
-    assert rule.accept(view, 20.0) == (5, 18.0)
-    nan = RoundView(3, np.array([0.0, np.nan, 0.0]), np.ones(3), np.ones(3), 1e-12)
+    assert rule.accept(view, 20.0) == (5, pytest.approx(18.0))
+    small = RoundView(3, view.move, ones, ones / 2, 1e-12, ones / 4)  # of the state's size a quarter counts
+    assert rule.accept(small, 9e-3) == (2, pytest.approx(8e-3))
+    looser = RelativeMove(Margins(loosest=3e-3))  # twice its size at three times that tolerance
+    assert looser.accept(view, 9e-3) == (3, pytest.approx(8e-3))
+    nan = RoundView(3, np.array([0.0, np.nan, 0.0]), np.ones(3), np.ones(3), 1e-12, np.ones(3))
     assert rule.accept(nan, 1.0) == (1, 0.0)
 
 

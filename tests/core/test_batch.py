@@ -1,0 +1,144 @@
+"""Rounds of a batch: a dozen array operations for any window and any number of samples, each its own."""
+
+import collections
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    DPMSolver,
+    Method,
+    NoiseSchedule,
+    ParallelIntegralSolver,
+    batch,
+    noise,
+    sliding,
+    solve,
+    solve_sequential,
+    spread,
+)
+from parasolver_core.held_form import HeldForm
+from tests.core.problems import Rational, normal, relative
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+RULES = [DDIM(SCHEDULE), DPMSolver(SCHEDULE, order=2), DPMSolver(SCHEDULE, order=3), DDPM(SCHEDULE)]
+by_name = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}{getattr(rule, 'order', '')}")
+VIEWS = """view slice select reshape expand unsqueeze permute transpose detach alias _unsafe_view unbind lift_fresh t split
+squeeze as_strided split_with_sizes"""
+WINDOW = Method(spread=False)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what an accelerator would be asked to do, were the tensors on one; and what is uploaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def work(self) -> int:
+        return sum(number for name, number in self.count.items() if name not in VIEWS)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (batch, sliding, spread, noise):
+        monkeypatch.setattr(module, "host_view", lambda array: array)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@by_name
+@pytest.mark.parametrize("window", [8, 64])
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_round_is_so_many_operations_whatever_the_window_and_the_batch(rule: Any, window: int, count: int) -> None:
+    solver = ParallelIntegralSolver(rule, window, method=WINDOW, check=False)
+    state = solver.init(lambda x, t: x, torch.randn(count, 32), SCHEDULE.timesteps(100))
+    solver.step(state)  # short windows
+    with Operations() as seen:
+        solver.step(state)
+    assert seen.work <= 22  # with sums for the size of the predicted sample; 18 without
+    assert seen.count["lift_fresh"] <= 7
+
+
+@by_name
+@pytest.mark.parametrize("method", ["secant", "identity", "paradigms", "parasolver"])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_samples_do_not_depend_on_their_neighbours(rule: Any, method: str, tolerance: float) -> None:
+    """Together and each by itself: the same rounds, the same sample."""
+    x_T, timesteps = normal((5, 6)), SCHEDULE.timesteps(24)
+    x_T[3] *= 1e-3
+    options: dict[str, Any] = {"window": 6, "method": method, "tolerance": tolerance, "check": False}
+    together = solve(Rational(), x_T, timesteps, rule, seed=[1, 2, 3, 4, 5], **options)
+    rounds = collections.Counter(one.sample for record in together.stats.history for one in record.samples)
+    for sample in range(5):
+        alone = solve(Rational(), x_T[sample : sample + 1], timesteps, rule, seed=[sample + 1], **options)
+        assert relative(together.sample[sample : sample + 1], alone.sample) < 1e-12
+        assert rounds[sample] == alone.stats.rounds
+        assert together.error_estimate[sample] == pytest.approx(alone.error_estimate[0], rel=1e-6, abs=1e-14)
+
+
+@by_name
+def test_a_sample_that_fails_leaves_the_others_alone(rule: Any) -> None:
+    timesteps = SCHEDULE.timesteps(20)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        out = Rational()(x, t)
+        out[(x[:, 0] > 50) & (t == timesteps[7])] = np.nan
+        return out
+
+    x_T = normal((3, 4))
+    x_T[1, 0] = 1e3
+    got = solve(network, x_T, timesteps, rule, 6, seed=0, throw=False, check=False)
+    want = solve_sequential(network, x_T, timesteps, rule, seed=0, throw=False)
+    assert got.statuses == want.statuses
+    assert relative(got.sample[[0, 2]], want.sample[[0, 2]]) < 1e-2
+    assert got.steps[1] == want.steps[1]
+    assert relative(got.states[1:2], want.states[1:2]) < 1e-2
+
+
+@by_name
+def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a state is moved it keeps the rounding of the largest that it ever was; made again, its own."""
+    tiny = NoiseSchedule.karras(sigma_min=1e-4, sigma_max=80.0)
+    kind = type(rule)(tiny, order=rule.order) if isinstance(rule, DPMSolver) else type(rule)(tiny)
+    x_T, timesteps = (80 * normal((2, 6))).astype(np.float32), tiny.timesteps(18)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return 1e-3 * np.tanh(x / 1e-3)
+
+    want = solve_sequential(network, x_T, timesteps, kind, seed=0).sample
+    options: dict[str, Any] = {"tolerance": 0.0, "seed": 0, "check": False, "method": WINDOW}
+    made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
+    monkeypatch.setattr(batch, "_ROOM", np.inf)
+    moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
+    assert made < 2e-6
+    assert moved > 5 * made
+
+
+def test_states_onwards_are_those_of_the_recurrence() -> None:
+    rng = np.random.default_rng(0)
+    for rule in RULES:
+        recurrence = rule.recurrence(SCHEDULE.timesteps(12))
+        form, lo, count = HeldForm(recurrence), 5, 4
+        states, outputs, z = rng.standard_normal((12, 3)), rng.standard_normal((12, 3)), rng.standard_normal((12, 3))
+        held = recurrence.held[:, :1] * states + recurrence.held[:, 1:] * outputs
+        xs, ms, expected = list(states[: lo + 1]), list(outputs[: lo + count]), []
+        for i in range(lo, lo + count):
+            ms[i] = (held[i] - recurrence.held[i, 0] * xs[i]) / recurrence.held[i, 1]
+            back = range(i, max(i - recurrence.memory, -1), -1)
+            xs.append(recurrence.advance(i, [xs[j] for j in back], [ms[j] for j in back], z[i]))
+            expected.append(xs[-1])
+        reads, past = form.reads[0], form.reads[1] - 1
+        given = [*states[lo - np.arange(reads)], *held[lo - 1 - np.arange(past)], *held[lo : lo + count]]
+        given += list(z[lo : lo + count]) if form.noisy else []
+        got = form.onwards(np.array([lo]), count)[0] @ np.array(given)
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
