@@ -103,8 +103,11 @@ class WindowBatch(Run):
         slope = np.where(np.isfinite(slope), slope, plan.recurrence.slope)
         self._slope = np.array(np.broadcast_to(slope, (count, form.steps)))  # dm/dx
         self._moved = np.zeros((count, form.steps))  # sum of squares of each node's last move; 0: unknown
-        self._size_of = np.zeros((count, form.steps + 1))  # of each state, the least that the root of its sum of squares may be
+        self._least = np.zeros(
+            (count, form.steps + 1)
+        )  # of each state, the least that the root of its sum of squares may be
         self._largest = np.zeros((count, form.steps + 1))  # and the largest it ever was: its rounding is that one's
+        self._upper, self._finite = np.zeros((count, 1)), True  # of this round: the most that states may be; all sums
         self._unit = self._eps  # rounding unit of what the network returns
         self._room = max(_ROOM, _ROOM_TOLERATED * plan.tolerance / self._eps)
         self._error = np.zeros(count)
@@ -176,8 +179,8 @@ class WindowBatch(Run):
         if self._dtype.itemsize == 8:
             self._unit, sums = max(self._eps, float(sums[-1])), sums[:-1]
         sums = sums.reshape(len(self._n), -1)
-        usable, failed = self._n, {}
-        if not np.all(np.isfinite(sums)):
+        usable, failed, self._finite = self._n, {}, bool(np.all(np.isfinite(sums)))
+        if not self._finite:
             sums, usable, failed = self._salvage(D, sums)
         decision, defects = self._decide(sums, usable)
         for row in failed:
@@ -273,8 +276,8 @@ class WindowBatch(Run):
         at = np.nonzero(inside)
         self._slope[at[0], nodes[at]] = new[at]
         self._moved[at[0], nodes[at]] = np.where(np.arange(n) < sound[:, None], norms, 0.0)[at]
-        self._size_of[at[0], nodes[at]] = np.maximum(length - move, 0.0)[at]
-        self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], (length + move)[at])
+        self._least[at[0], nodes[at]], self._upper = np.maximum(length - move, 0.0)[at], length + move
+        self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], self._upper[at])
         if not self._begun:  # all began as copies of the first
             self._largest[at[0], nodes[at]] = np.maximum(self._largest[at[0], nodes[at]], length[at[0], 0])
         self._begun = True
@@ -323,8 +326,8 @@ class WindowBatch(Run):
         entering = self._fill.entering(last, max(int(behind.max()), 1), self._slope_held())
         C = self._table(decision, last, kept, behind, entering)
         every, flat = np.arange(count)[:, None] * rows, xp.reshape(self._S, (-1, size))
-        final = self._final_states(decision, flat)
-        self._keep_between(decision, flat, final)
+        again = self._made_again(decision, flat)
+        self._keep_between(decision, flat, again)
         base, source = self._base_rows(last) + every, np.concatenate([kept, kept + rows // 2], axis=1) + every
         at = put_index(flat, np.concatenate([base.reshape(-1), source.reshape(-1)]))
         parts = [self._r, xp.reshape(take_at(flat, at[: base.size]), (count, -1, size))]
@@ -337,11 +340,11 @@ class WindowBatch(Run):
         del flat
         moves = matmul(xp, self._put(C), sources)  # everything that is computed
         self._S += moves
-        if final is not None:
-            self._put_final(final, decision.accepted)
+        if again is not None:
+            self._put_again(again, node, self._lo, np.maximum(decision.accepted, decision.sound - 1))
         self._dX, self._lo, self._n = moves[:, : kept.shape[1], :], lo, hi - lo
         at = np.nonzero(behind)
-        self._size_of[at[0], node[at]] = self._largest[at[0], node[at]] = self._size_of[at[0], last[at[0]]]
+        self._least[at[0], node[at]] = self._largest[at[0], node[at]] = self._largest[at[0], last[at[0]]]
         self._keep_first(decision.accepted)
 
     def _base_rows(self, last: Indices) -> Indices:
@@ -384,43 +387,51 @@ class WindowBatch(Run):
             wanted += [(i, sample) if i < end and c[i] != 0 else None for i in range(first, first + count)]
         return self._xp.reshape(self._source.block(wanted), (len(last), count, self._size))
 
-    def _final_states(self, decision: Decision, flat: Array) -> Array | None:
-        """The states behind final nodes, (B, most, size), by the recurrence itself; None where moving them is as good.
+    def _made_again(self, decision: Decision, flat: Array) -> Array | None:
+        """The states behind the windows' first nodes, (B, most, size), by the recurrence itself; None where not needed.
 
         A state that is moved keeps the rounding of the largest that it ever was.
         """
-        form, count, n, most = self._form, len(self._n), self._longest, int(decision.accepted.max())
-        every, ahead = np.arange(count)[:, None], np.arange(most)
-        behind = np.minimum(self._lo[:, None] + 1 + ahead, form.steps)
-        grown = self._largest[every, behind] > self._room * self._size_of[every, behind]
-        if not np.any(grown & (ahead < decision.accepted[:, None])):
+        form, count, n, ahead = (
+            self._form,
+            len(self._n),
+            self._longest,
+            np.maximum(decision.accepted, decision.sound - 1),
+        )
+        nodes, inside = self._window_nodes, np.arange(n) < decision.sound[:, None]
+        grown = np.take_along_axis(self._largest > self._room * self._least, nodes, axis=1) & inside
+        most = int(ahead.max())
+        if not self._finite or most == 0 or not np.any(grown[:, 1:]):
             return None
-        half, own = self._S.shape[1] // 2, form.base - 1
+        every, half, own = np.arange(count)[:, None], self._S.shape[1] // 2, form.base - 1
         x_rows, h_rows = form.past - np.arange(form.reads[0]), half + form.past - 1 - np.arange(form.reads[1] - 1)
-        rows = np.concatenate([x_rows, h_rows, half + form.past + ahead])
+        rows = every * 2 * half + np.concatenate([x_rows, h_rows, half + form.past + np.arange(most)])
         table = form.onwards(self._lo, most)
         C = np.zeros((count, most, n + table.shape[2]))
         C[:, :, n:] = table
         moves = decision.T * decision.slope[..., None] + np.eye(n)  # of the beliefs, in terms of r
         C[:, :, :n] = table[:, :, own : own + most] @ moves[:, :most]
-        parts = [
-            self._r,
-            self._xp.reshape(take_rows(flat, (every * 2 * half + rows).reshape(-1)), (count, -1, self._size)),
-        ]
+        parts = [self._r, self._xp.reshape(take_rows(flat, rows.reshape(-1)), (count, -1, self._size))]
         if form.noisy:
-            parts.append(self._draw(self._lo, self._lo + decision.accepted, most))
+            parts.append(self._draw(self._lo, self._lo + ahead, most))
+        self._largest[every, nodes] = np.where(inside, self._upper, self._largest[every, nodes])
         return matmul(self._xp, self._put(C), self._xp.concat(parts, axis=1))
 
-    def _put_final(self, final: Array, accepted: Indices) -> None:
-        """Write the states at which the windows now begin, and those before that the sampler reads."""
-        xp, past, (count, most, _) = self._xp, self._form.past, final.shape
-        at = accepted[:, None] - 1 - np.arange(past, -1, -1)
-        rows = take_rows(
-            xp.reshape(final, (-1, self._size)), (np.arange(count)[:, None] * most + np.maximum(at, 0)).reshape(-1)
-        )
-        known = self._put((at >= 0).astype(np.float64)[..., None]) > 0
-        head = xp.where(known, xp.reshape(rows, (count, past + 1, -1)), self._S[:, : past + 1, :])
-        self._S = xp.concat([head, self._S[:, past + 1 :, :]], axis=1)
+    def _put_again(self, states: Array, node: Indices, first: Indices, count: Indices) -> None:
+        """Write states that were made again, (B, most, size), those of nodes ``first + 1 .. first + count``.
+
+        Args:
+            states: as :meth:`_made_again` gives them.
+            node: (B, rows), of the rows of the buffer.
+            first, count: (B,).
+        """
+        xp, (batch, rows), most = self._xp, node.shape, states.shape[1]
+        at = node - first[:, None] - 1
+        there = (at >= 0) & (at < count[:, None])
+        index = np.arange(batch)[:, None] * most + np.clip(at, 0, most - 1)
+        again = xp.reshape(take_rows(xp.reshape(states, (-1, self._size)), index.reshape(-1)), (batch, rows, -1))
+        known = self._put(there.astype(np.float64)[..., None]) > 0
+        self._S = xp.concat([xp.where(known, again, self._S[:, :rows, :]), self._S[:, rows:, :]], axis=1)
 
     def _keep_between(self, decision: Decision, flat: Array, final: Array | None) -> None:
         """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
@@ -488,7 +499,7 @@ class WindowBatch(Run):
             self.ended[sample] = Outcome(status, step, float(self._error[row]), own, self.kept(sample), node)
         stay = np.array([row for row in range(len(self._n)) if row not in leaving], dtype=np.int64)
         self._S, self._dX = take_rows(self._S, stay), take_rows(self._dX, stay)
-        for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_size_of", "_largest", "_error"):
+        for name in ("samples", "_places", "_lo", "_n", "_slope", "_moved", "_least", "_largest", "_error"):
             setattr(self, name, getattr(self, name)[stay])
 
     def _put(self, table: Float64) -> Array:
