@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.anderson import AndersonWindow
-from parasolver_core.arrays import Array, host_view, take_rows
+from parasolver_core.arrays import Array, given_back, host_view, take_rows, to_host
 from parasolver_core.batch import WindowBatch
 from parasolver_core.fill import Along, Copies, Fill, Held, Interpolated
 from parasolver_core.held_form import Float64, HeldForm, Indices
@@ -19,6 +19,7 @@ from parasolver_core.noise import NoiseSource
 from parasolver_core.run import Alone, Run
 from parasolver_core.window import BetweenNodes, Forecast, Near, Plan, SampleWindow
 
+_WILD_START = 1e6  # values of a warm start beyond this: nodes are filled in as without one
 _LARGE = 2**15  # elements of a window from which on, on a CPU, a sweep that keeps to the cache is faster
 
 
@@ -55,18 +56,29 @@ class Sliding:
         plan, method, view = self._plan, self._plan.method, host_view(start)
         if isinstance(method, Anderson):
             return [Alone(self._anderson(method, s, start[row, :])) for row, s in enumerate(samples.tolist())]
-        if isinstance(view, np.ndarray) and view.shape[1] * plan.width > _LARGE:
-            return [Alone(self._sweep(s, row, start[row, :], outlook)) for row, s in enumerate(samples.tolist())]
+        large = view.shape[1] * plan.width > _LARGE
+        # a sweep makes states as the plain loop does, to the last bit: what a tolerance of 0 is for
+        if isinstance(view, np.ndarray) and (large or plan.tolerance == 0):
+            return [
+                Alone(self._sweep(s, row, given_back(plan.xp, start[row, :]), outlook))
+                for row, s in enumerate(samples.tolist())
+            ]
         slope = None if outlook is None else outlook.slope
         fill = self._fill(samples, outlook)
-        return [WindowBatch(plan, self._form, fill, samples, start, self._source, slope)]
+        given = given_back(plan.xp, start)
+        return [WindowBatch(plan, self._form, fill, samples, given, self._source, slope)]
 
     def _fill(self, samples: Indices, outlook: Outlook | None) -> Fill:
         if outlook is not None:
             return Interpolated(self._form, outlook.weights, outlook.predictions)
-        if self._trajectory is not None:
+        if self._trajectory is not None and self._is_sane(samples):
             return Along(self._form, *self._near(samples))
         return self._cold
+
+    def _is_sane(self, samples: Indices) -> bool:
+        """Whether the warm start is of a size that a state's rounding allows for: else it is worse than nothing."""
+        size = [float(abs(to_host(take_rows(self._trajectory[i, :, :], samples))).max()) for i in (0, -1)]
+        return max(size) <= _WILD_START
 
     @cached_property
     def _cold(self) -> Fill:
@@ -108,4 +120,4 @@ class Sliding:
         def noise(step: int) -> Array:
             return xp.reshape(source(step, sample), (-1,))
 
-        return AndersonWindow(self._plan, method, sample, xp.asarray(start), noise)
+        return AndersonWindow(self._plan, method, sample, given_back(xp, start), noise)

@@ -317,7 +317,7 @@ class ParallelIntegralSolver(Solver):
     ) -> ParallelState | SequentialState:
         options = {"seed": None, "noise": None, "save": "sample", "start": None} | options
         method = self.method_of(options["start"])
-        if self.window == 1:
+        if self.window == 1 or np.size(timesteps) == 1:  # the plain loop, to the last bit
             del options["start"]
             return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self._evaluation, **options)
         state = ParallelState(

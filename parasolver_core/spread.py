@@ -291,7 +291,7 @@ class SpreadNodes(Run):
             self._levels,
             level,
             self.samples[rows],
-            take_rows(self._start, rows),
+            self._give(take_rows(self._start, rows)),
             self._noise,
             self._sliding,
             refinements,

@@ -9,7 +9,7 @@ import torch
 from array_api_compat import torch as xp
 from torch.overrides import TorchFunctionMode
 
-from parasolver_core import DDIM, DDPM, NoiseSchedule, hierarchy, noise, solve, solve_sequential, window
+from parasolver_core import DDIM, DDPM, NoiseSchedule, batch, noise, sliding, solve, solve_sequential, spread
 from parasolver_core.arrays import matmul
 from tests.core.problems import Rational, normal, relative
 
@@ -40,7 +40,7 @@ class Rounded(TorchFunctionMode):
 @pytest.fixture(params=["high", "medium"])
 def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rounded]:
     """Arrays that NumPy does not work in, and products of 11 or 8 significant bits."""
-    for module in (window, hierarchy, noise):
+    for module in (batch, sliding, spread, noise):
         monkeypatch.setattr(module, "host_view", lambda array: array)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)

