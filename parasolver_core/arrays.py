@@ -68,10 +68,15 @@ def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
 
 
 def coarse(xp: Any, row: Array) -> Array:
-    """``[unit]``: float32's rounding unit where float64 numbers (size,) are all float32's, else 0."""
+    """``[unit]``: float32's rounding unit where float64 numbers (size,) are all float32's, else 0.
+
+    Numbers of a few bits only, such as the 1 and -1 of a saturated network, tell nothing.
+    """
     if row.dtype != xp.float64:
         return xp.zeros_like(row[:1])
-    single = xp.all(xp.astype(xp.astype(row, xp.float32), row.dtype) == row)
+    short = xp.astype(row, xp.float32)
+    wide = short * 4097.0  # Dekker: the leading 12 bits
+    single = xp.all(xp.astype(short, row.dtype) == row) & xp.any(wide - (wide - short) != short)
     return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
 
 
