@@ -140,7 +140,7 @@ def _calibrated(
     started = time.perf_counter()
     with console.status("Calibrating"):
         chosen = {key: options[key] for key in ("seed", "max_rows")}
-        found = calibrate(*arguments, settings.window, tolerance=settings.tolerance, **chosen)
+        found = calibrate(*arguments, window=settings.window, tolerance=settings.tolerance, **chosen)
     if rank == 0:
         found.save(settings.out / "calibration.json")
         draw_calibration(found, settings.out / "calibration.png")

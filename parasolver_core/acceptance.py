@@ -79,13 +79,14 @@ class Margins:
     takes to another mode of the data. Checked on networks that had no part in it: ``docs/benchmarks.md``.
 
     Args:
-        factor: of the largest accepted move times the root of its influence.
-        loosest: the tolerance from about which on the factor falls with its root: where much is still open, a small
+        factor, noisy_factor: of the largest accepted move times the root of its influence, without and with noise.
+        loosest: the tolerance from about which on they fall with its root: where much is still open, a small
             error may decide it.
         spread, noisy_spread: of the estimated error of spread nodes, without and with noise.
     """
 
     factor: float = 0.29
+    noisy_factor: float = 0.22
     loosest: float = 0.02
     spread: float = 1.3
     noisy_spread: float = 0.4
@@ -97,7 +98,7 @@ class Margins:
 
     def times(self, gain: float) -> Margins:
         """All of them larger by that factor: what calibration finds for one network."""
-        grown = {name: gain * getattr(self, name) for name in ("factor", "spread", "noisy_spread")}
+        grown = {name: gain * getattr(self, name) for name in ("factor", "noisy_factor", "spread", "noisy_spread")}
         return replace(self, **grown)
 
 
@@ -118,7 +119,8 @@ class RelativeMove(Acceptance):
     margins: Margins = field(default_factory=Margins)
 
     def bounds(self, recurrence: Recurrence) -> Float64:
-        return self.margins.factor / np.sqrt(recurrence.influence)
+        factor = self.margins.noisy_factor if recurrence.stochastic else self.margins.factor
+        return factor / np.sqrt(recurrence.influence)
 
     def spread_tolerance(self, recurrence: Recurrence, tolerance: float) -> float:
         return (self.margins.noisy_spread if recurrence.stochastic else self.margins.spread) * tolerance

@@ -165,7 +165,7 @@ def calibrate(
         SolverError: as :func:`~parasolver_core.solver.solve`.
     """
     _check(x_T, window, tolerance)
-    options = {
+    options: dict[str, Any] = {
         "seed": seed,
         "noise": noise,
         "max_rows": max_rows,

@@ -38,10 +38,10 @@ def test_influence_of_flow_and_diffusion() -> None:
 def test_accepted_moves_are_weighed_by_the_root_of_the_influence() -> None:
     timesteps = SCHEDULE.timesteps(50)
     alpha = np.sqrt(SCHEDULE.alphas_cumprod[timesteps])
-    accept = RelativeMove(Margins(factor=0.15))
+    accept = RelativeMove(Margins(factor=0.15, noisy_factor=0.05))
     bounds = accept.bounds(DDIM(SCHEDULE).recurrence(timesteps))
     np.testing.assert_allclose(bounds[alpha > 0.01], 0.15 * np.sqrt(alpha[alpha > 0.01]))
-    np.testing.assert_allclose(accept.bounds(DDPM(SCHEDULE).recurrence(timesteps)), 0.15)
+    np.testing.assert_allclose(accept.bounds(DDPM(SCHEDULE).recurrence(timesteps)), 0.05)
 
 
 def test_margins_shrink_at_loose_tolerances() -> None:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "docs/quickstart.md",
+    "docs/calibration.md",
     "docs/devices.md",
     "docs/wrapping.md",
     "docs/samplers.md",
@@ -24,7 +25,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_block_runs(code: str) -> None:
+def test_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     names: dict[str, object] = {}
     exec(compile(code, "example", "exec"), names)
     assert names["solution"].success  # type: ignore[attr-defined]
