@@ -103,7 +103,7 @@ def runs(
     )
 
 
-tolerances = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
+tolerances = st.one_of(st.just(0.0), st.floats(1e-6, 0.9))
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -608,6 +608,7 @@ def test_the_network_is_given_the_timesteps_as_they_are(xp: ModuleType, sampler:
 # 7. Samples and runs do not disturb one another
 
 
+@pytest.mark.filterwarnings("ignore:x_T. has an RMS")  # the samples are of all sizes
 @given(run=runs(dtypes=("float64",)), tolerance=tolerances)
 def test_a_sample_does_not_depend_on_its_neighbours(run: Run, tolerance: float) -> None:
     """Bit for bit at tolerance 0, and in what it costs: an easy sample is not evaluated longer next to a hard one."""
