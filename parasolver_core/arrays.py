@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = Any  # an array of any library that array-api-compat knows
-P, R = ParamSpec("P"), TypeVar("R")
-
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
 
@@ -148,15 +148,6 @@ def assign(target: Array, index: Any, value: Array) -> Array:
     if array_api_compat.is_jax_array(target):
         return target.at[index].set(value)
     target[index] = value
-    return target
-
-
-def increment(target: Array, index: Any, value: Array) -> Array:
-    """``target[index] += value`` for a slice or integer index; returns the array to go on with."""
-    if array_api_compat.is_jax_array(target):
-        return target.at[index].add(value)
-    view = target[index]
-    view += value
     return target
 
 

@@ -44,7 +44,7 @@ class WindowBatch(Run):
         plan: Plan,
         form: HeldForm,
         fill: Fill,
-        samples: Sequence[int],
+        samples: Indices,
         start: Array,
         source: NoiseSource,
         slope: Float64 | None = None,
@@ -53,10 +53,10 @@ class WindowBatch(Run):
         self._plan, self._form, self._fill, self._source, self._xp = plan, form, fill, source, array_namespace(start)
         count, finite = start.shape[0], self._xp.finfo(start.dtype)
         self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
-        self.samples, self._places, self.ended = np.asarray(samples), np.arange(count), {}
+        self.samples, self._places, self.ended = samples, np.arange(count), {}
         self._kept: dict[int, list[Array]] | None = None
         if plan.keep:
-            self._kept = {int(sample): [self._give(start[row, :])] for row, sample in enumerate(samples)}
+            self._kept = {int(sample): [self._give(start[row, :])] for row, sample in enumerate(samples.tolist())}
         self._windows = windows = Windows(plan, form, count, start.shape[1], float(finite.eps), slope)
         self._buffers = Buffers(form, start, fill.first(start, windows.slope_held))
         opening = min(fill.opening(plan.recurrence), plan.width)

@@ -1,25 +1,23 @@
-"""One round's correction: a quasi-Newton step for the whole window.
+"""One round's correction of one window: a quasi-Newton step, made as a sweep through the recurrence.
 
 The window's equations are ``L X - B D(X) = rhs``. With the network's Jacobian replaced by the slopes ``G``, the step is
 the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g_i dx_i`` in the network's place, where
 ``dx_i`` is by how much the state is new (:class:`SweepCorrection`). Less the old states, this is ``dX = T r`` with
 ``T = (L - B G)^{-1} B`` and the defect ``r = D(X) - M``: what the network says, less what was believed
-(:class:`MatrixCorrection`).
+(:mod:`parasolver_core.matrix`).
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, assign, copied, to_host
+from parasolver_core.arrays import Array, to_host
 from parasolver_core.recurrence import Recurrence, combine
 
 Float64 = NDArray[np.float64]
@@ -58,104 +56,37 @@ class Told:
     defect: Float64
 
 
-class Correction(ABC):
-    """A window's states and believed outputs, and how a round moves them.
+class SweepCorrection:
+    """A window's states and believed outputs, and how a round moves them: by the recurrence, node by node.
+
+    A block of elements at a time, for NumPy arrays. Its arithmetic does not grow with the window, each row is brought
+    into the cache once, and sliding costs nothing: the new rows are written where they come to lie. States are made by
+    the recurrence itself, in the order of its table, so those behind final nodes are final to the last bit. Slopes, one
+    number for a whole state, are taken from a sixteenth of the elements of a large one, and only there are moves kept.
 
     The rows of the buffers belong to consecutive nodes, the first to node ``base``: those of the window, those before
     it that the recurrence reads, and room for a few to come, so that sliding is a matter of an offset.
 
     Args:
-        xp: array namespace.
         recurrence: the sampler.
         noise: ``noise(step)``, (size,).
         width: the most nodes of the window.
-        room: rows for nodes to come.
-        start: gives size, dtype and device, (size,); the state of node 0.
+        start: the state of node 0, (size,).
+        whole_moves: whether :meth:`last_move` is needed.
     """
-
-    exact = False  # whether states behind final nodes are what Recurrence.advance gives, to the last bit
-
-    def __init__(
-        self, xp: Any, recurrence: Recurrence, noise: Callable[[int], Array], width: int, room: int, start: Array
-    ) -> None:
-        self._xp, self._recurrence, self._noise, self.base = xp, recurrence, noise, 0
-        self._capacity = min(width + max(room, 1), len(recurrence)) + recurrence.memory - 1
-        self.X, self.M = self._zeros(self._capacity, start), self._zeros(self._capacity, start)
-        self.write("X", 0, start)
-
-    def rows(self, lo: int, hi: int) -> slice:
-        """Where the nodes ``lo .. hi - 1`` are."""
-        return slice(lo - self.base, hi - self.base)
-
-    def write(self, buffer: str, i: int, row: Array) -> None:
-        """Set one row of X or M."""
-        setattr(self, buffer, assign(getattr(self, buffer), (i - self.base, slice(None)), row))
-
-    @abstractmethod
-    def compare(self, D: Array, lo: int) -> Array:
-        """A vector for :meth:`tell`: how the outputs D, (n, size), of the nodes from ``lo`` compare with belief."""
-
-    @abstractmethod
-    def tell(self, compared: Float64, lo: int) -> Told:
-        """What :meth:`compare` found, brought to the host."""
-
-    @abstractmethod
-    def leading(self, compared: Float64, count: int) -> Float64:
-        """What :meth:`compare` would have found for the first ``count`` nodes alone."""
-
-    @abstractmethod
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
-        """``X += dX``; ``M = D + g dX``.
-
-        Args:
-            D, compared, lo: as before.
-            slope: (n,).
-
-        Returns:
-            RMS of the moves, (n,). Where an output, or its square, is not finite, that of this node or of a later one
-            is not.
-        """
-
-    @abstractmethod
-    def last_move(self, i: int) -> Array:
-        """``dX_i``, (size,), of a node that was moved in this round."""
-
-    def make_room(self, first: int, first_new: int, hi: int) -> None:
-        """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
-        if hi - self.base > self._capacity:
-            self._shift(self.rows(first, first_new))
-            self.base = first
-
-    def _shift(self, rows: slice) -> None:
-        front = (slice(0, rows.stop - rows.start), slice(None))
-        self.X, self.M = (assign(buffer, front, copied(self._xp, buffer[rows, :])) for buffer in (self.X, self.M))
-
-    def _zeros(self, rows: int, like: Array) -> Array:
-        return self._xp.zeros((rows, like.shape[0]), dtype=like.dtype, device=device(like))
-
-
-class SweepCorrection(Correction):
-    """By the recurrence, node by node, a block of elements at a time: for NumPy arrays.
-
-    Its arithmetic does not grow with the window, each row is brought into the cache once, and sliding costs nothing:
-    the new rows are written where they come to lie. States are made by the recurrence itself, in the order of its
-    table, so those behind final nodes are final to the last bit. Slopes, one number for a whole state, are taken from a
-    sixteenth of the elements of a large one, and only there are moves kept.
-    """
-
-    exact = True
 
     def __init__(
         self,
-        xp: Any,
         recurrence: Recurrence,
         noise: Callable[[int], Array],
         width: int,
         start: Array,
         whole_moves: bool = False,
     ) -> None:
-        super().__init__(xp, recurrence, noise, width, 3 * width // 8, start)
+        self._recurrence, self._noise, self.base = recurrence, noise, 0
         size, n = start.shape[0], len(recurrence)
+        self._capacity = min(width + max(3 * width // 8, 1), n) + recurrence.memory - 1
+        self.X, self.M = (np.zeros((self._capacity, size), dtype=start.dtype) for _ in range(2))
         self._whole = whole_moves or size <= _WHOLE
         self._blocks = [slice(first, min(first + _BLOCK, size)) for first in range(0, size, _BLOCK)]
         self._dX = np.zeros((min(width, n), *self._sampled(start).shape), dtype=start.dtype)
@@ -166,9 +97,29 @@ class SweepCorrection(Correction):
         self._work = np.empty(max(2 * block, rows * self._dX[0].size), dtype=start.dtype)
         self._pair = self._work[:block], self._work[block : 2 * block]
         self._together = rows  # of a comparison
-        self._measure(0, self.X[0])
+        self.X[0] = start
+        self._measure(0, start)
+
+    def rows(self, lo: int, hi: int) -> slice:
+        """Where the nodes ``lo .. hi - 1`` are."""
+        return slice(lo - self.base, hi - self.base)
+
+    def write(self, buffer: str, i: int, row: Array) -> None:
+        """Set one row of X or M."""
+        getattr(self, buffer)[i - self.base] = row
+        if buffer == "X" and i > 0:
+            self._measure(i, row)
+
+    def make_room(self, first: int, first_new: int, hi: int) -> None:
+        """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
+        if hi - self.base > self._capacity:
+            kept = self.rows(first, first_new)
+            for buffer in (self.X, self.M):
+                buffer[: kept.stop - kept.start] = buffer[kept].copy()
+            self.base = first
 
     def compare(self, D: Array, lo: int) -> Array:
+        """A vector for :meth:`tell`: how the outputs D, (n, size), of the nodes from ``lo`` compare with belief."""
         n, known = D.shape[0], max(self._moved_to - lo, 0)
         outputs, beliefs = self._sampled(D), self._sampled(self.M[self.rows(lo, lo + n)])
         dX = self._dX[lo - self._moved_from :]
@@ -184,14 +135,26 @@ class SweepCorrection(Correction):
         return np.reshape(sums, (-1,)) / outputs[0].size
 
     def tell(self, compared: Float64, lo: int) -> Told:
+        """What :meth:`compare` found, brought to the host."""
         n = len(compared) // 2
         cross, defect, nodes = compared[:n], compared[n:], slice(lo, lo + n)
         return Told(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
 
     def leading(self, compared: Float64, count: int) -> Float64:
+        """What :meth:`compare` would have found for the first ``count`` nodes alone."""
         return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))
 
-    def move(self, D: Array, compared: Float64, slope: Float64, lo: int) -> Float64:
+    def move(self, D: Array, slope: Float64, lo: int) -> Float64:
+        """``X += dX``; ``M = D + g dX``.
+
+        Args:
+            D, lo: as before.
+            slope: (n,).
+
+        Returns:
+            RMS of the moves, (n,). Where an output, or its square, is not finite, that of this node or of a later one
+            is not.
+        """
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
         noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
@@ -270,12 +233,8 @@ class SweepCorrection(Correction):
                 self._size[i] += np.dot(x, x) / len(xs[0])
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
 
-    def write(self, buffer: str, i: int, row: Array) -> None:
-        super().write(buffer, i, row)
-        if buffer == "X" and i > 0:
-            self._measure(i, row)
-
     def last_move(self, i: int) -> Array:
+        """``dX_i``, (size,), of a node that was moved in this round."""
         return np.reshape(self._dX[i - self._moved_from], (-1,))
 
     def _measure(self, i: int, row: Array) -> None:

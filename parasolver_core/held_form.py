@@ -89,5 +89,9 @@ class HeldForm:
             i: (B,).
             xs, hs: ``x_i, x_{i-1}, ..`` and ``h_i, h_{i-1}, ..``, each (B, width) or (width,).
         """
-        x = sum(self.a[i, k, None] * row for k, row in enumerate(xs[: self.reads[0]]))
-        return x + sum(self.b[i, k, None] * row for k, row in enumerate(hs[: self.reads[1]]))
+        x = np.zeros((len(i), xs[0].shape[-1]))
+        for k, row in enumerate(xs[: self.reads[0]]):
+            x += self.a[i, k, None] * row
+        for k, row in enumerate(hs[: self.reads[1]]):
+            x += self.b[i, k, None] * row
+        return x

@@ -54,8 +54,8 @@ class Buffers:
         past = past if form.past else []
         x, h = start[:, None, :], belief[:, None, :]
         self._S = self._xp.concat([*past, x, *past, h, self._xp.zeros_like(x)], axis=1)
-        self._dX = self._xp.zeros_like(self._S[:, : form.past + 1, :])
-        self._r = self._xp.zeros_like(start[:, None, :])
+        self._dX: Array = self._xp.zeros_like(self._S[:, : form.past + 1, :])
+        self._r: Array = self._xp.zeros_like(start[:, None, :])
 
     @property
     def _half(self) -> int:

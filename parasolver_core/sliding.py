@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,10 +49,12 @@ class Sliding:
         trajectory: a warm start, (N + 1, batch, size); None: there is none.
     """
 
+    _trajectory: Array
+
     def __init__(self, plan: Plan, form: HeldForm, source: NoiseSource, trajectory: Array | None) -> None:
         self._plan, self._form, self._source, self._trajectory = plan, form, source, trajectory
 
-    def __call__(self, samples: Indices, start: Array, outlook: Outlook | None = None) -> list[Run]:
+    def __call__(self, samples: Indices, start: Array, outlook: Outlook | None = None) -> Sequence[Run]:
         """The runs that take these samples from ``start``, (B, size), all their ``x_T``."""
         plan, method, view = self._plan, self._plan.method, host_view(start)
         if isinstance(method, Anderson):

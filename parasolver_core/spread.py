@@ -206,7 +206,7 @@ class SpreadNodes(Run):
         right = np.moveaxis(response[:, picks], 1, 0) * real[:, None, :]
         left = np.eye(len(response)) - response * g[:, None, :]
         try:
-            return np.linalg.solve(left, right)
+            return np.linalg.solve(left, right).astype(np.float64, copy=False)
         except np.linalg.LinAlgError:  # of one sample perhaps: the others go on
             return np.stack([_solve(*pair) for pair in zip(left, right, strict=True)])
 
@@ -304,7 +304,7 @@ class SpreadNodes(Run):
         run.ended = {}
         self._born += run.successors()
 
-    def _slide(self, rows: Indices, worthless: bool) -> list[Run]:
+    def _slide(self, rows: Indices, worthless: bool) -> Sequence[Run]:
         """Windows go on, from what is known if that is worth something."""
         samples, start = self.samples[rows], take_rows(self._start, rows)
         if worthless:
@@ -396,6 +396,6 @@ def _norms(T: Float64, gram: Float64) -> Float64:
 def _solve(left: Float64, right: Float64) -> Float64:
     """NaN where there is no solution."""
     try:
-        return np.linalg.solve(left, right)
+        return np.linalg.solve(left, right).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return np.full_like(right, np.nan)

@@ -157,6 +157,15 @@ class SolverState(ABC):
         ]
         return narrow(xp, xp.stack(rows), self.x_T.dtype)
 
+    def final(self, step: int) -> Array:
+        """The state after so many steps, final and kept for a trajectory, of every sample, ``(batch, *event)``."""
+        rows = [states()[step] for states in self._reached.kept]
+        return self._given_back(_stacked(self.xp, rows, self.x_T.shape))
+
+    def expected(self, sample: int, i: int) -> Array | None:
+        """The output expected at node i of a final sample, ``(*event)``, if it was interpolated; else None."""
+        return None
+
     def _failures(self, nodes: Mapping[int, int], stats: Stats) -> dict[int, tuple[int, int]]:
         """Of the samples that failed at these nodes: the round in which each did."""
         known = self._reached.failures if stats.rounds else {}
@@ -225,7 +234,7 @@ class ParallelState(SolverState):
         flat = self.xp.reshape(self.xp.astype(self.x_T, self.dtype, copy=True), (self.batch, -1))
         sliding = Sliding(plan, form, source, self._start)
         if not plan.method.spreads(self.recurrence, plan.width, plan.tolerance):
-            return sliding(samples, flat)
+            return list(sliding(samples, flat))
 
         def noise(step: int, sample: int) -> Array:  # read once a level
             z = source.flat(step, sample)
@@ -247,11 +256,6 @@ class ParallelState(SolverState):
         for run in self.runs:
             self._outcomes |= run.ended
         self.runs = [successor for run in self.runs for successor in run.successors()]
-
-    def final(self, step: int) -> Array:
-        """The state after so many steps, final and kept for a trajectory, of every sample, ``(batch, *event)``."""
-        rows = [states()[step] for states in self._reached.kept]
-        return self._given_back(_stacked(self.xp, rows, self.x_T.shape))
 
     def expected(self, sample: int, i: int) -> Array | None:
         """The output expected at node i of a final sample, ``(*event)``, if it was interpolated; else None."""

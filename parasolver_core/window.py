@@ -145,7 +145,7 @@ class SampleWindow:
         self.status, self.failed_node = Status.RUNNING, -1
         self.lo, self.hi = 0, 1
         whole_moves = method.fill == "evaluated"
-        self._correction = SweepCorrection(self._xp, recurrence, self._noise, width, start, whole_moves)
+        self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
         slope = method.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
@@ -219,7 +219,7 @@ class SampleWindow:
         old = self._slope[self.nodes]
         slope = self._method.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
-        move = self._correction.move(D, compared, slope, self.lo)
+        move = self._correction.move(D, slope, self.lo)
         sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
         if sound == 0:
             return self._first_alone(D)
@@ -277,12 +277,7 @@ class SampleWindow:
         n, first_new = len(self._recurrence), self.lo + sound
         x = None
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
-            if self._correction.exact and i + 1 < first_new:
-                x = self._correction.X[i + 1 - self._correction.base, :]
-            else:
-                x = self._advance(i)
-            if not self._correction.exact and i + 1 < first_new:
-                self._correction.write("X", i + 1, x)
+            x = self._correction.X[i + 1 - self._correction.base, :] if i + 1 < first_new else self._advance(i)
             if self._kept is not None:
                 self._kept.append(copied(self._xp, x))
             if i + 1 == n:
@@ -330,10 +325,7 @@ class SampleWindow:
         constant = [(p, xs[0]), (q, ms[0])]
         if self._method.fill == "evaluated":  # as the network gave it, before the correction
             constant.append((-p - q * float(self._slope[last]), self._correction.last_move(last)))
-        if isinstance(self._correction, SweepCorrection):
-            self._correction.fill(first, hi, xs, ms, constant)
-        else:
-            self._put(self._continuation(last, xs, ms, combine(constant)), first, hi)
+        self._correction.fill(first, hi, xs, ms, constant)
 
     def _advance(self, i: int) -> Array:
         z = self._noise(i) if self._recurrence.c[i] != 0 else None
