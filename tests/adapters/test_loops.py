@@ -94,13 +94,15 @@ def test_the_loop_may_stay_inside_the_object_that_calls_it() -> None:
 
 def test_a_loop_that_writes_what_is_known_into_the_state() -> None:
     actor, data = ddpm(), torch.zeros(2, 16, 2, dtype=torch.float64)
+    actor.steps = 50
     data[:, 0, 0] = -1
     mask = torch.zeros_like(data, dtype=torch.bool)
     mask[:, :2] = True
     want = actor.inpaint(data, mask, OBSTACLES[:2].double(), seeded())
-    sample = parallel_loop(actor.inpaint, 16, tolerance=0.0)
-    assert distance(sample(data, mask, OBSTACLES[:2].double(), seeded()), want) < 1e-10
-    assert sample.run.stats.rounds < 60
+    for tolerance, limit in ((0.0, 1e-10), (1e-2, 1e-2)):
+        sample = parallel_loop(actor.inpaint, 16, tolerance=tolerance)
+        assert distance(sample(data, mask, OBSTACLES[:2].double(), seeded()), want) < limit
+    assert sample.run.stats.rounds < 35
 
 
 def test_a_function_with_its_scheduler_and_networks_named_and_two_calls_a_step() -> None:
@@ -184,7 +186,7 @@ def test_a_loop_that_is_not_done_in_time_gives_its_estimate() -> None:
     assert sample.run.status is Status.MAX_SECONDS
     assert sample.run.stats.rounds == 1
     assert got.shape == want.shape
-    assert distance(got, want) <= 2 * sample.run.error_estimate < 4
+    assert distance(got, want) <= sample.run.error_estimate
     sample = parallel_loop(actor.conditional_sample, 16, tolerance=1e-3, max_seconds=600)
     assert distance(sample(4, condition, seeded()), want) < 1e-3
     assert sample.run.status is Status.CONVERGED

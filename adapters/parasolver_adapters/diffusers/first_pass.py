@@ -22,7 +22,7 @@ from parasolver_adapters.diffusers.changes import (
     what_moved,
 )
 from parasolver_adapters.diffusers.listening import Listener, processors_of, with_state
-from parasolver_adapters.diffusers.programs import Program
+from parasolver_adapters.diffusers.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
 from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
@@ -118,6 +118,11 @@ class Capture(Listener):
             )
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
+        if self.programs and not any(isinstance(one, Call) for program in self.programs for one in program.operations):
+            raise PipelineNotParallelError(
+                "the loop never calls one of the networks that are known; it has to be a component of the pipeline, or "
+                "among networks=[...], and called by its forward"
+            )
         self.rule = _rule(self.scheduler, self.begin, self.options)
 
     def _refuse(self) -> None:
