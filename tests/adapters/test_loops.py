@@ -54,7 +54,7 @@ class Actor:
 
 
 def ddpm() -> Actor:
-    return Actor(DDPMScheduler(100, **OPTIONS, clip_sample=True), 100)
+    return Actor(DDPMScheduler(100, **OPTIONS, clip_sample=True), 50)
 
 
 def ddim() -> Actor:
@@ -94,7 +94,6 @@ def test_the_loop_may_stay_inside_the_object_that_calls_it() -> None:
 
 def test_a_loop_that_writes_what_is_known_into_the_state() -> None:
     actor, data = ddpm(), torch.zeros(2, 16, 2, dtype=torch.float64)
-    actor.steps = 50
     data[:, 0, 0] = -1
     mask = torch.zeros_like(data, dtype=torch.bool)
     mask[:, :2] = True

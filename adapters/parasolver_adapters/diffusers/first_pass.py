@@ -252,6 +252,12 @@ class Streams:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
+    def same_as(self, other: Streams) -> bool:
+        """Whether all of them were in the same state."""
+        pairs = [(self._cpu, other._cpu), *zip(self._cuda or [], other._cuda or [], strict=True)]
+        pairs += [(own[1], their[1]) for own, their in zip(self._own, other._own, strict=True)]
+        return all(torch.equal(one, their) for one, their in pairs)
+
     def restore(self) -> None:
         for generator, state in self._own:
             generator.set_state(state)
