@@ -13,52 +13,12 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from benchmarks.policy import load_policy
+from benchmarks.policy_loops import OBSTACLES, ddim, ddpm, known_beginning
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_loop, parallel_sampling
 from parasolver_core import ConvergenceError, Status
 from tests.adapters.tiny_pipelines import distance
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
-
-OBSTACLES = torch.tensor([[0.1, 0.05, 0.3], [-0.2, 0.1, 0.2], [0.0, -0.1, 0.35], [0.3, 0.0, 0.25]])
-OPTIONS: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-
-
-class Actor:
-    """A policy with a loop of its own; each environment of the batch has its own condition."""
-
-    def __init__(self, scheduler: Any, steps: int) -> None:
-        self.network, self.noise_scheduler, self.steps = load_policy(torch.float64), scheduler, steps
-
-    @torch.no_grad()
-    def conditional_sample(
-        self, batch_size: int, condition: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        sample = torch.randn(batch_size, 16, 2, generator=generator, dtype=torch.float64) if noise is None else noise
-        self.noise_scheduler.set_timesteps(self.steps)
-        for t in self.noise_scheduler.timesteps:
-            output = self.network(sample, torch.full((len(sample),), t, dtype=torch.long), condition)
-            sample = self.noise_scheduler.step(output, t, sample, generator=generator).prev_sample
-        return sample
-
-    @torch.no_grad()
-    def inpaint(self, data: Tensor, mask: Tensor, obstacle: Tensor, generator: torch.Generator) -> Tensor:
-        """What is known of the path is written into the state before each step."""
-        path = torch.randn(data.shape, generator=generator, dtype=data.dtype)
-        self.noise_scheduler.set_timesteps(self.steps)
-        for t in self.noise_scheduler.timesteps:
-            path[mask] = data[mask]
-            output = self.network(path, t.expand(len(path)), obstacle)
-            path = self.noise_scheduler.step(output, t, path, generator=generator).prev_sample
-        path[mask] = data[mask]
-        return path
-
-
-def ddpm() -> Actor:
-    return Actor(DDPMScheduler(100, **OPTIONS, clip_sample=True), 50)
-
-
-def ddim() -> Actor:
-    return Actor(DDIMScheduler(1000, **OPTIONS, clip_sample=False, timestep_spacing="trailing"), 40)
 
 
 def seeded() -> torch.Generator:
@@ -93,10 +53,7 @@ def test_the_loop_may_stay_inside_the_object_that_calls_it() -> None:
 
 
 def test_a_loop_that_writes_what_is_known_into_the_state() -> None:
-    actor, data = ddpm(), torch.zeros(2, 16, 2, dtype=torch.float64)
-    data[:, 0, 0] = -1
-    mask = torch.zeros_like(data, dtype=torch.bool)
-    mask[:, :2] = True
+    actor, (data, mask) = ddpm(), known_beginning(2)
     want = actor.inpaint(data, mask, OBSTACLES[:2].double(), seeded())
     for tolerance, limit in ((0.0, 1e-10), (1e-2, 1e-2)):
         sample = parallel_loop(actor.inpaint, 16, tolerance=tolerance)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from benchmarks.policy import load_policy
+from benchmarks.policy_loops import OBSTACLES, TRAINED, Actor, ddim, ddpm
 from parasolver_adapters.policies import ActionSampler, held_path, parallel_policy
 from parasolver_core import Status
-from tests.adapters.test_loops import OBSTACLES, OPTIONS, Actor, ddim, ddpm, seeded
+from tests.adapters.test_loops import seeded
 from tests.adapters.tiny_pipelines import distance
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
@@ -164,7 +167,7 @@ class Policy(nn.Module):
 
 @pytest.mark.parametrize("warm_start", [False, True])
 def test_a_policy_of_lerobot_is_used_as_before(warm_start: bool) -> None:
-    policy = Policy(DDPMScheduler(100, **OPTIONS)).eval()
+    policy = Policy(DDPMScheduler(100, **TRAINED)).eval()
     torch.manual_seed(2)
     want = policy.predict(OBSTACLES)
     sampler = parallel_policy(policy, tolerance=1e-3, warm_start=warm_start)
@@ -182,6 +185,19 @@ def test_a_policy_of_lerobot_is_used_as_before(warm_start: bool) -> None:
     del policy.diffusion.conditional_sample
     torch.manual_seed(2)
     assert torch.equal(policy.predict(OBSTACLES), want)
+
+
+def test_the_example_in_closed_loop() -> None:
+    names = runpy.run_path(str(Path(__file__).parents[2] / "examples/policy_closed_loop.py"))
+    scheduler, outcomes = DDIMScheduler(**names["TRAINED"], clip_sample=False), []
+    for options in ({"method": "sequential"}, {"window": 8}):
+        plan = ActionSampler(load_policy(), scheduler, 20, shift=0, **options)
+        outcomes.append(names["episode"](plan, 0))
+    (safe, _, calls), (same, seconds, rounds) = outcomes
+    assert safe == same
+    assert calls == [20] * 16
+    assert len(seconds) == 16
+    assert sum(rounds[1:]) < 15 * 8
 
 
 @pytest.mark.parametrize(
