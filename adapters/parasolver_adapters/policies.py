@@ -80,7 +80,7 @@ class ActionSampler:
         for name in _GIVEN_BY_THE_SAMPLER & options.keys():
             raise TypeError(f"{name}: the sampler itself gives it to solve(); leave it out")
         self._rule = step_rule_from_scheduler(scheduler, num_inference_steps, clipping="denoiser")
-        self._network = _Conditioned(network)
+        self._network: Any = _Conditioned(network)
         self._denoiser = self._rule.wrap_denoiser(self._network)
         self._options, self._shift, self._max_seconds = {"window": window, **options}, shift, max_seconds
         self._sequential = options.get("method") == "sequential"
@@ -192,6 +192,7 @@ class _Chunk:
         clean = _along(1, own.sample, own.sample[:, -1:].expand_as(own.sample), shift)  # the last action is held
         start, states = held_path(table, x_T, clean, z), own.trajectory
         stay = fresh.shape[1] - shift
+        assert states is not None
         for sample, steps in enumerate(own.steps):  # what was not final when time was up leads to the estimate
             final = min(steps, len(table)) + 1
             start[:final, sample, :stay] = states[:final, sample, shift:].to(start)
