@@ -17,6 +17,7 @@ class Status(Enum):
     RUNNING = "running"
     CONVERGED = "converged"
     MAX_ROUNDS = "max_rounds"
+    MAX_SECONDS = "max_seconds"
     NONFINITE_MODEL = "nonfinite_model"
     NONFINITE_SOLVER = "nonfinite_solver"
     STOPPED = "stopped"

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from parasolver_core.arrays import Array, copied, detach, finite_rows, is_array, no_grad, outside_graphs, to_host
 from parasolver_core.correction import fetch
 from parasolver_core.costs import CostTable, describe
+from parasolver_core.deadline import Deadline, check_seconds
 from parasolver_core.denoiser import DenoiserFn, SharedDenoiser, Telling
 from parasolver_core.errors import (
     ConvergenceError,
@@ -200,23 +201,26 @@ class Solver(ABC):
         callback: Callback | None = None,
         progress: bool = False,
         throw: bool = True,
+        max_seconds: float | None = None,
     ) -> Solution:
         """Run to the end; arguments as in the function :func:`solve`."""
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function callback(state), got {type(callback).__name__}")
+        check_seconds(max_seconds)
+        deadline = Deadline(max_seconds)
         state: SolverState | None = None
         solution: Solution | None = None
         try:
             with Telling(denoiser):
                 state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
                 with Meter(progress, len(state.recurrence) * state.batch) as show:
-                    while not self.done(state):
+                    while not self.done(state) and not deadline.halts(state):
                         self.step(state)
                         show(sum(state.steps), state.stats.rounds)
                         if callback is not None and not _call_back(callback, state):
                             state.halt(Status.STOPPED)
                 state.evaluator.end()
-            solution = self.result(state)
+            solution = deadline.told(self.result(state))
             if throw:
                 _raise_for(solution)
             return solution
@@ -382,6 +386,7 @@ def solve(
     seed: Seed | None = None,
     noise: Array | NoiseFn | None = None,
     max_rounds: int | None = None,
+    max_seconds: float | None = None,
     max_rows: int | None = None,
     buckets: Sequence[int] = (),
     state_device: Any = None,
@@ -421,6 +426,11 @@ def solve(
         noise: instead, an array ``(N, batch, *event)`` or a function ``noise(step, sample) -> (*event)``, called in any
             order; it gives the same numbers each time.
         max_rounds: the most rounds; by default unlimited, as N suffice (with spread nodes, and a window after them).
+        max_seconds: a deadline: no round is begun that would end later, if it took as long as the one before. The
+            solution then has the best estimate, a guess of its error in ``error_estimate``, by what the last rounds
+            have changed, and the status MAX_SECONDS; nothing is raised. One round is always made, and what
+            ``window="auto"`` takes to time the network comes on top. The plain loop has no estimate: its error is then
+            infinite.
         max_rows: the most rows in one network call; larger rounds are split, to bound memory. Where memory runs out all
             the same, the calls are halved and the run goes on; ``solution.stats.max_rows`` says so.
         buckets: the only row counts to call the network with, for example (1, 4, 16), so that compiled code is compiled
@@ -461,7 +471,9 @@ def solve(
         run: dict[str, Any] = {"seed": seed, "noise": noise, "save": save, "start": start}
         problem = (denoiser, x_T, timesteps, step_rule)
         solver, run["start"], told = _solver(problem, window, costs, limits, choices, run)
-        solution = solver.solve(*problem[:3], **run, callback=callback, progress=progress, throw=throw)
+        solution = solver.solve(
+            *problem[:3], **run, callback=callback, progress=progress, throw=throw, max_seconds=max_seconds
+        )
         return replace(solution, message=f"{solution.message} {told}") if told else solution
     except BaseException as error:
         if not has_solution(error):
@@ -666,6 +678,10 @@ def _message(status: Status, state: SolverState) -> str:
         Status.MAX_ROUNDS: (
             f"Not converged within max_rounds={rounds}: {steps} of {total} steps are final. Raise max_rounds "
             f"({total} always suffice), the window or the tolerance."
+        ),
+        Status.MAX_SECONDS: (
+            f"Time was up (max_seconds) after round {rounds}: {steps} of {total} steps are final, and the sample is an "
+            "estimate; error_estimate says how far it may be off."
         ),
         Status.STOPPED: f"Stopped by the callback after round {rounds}; {steps} of {total} steps are final.",
         Status.INTERRUPTED: f"Interrupted after round {rounds}; {steps} of {total} steps are final.",

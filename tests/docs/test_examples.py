@@ -12,6 +12,7 @@ PAGES = (
     "docs/calibration.md",
     "docs/devices.md",
     "docs/wrapping.md",
+    "docs/policies.md",
     "docs/samplers.md",
     "docs/guided_diffusion.md",
     "docs/dit.md",

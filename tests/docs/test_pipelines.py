@@ -22,7 +22,7 @@ from tests.adapters.workers import PATH
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 ROOT = Path(__file__).parents[2]
-DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, MODULAR = re.findall(
+DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, LOOP, MODULAR = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs/pipelines.md").read_text(), flags=re.DOTALL
 )
 (SHARED,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/devices.md").read_text(), flags=re.DOTALL)
@@ -73,6 +73,15 @@ def test_churches(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     names = run(CHURCH.replace("=1000", f"={steps}"), models, monkeypatch)
     check(names, steps, {60: 30, 1000: 80}[steps])
     run(FALLBACK, models, monkeypatch, parallel_sampling=names["parallel_sampling"], pipe=names["pipe"])
+
+
+def test_a_loop_of_ones_own() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(LOOP, "example", "exec"), names)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    want, got = (names[name](x, torch.Generator().manual_seed(0)) for name in ("sample", "parallel"))
+    assert names["parallel"].run.stats.rounds < 50
+    assert (got - want).norm() < 1e-2 * want.norm()
 
 
 @pytest.mark.slow

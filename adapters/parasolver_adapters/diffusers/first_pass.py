@@ -22,7 +22,7 @@ from parasolver_adapters.diffusers.changes import (
     what_moved,
 )
 from parasolver_adapters.diffusers.listening import Listener, processors_of, with_state
-from parasolver_adapters.diffusers.programs import Program
+from parasolver_adapters.diffusers.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
 from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
@@ -118,6 +118,11 @@ class Capture(Listener):
             )
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
+        if self.programs and not any(isinstance(one, Call) for program in self.programs for one in program.operations):
+            raise PipelineNotParallelError(
+                "the loop never calls one of the networks that are known; it has to be a component of the pipeline, or "
+                "among networks=[...], and called by its forward"
+            )
         self.rule = _rule(self.scheduler, self.begin, self.options)
 
     def _refuse(self) -> None:
@@ -246,6 +251,12 @@ class Streams:
         self._own = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def same_as(self, other: Streams) -> bool:
+        """Whether all of them were in the same state."""
+        pairs = [(self._cpu, other._cpu), *zip(self._cuda or [], other._cuda or [], strict=True)]
+        pairs += [(own[1], their[1]) for own, their in zip(self._own, other._own, strict=True)]
+        return all(torch.equal(one, their) for one, their in pairs)
 
     def restore(self) -> None:
         for generator, state in self._own:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parasolver_core import ParallelIntegralSolver, Status, StepRule
+from parasolver_core.deadline import check_seconds
 from parasolver_core.methods import Method
 from parasolver_core.recurrence import Recurrence
 from parasolver_core.solution import Solution, Stats
@@ -42,11 +43,12 @@ class ParallelRun:
 
     Args:
         stats: what the last call of the pipeline cost; evaluations count each sample of the batch.
-        status: how it ended: CONVERGED also for a call that was left to the pipeline, STOPPED if it was interrupted,
-            FAILED by an exception; None before the first call.
+        status: how it ended: CONVERGED also for a call that was left to the pipeline, MAX_SECONDS if time was up,
+            STOPPED if it was interrupted, FAILED by an exception; None before the first call.
         reason: why it was not sampled in parallel, if it was not.
         latents: the last state that the scheduler returned, ``(batch, *event)``, before decoding.
         steps: how many steps of the loop led there.
+        error_estimate: estimated distance to the sequential latents, RMS over RMS; 0 for those.
     """
 
     stats: Stats = field(default_factory=Stats)
@@ -54,6 +56,7 @@ class ParallelRun:
     reason: str | None = None
     latents: torch.Tensor | None = field(default=None, repr=False)
     steps: int = 0
+    error_estimate: float = 0.0
 
     def stepped(self, latents: torch.Tensor) -> None:
         """One more step has its result."""
@@ -102,6 +105,7 @@ class Choices:
     sequential: bool
     group: dist.ProcessGroup | None
     timeout: float
+    max_seconds: float | None = None
 
     @property
     def processes(self) -> int:
@@ -119,6 +123,7 @@ class Choices:
         fallback: str = "error",
         group: dist.ProcessGroup | DeviceMesh | None = None,
         timeout: float = 120.0,
+        max_seconds: float | None = None,
         **options: Any,
     ) -> Choices:
         """Raise a ValueError or TypeError for what cannot be; ``options`` are the solver's."""
@@ -127,6 +132,7 @@ class Choices:
         if preview is not None and not callable(preview):
             raise TypeError(f"preview: expected a function preview(round, latents), got {type(preview).__name__}")
         check_count("max_rows", max_rows, optional=True)
+        check_seconds(max_seconds)
         sequential = isinstance(method, str) and method == "sequential"
         solver = ParallelIntegralSolver(
             ByNode(None),  # each call of the pipeline brings its own table
@@ -140,4 +146,4 @@ class Choices:
             from parasolver_adapters.distributed import check_group  # imports much that few need
 
             shared = check_group(group, timeout)
-        return cls(solver, max_rows, preview, fallback, sequential or window == 1, shared, timeout)
+        return cls(solver, max_rows, preview, fallback, sequential or window == 1, shared, timeout, max_seconds)

@@ -39,6 +39,7 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
 from parasolver_adapters.diffusers.second_pass import Replay
 from parasolver_core import SolverError, Status
+from parasolver_core.deadline import Deadline
 from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods import Method
 from parasolver_core.solution import Stats
@@ -52,6 +53,7 @@ def parallel_sampling(
     tolerance: float = 1e-2,
     method: str | Method = "secant",
     max_rounds: int | None = None,
+    max_seconds: float | None = None,
     max_rows: int | None = None,
     warmup_steps: int = 0,
     preview: Preview | None = None,
@@ -69,6 +71,9 @@ def parallel_sampling(
         pipe: a diffusers pipeline with a ``scheduler``.
         window: steps evaluated in one round. 1 leaves the pipeline to itself.
         tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
+        max_seconds: a deadline, from the start of a call to the end of its rounds. Steps that are not final then have
+            the best estimate of the last latents for their result, and ``run.error_estimate`` says how far that may be
+            off. One round is always made; a call that is left to the pipeline has no deadline.
         max_rows: the most rows of latents in one call of a network (guidance may double them), a multiple of the batch.
         preview: ``preview(round, latents)`` after each round, with the current estimate of the final latents, which
             is computed for it; after each step, with its result, where the pipeline is left to itself.
@@ -95,7 +100,10 @@ def parallel_sampling(
     """
     for name in ("scheduler", "components"):
         if not hasattr(pipe, name):
-            raise TypeError(f"pipe: expected a diffusers pipeline with {name}, got {type(pipe).__name__}")
+            raise TypeError(
+                f"pipe: expected a diffusers pipeline with {name}, got {type(pipe).__name__}; for a loop of another "
+                "kind take parasolver_adapters.diffusers.parallel_loop"
+            )
     if is_a(pipe, "ModularPipeline"):
         raise TypeError(
             f"pipe: {type(pipe).__name__} is a modular pipeline; put its denoise block into a "
@@ -106,6 +114,7 @@ def parallel_sampling(
         tolerance=tolerance,
         method=method,
         max_rounds=max_rounds,
+        max_seconds=max_seconds,
         max_rows=max_rows,
         warmup_steps=warmup_steps,
         preview=preview,
@@ -191,6 +200,7 @@ class Session:
         """Both passes, or the pipeline left to itself."""
         run, self._processors = self.run, processors_of(self.pipe)
         run.stats, run.status, run.reason, run.latents, run.steps = Stats(), None, None, None, 0
+        run.error_estimate, self._deadline = 0.0, Deadline(self.choices.max_seconds)
         try:
             return self._sequential(kwargs) if self.choices.sequential else self._parallel_or_refuse(kwargs)
         except BaseException as error:
@@ -221,7 +231,7 @@ class Session:
         streams.restore()
         self._look(kwargs, capture, streams)
         self._replayed = iter(self._remembered)
-        replay = Replay(self.pipe, self.run, self.choices, capture)
+        replay = Replay(self.pipe, self.run, self.choices, capture, self._deadline)
         try:
             with listening(self.pipe, replay):
                 result = self.call(**replay.watched(kwargs))

@@ -31,6 +31,7 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
+from parasolver_core.deadline import Deadline
 from parasolver_core.denoiser import SharedDenoiser
 from parasolver_core.solution import RoundRecord, Solution
 
@@ -38,9 +39,10 @@ from parasolver_core.solution import RoundRecord, Solution
 class Replay(Listener):
     """The second pass: each step waits until the solver has its result."""
 
-    def __init__(self, pipe: Any, run: ParallelRun, choices: Choices, capture: Capture) -> None:
+    def __init__(self, pipe: Any, run: ParallelRun, choices: Choices, capture: Capture, deadline: Deadline) -> None:
         self._pipe, self._run, self._choices = pipe, run, choices
-        self._capture, self._rule = capture, capture.rule
+        self._capture, self._rule, self._deadline = capture, capture.rule, deadline
+        self._estimate: torch.Tensor | None = None  # of the last state, once time is up
         self._batch = capture.start.shape[0]
         self._denoiser = _denoiser(capture, self._choices)
         max_rows, n = self._choices.max_rows, len(capture.timesteps)
@@ -87,12 +89,13 @@ class Replay(Listener):
                 "draws random numbers of its own"
             )
         target = self._until(i + 1)
-        if i == 0 and not self._solver.done(self._state):
+        if i == 0 and not self._over():
             self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
         known = i in self._denoiser.outputs
         given["model_output"] = self._denoiser.outputs.pop(i) if known else self._expected(i, given)
         output = step(**given)
-        fault = self._fault(scheduler, i, given, tree_leaves(output)[0], target) if known else None
+        compared = known and self._estimate is None
+        fault = self._fault(scheduler, i, given, tree_leaves(output)[0], target) if compared else None
         if fault is not None and i == 0:
             raise PipelineNotParallelError(fault)
         if fault is not None:  # too late to refuse: callbacks have been made
@@ -208,15 +211,27 @@ class Replay(Listener):
     def _until(self, steps: int) -> torch.Tensor:
         """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""
         state = self._state
-        while state.steps[0] < steps and not self._solver.done(state):
+        while state.steps[0] < steps and not self._over():
             self._round()
             if getattr(self._pipe, "interrupt", False) and state.steps[0] < steps:
                 return state.estimate()[0]
+        if state.steps[0] < steps and self._estimate is not None:
+            return self._estimate.clone()
         if state.steps[0] < steps:
             solution = self._solver.result(state)
             error = ConvergenceError if solution.status is Status.MAX_ROUNDS else NonFiniteError
             raise error(solution.message, batch_of(solution, self._run.stats))
         return state.final(steps)[0].clone()
+
+    def _over(self) -> bool:
+        """Whether no more rounds are to be made."""
+        if self._solver.done(self._state):
+            return True
+        if self._deadline.halts(self._state):
+            solution = self._deadline.told(self._solver.result(self._state))
+            self._estimate, self._run.error_estimate = solution.sample[0], float(solution.error_estimate[0])
+            return True
+        return False
 
     def _round(self) -> None:
         self._solver.step(self._state)
@@ -240,6 +255,7 @@ class Replay(Listener):
         for record in stats.history[len(self._history) :]:
             self._history.append(replace(record, evaluations=record.evaluations * batch))
         self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
+        self._run.error_estimate = float(self._state.errors()[0])
 
 
 def _denoiser(capture: Capture, choices: Choices) -> RecordedDenoiser:

@@ -18,7 +18,7 @@ def sample_flow(
     times: Tensor | Sequence[float],
     extra_args: Mapping[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], Any] | None = None,
-    method: str = "midpoint",
+    method: str | RungeKutta = "midpoint",
 ) -> Tensor:
     """``x' = v(x, t)`` through the given times, with a fixed step between them: the plain loop.
 
@@ -29,13 +29,13 @@ def sample_flow(
         extra_args: further arguments of the model.
         callback: called once a step with a dictionary of ``x``, ``i`` and ``t``, at the step's beginning.
         method: "euler", "midpoint", "heun", "heun3", "rk4" (the 3/8 rule) or "rk4_classic", with 1, 2, 2, 3, 4 and 4
-            calls a step.
+            calls a step; or a :class:`~parasolver_adapters.vector_field.methods.RungeKutta`.
 
     Example::
 
         x_0 = parallel(sample_flow, window=16)(velocity, noise, torch.linspace(1, 0, 33), method="midpoint")
     """
-    rule = METHODS.get(method)
+    rule = METHODS.get(method) if isinstance(method, str) else method
     if not isinstance(rule, RungeKutta):
         known = ", ".join(repr(name) for name, one in METHODS.items() if isinstance(one, RungeKutta))
         raise ValueError(f"method: expected one of {known}, got {method!r}")

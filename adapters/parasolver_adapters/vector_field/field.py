@@ -20,6 +20,7 @@ _TRIALS = 4
 _SPREAD = 0.01
 _SAME = 1e-6  # of the largest change
 _ROUNDING = 4  # of the largest value: what the same row may differ by in two calls of the same shape
+_FEW_PROBE_ROWS = (3,)
 _PROBE_ROWS = (5, 7, 11, 13, 17, 19, 23)  # a number that is no axis of the state, so that axes cannot be mistaken
 
 
@@ -85,13 +86,19 @@ class Field:
             return self._checked(self._f(t[0], y[0, ...]), self.shape)[None, ...]
         return self._batched(self.batching, t, y)
 
-    def probe(self, grid: Grid, y0: Array) -> str:
+    def probe(self, grid: Grid, y0: Array, few: bool = False) -> str:
         """Settle how f takes many times at once; why it does not where it does not.
+
+        Args:
+            grid: of the steps.
+            y0: where they begin.
+            few: with as few calls as can be, and without timing them.
 
         Raises:
             ValueError: f does not take them as declared.
         """
-        xp, rows = self.xp, next(n for n in _PROBE_ROWS if n not in self.shape)
+        sizes = (_FEW_PROBE_ROWS if few else ()) + _PROBE_ROWS
+        xp, rows = self.xp, next(n for n in sizes if n not in self.shape)
         with no_grad(xp), np.errstate(all="ignore"):
             nodes = np.linspace(0, len(grid), rows).astype(int)  # times of the grid; states inside the first step
             t = grid.asarray(grid.t[nodes])
@@ -109,7 +116,8 @@ class Field:
             for name in self._candidates():
                 if (reason := self._disagreement(name, t, y, singles)) == "":
                     self.batching = name
-                    self._measure(t, y)
+                    if not few:
+                        self._measure(t, y)
                     return ""
                 reasons.append(f"{name}: {reason}")
         if self.batching != "auto":

@@ -12,6 +12,14 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from parasolver_adapters.vector_field.few_steps import (
+    FEWEST_WORTH_A_WORD,
+    NODES,
+    SILENT,
+    FewSteps,
+    check_few_steps,
+    few_in_rounds,
+)
 from parasolver_adapters.vector_field.field import Batching, Field, Signature
 from parasolver_adapters.vector_field.grid import Grid, check_times
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
@@ -61,6 +69,7 @@ def integrate(
     batching: Batching = "auto",
     batch_dims: int | None = None,
     jacobian: Callable[[Array, Array], Array] | None = None,
+    few_steps: FewSteps | None = None,
     throw: bool = True,
 ) -> ODESolution:
     """Integrate ``y' = f(t, y)`` over a grid in parallel: what the method gives one step after another, in fewer calls.
@@ -81,16 +90,20 @@ def integrate(
         linearization: what stands for the Jacobian of a step while errors are carried along the trajectory: "full"
             (matrices), "diagonal", "secant" or "identity" (scalars), "sequential" for the plain loop. "auto": "full"
             for up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop
-            where a batch over time costs as much as a loop. Fewer than 64 steps are always made one after another.
+            where a batch over time costs as much as a loop.
         tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far;
             by default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
-        window: the most steps solved at once, at least 64; by default all.
+        window: the most steps solved at once, at least 64; by default all. With ``few_steps="parallel"`` the calls of
+            the field in one round, 16 by default.
         coarse_steps: steps of the coarse sequential solution that starts a window.
         batching: see :class:`~parasolver_adapters.vector_field.field.Field`.
         batch_dims: leading axes of the state that count independent samples; found out by default.
         jacobian: ``jacobian(t, y)`` of f, for many times in the shapes of ``batching="column"``:
             ``(rows, *batch, d, d)``, or ``(rows, *batch, d)`` with ``linearization="diagonal"``. By default differences
             (float64) or autograd (torch, float32).
+        few_steps: how to make fewer than 64 steps. "parallel": in rounds of the core's solver, where each stage of a
+            step is a node; for Runge-Kutta methods, and fields of which a call takes long, such as networks.
+            "sequential": one after another. None: so too, with a :class:`SequentialFallbackWarning` from 8 steps on.
         throw: raise where a state is not finite; else return what was found, with its status.
 
     Gradients: a torch trajectory can be differentiated with respect to ``y0`` and everything that f uses; see
@@ -108,17 +121,18 @@ def integrate(
     method with a parallel scan).
     """
     _check_state(y0)
-    choices = _Choices(linearization, tolerance, window, coarse_steps, batch_dims)
+    choices = _Choices(linearization, tolerance, window, coarse_steps, batch_dims, few_steps)
     choices.check(y0)
     check_count("substeps", substeps)
     problem, effort = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian), Effort()
+    check_few_steps(few_steps, problem.method)
     effort.reached = [detach(y0)[None, ...]]
     integrator: ParallelIntegrator | None = None
     try:
         with np.errstate(all="ignore"):  # NumPy's warnings; what is not finite is reported below
             with no_grad(problem.xp):
                 problem, integrator = choices.prepare(problem, y0)
-            states = _states(problem, integrator, y0, effort)
+            states = _states(problem, integrator, y0, effort, choices.rounds(problem))
         solution = finished(problem, states, effort, integrator)
     except BaseException as error:
         kind = type(error)
@@ -185,6 +199,12 @@ class _Choices:
     window: int | None
     coarse_steps: int
     batch_dims: int | None
+    few_steps: FewSteps | None
+
+    def rounds(self, problem: Problem) -> int | None:
+        """How many nodes a round has if few steps are made in rounds; None if they are not."""
+        few = len(problem.grid) < FEWEST_STEPS and self.few_steps == "parallel"
+        return (self.window or NODES) if few else None
 
     def check(self, y0: Array) -> None:
         if self.linearization not in get_args(Linearization):
@@ -203,33 +223,44 @@ class _Choices:
         asked, steps = self.linearization, len(problem.grid)
         if asked == "sequential" or not problem.field.parallel:
             return problem, None
-        if steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS:
+        rounds = self.rounds(problem)
+        if rounds is None and (steps < FEWEST_STEPS or (self.window or steps) < FEWEST_STEPS):
+            if self.few_steps is None and FEWEST_WORTH_A_WORD <= steps < FEWEST_STEPS:
+                _warn(f"{steps} steps were made one after another: {SILENT}")
             return problem, None
-        reason = problem.field.probe(problem.grid, y0)
+        reason = problem.field.probe(problem.grid, y0, few=rounds is not None)
         if not problem.field.parallel:
             _warn(
                 f"f: it cannot be evaluated at many times at once ({reason}), so steps are made one after another. "
                 "Write it with array operations, without branches on t or y; linearization='sequential' silences this"
             )
             return problem, None
+        eps = float(problem.xp.finfo(y0.dtype).eps)
+        tolerance = 64 * eps if self.tolerance is None else self.tolerance
+        if rounds is not None:
+            return problem, ParallelIntegrator("secant", tolerance, self.window, self.coarse_steps)
         dims = self.batch_dims if self.batch_dims is not None else problem.field.independent_axes(problem.grid, y0)
         problem = replace(problem, batch_dims=min(dims, y0.ndim - problem.method.coupled_axes))
         if asked == "auto":
-            rounds = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
-            if rounds > problem.sequential_cost(steps):
+            cost = _EXPECTED_ROUNDS * problem.method.stages * problem.field.cost(1, steps)
+            if cost > problem.sequential_cost(steps):
                 return problem, None
             asked = "diagonal" if problem.size == 1 else "full" if problem.size <= LARGEST_DENSE else "secant"
-        eps = float(problem.xp.finfo(y0.dtype).eps)
-        tolerance = 64 * eps if self.tolerance is None else self.tolerance
         return problem, ParallelIntegrator(asked, tolerance, self.window, self.coarse_steps)
 
 
-def _states(problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort) -> Array:
+def _states(
+    problem: Problem, integrator: ParallelIntegrator | None, y0: Array, effort: Effort, rounds: int | None
+) -> Array:
     """The trajectory, with its gradients."""
     xp, n = problem.xp, len(problem.grid)
     states: Any = None
     why = ""
-    if integrator is not None:
+    if integrator is not None and rounds is not None:
+        with no_grad(xp):
+            states = few_in_rounds(problem, rounds, integrator.tolerance, effort)
+        why = effort.note
+    elif integrator is not None:
         with no_grad(xp):
             states = integrator.integrate(problem, effort)
             why = doubt(problem, states, effort, integrator.tolerance) if effort.windows else ""

@@ -1,0 +1,156 @@
+"""Parallel sampling of any loop around ``scheduler.step``, in whoever's code it is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from parasolver_adapters.diffusers.changes import version_of, was_written
+from parasolver_adapters.diffusers.first_pass import CaptureDone
+from parasolver_adapters.diffusers.listening import by_name
+from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.pipelines import Session
+
+_POSITIONAL = "positional arguments"  # no name that a function can have
+
+
+class ParallelLoop:
+    """A function that drives a scheduler, in parallel; made by :func:`parallel_loop`.
+
+    Attributes:
+        run: what the last call cost, a :class:`~parasolver_adapters.diffusers.ParallelRun`.
+    """
+
+    def __init__(self, call: Callable[..., Any], driven: _Driven, choices: Choices) -> None:
+        self._call, self._driven, self._choices = call, driven, choices
+        self._active = False
+        self.run = ParallelRun()
+        functools.update_wrapper(self, call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``call(*args, **kwargs)`` returns."""
+        if self._active:  # a loop that calls itself
+            return self._call(*args, **kwargs)
+        session = Session(self._driven, self._pass, self._choices, self.run, [])
+        self._active = True
+        try:
+            return session.sample(_named(self._call, args, kwargs))
+        finally:
+            self._active = False
+
+    def _pass(self, **given: Any) -> Any:
+        """The loop, once; what it has written into its arguments in a pass that was only watched is taken back."""
+        args = given.pop(_POSITIONAL, ())
+        tensors = [one for one in tree_leaves((args, given)) if isinstance(one, torch.Tensor)]
+        before = [(one, version_of(one), one.detach().clone()) for one in tensors]
+        try:
+            return self._call(*args, **given)
+        except CaptureDone:
+            with torch.no_grad():
+                for one, version, values in before:
+                    if was_written(one, version):
+                        one.copy_(values)
+            raise
+
+
+class _Driven:
+    """In the place of a pipeline: what the loop drives."""
+
+    def __init__(self, scheduler: Any, networks: Mapping[str, torch.nn.Module]) -> None:
+        self.scheduler, self.components = scheduler, dict(networks)
+
+
+def parallel_loop(
+    call: Callable[..., Any],
+    window: int = 16,
+    *,
+    scheduler: Any = None,
+    networks: Sequence[torch.nn.Module] | None = None,
+    **options: Any,
+) -> ParallelLoop:
+    """``call`` with its loop around ``scheduler.step`` in parallel; called as ``call`` is, and returns what it does.
+
+    The function is run as it is: twice, and once more the first time, and only the last of these counts. Its loop has
+    to be one that :func:`~parasolver_adapters.diffusers.parallel_sampling` takes: ``scheduler.step`` once for each of
+    the scheduler's timesteps, with what networks and operations of torch make of the state. What else it does on the
+    way (prints, lists that it fills, files) it does in each of the passes. A batch converges together.
+
+    Args:
+        call: draws its noise, or is given it, and returns what comes of the last state.
+        window: steps evaluated in one round; 1 calls ``call`` as it is.
+
+    Other arguments:
+        scheduler: the scheduler of diffusers that the loop drives. None: the one among the attributes of the object
+            whose method ``call`` is.
+        networks: the networks that the loop calls. None: those among the modules of that object.
+        options: ``tolerance``, ``max_seconds``, ``fallback``, ``preview`` and the others of
+            :func:`~parasolver_adapters.diffusers.parallel_sampling`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or cannot be found.
+        PipelineNotParallelError: when it is called, with the reason.
+
+    Example::
+
+        sample = parallel_loop(model.conditional_sample, window=16)
+        actions = sample(batch_size, global_cond=cond)
+        print(sample.run.stats.rounds)
+    """
+    if not callable(call):
+        raise TypeError(f"call: expected a function that drives a scheduler, got {type(call).__name__}")
+    owner = getattr(call, "__self__", None)
+    scheduler = _scheduler_of(owner) if scheduler is None else scheduler
+    if not _is_scheduler(scheduler):
+        raise TypeError(f"scheduler: expected a scheduler of diffusers, got {type(scheduler).__name__}")
+    found = _networks_of(owner) if networks is None else networks
+    named = {f"network {at}": one for at, one in enumerate(found)}
+    for one in named.values():
+        if not isinstance(one, torch.nn.Module):
+            raise TypeError(f"networks: expected torch modules, got {type(one).__name__}")
+    if not named:
+        raise ValueError("networks: expected the modules that the loop calls, got none")
+    return ParallelLoop(call, _Driven(scheduler, named), Choices.checked(window, **options))
+
+
+def _is_scheduler(value: Any) -> bool:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin  # seconds that a refused call need not wait
+
+    return isinstance(value, SchedulerMixin)
+
+
+def _scheduler_of(owner: Any) -> Any:
+    found = {id(one): one for one in getattr(owner, "__dict__", {}).values() if _is_scheduler(one)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    raise ValueError(
+        f"scheduler: expected the scheduler that the loop drives, as {len(found)} were found among the attributes of "
+        f"{_named_owner(owner)}; pass scheduler=..."
+    )
+
+
+def _networks_of(owner: Any) -> list[torch.nn.Module]:
+    values = list(owner.children()) if isinstance(owner, torch.nn.Module) else getattr(owner, "__dict__", {}).values()
+    found = [one for one in values if isinstance(one, torch.nn.Module)]
+    if found:
+        return found
+    raise ValueError(
+        f"networks: expected the modules that the loop calls, as none were found among the attributes of "
+        f"{_named_owner(owner)}; pass networks=[...]"
+    )
+
+
+def _named_owner(owner: Any) -> str:
+    return "a function, which has no object" if owner is None else type(owner).__name__
+
+
+def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by their names, so that callbacks are known; those that have none, under one of their own."""
+    parameters = list(inspect.signature(call).parameters.values())[: len(args)]
+    if any(one.kind is not one.POSITIONAL_OR_KEYWORD for one in parameters):
+        return {_POSITIONAL: args, **kwargs}
+    return by_name(inspect.signature(call), args, kwargs)

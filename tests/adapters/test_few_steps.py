@@ -1,0 +1,115 @@
+"""Fewer than 64 steps in rounds, as callers of ``torchdiffeq.odeint`` with a network make them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("torchdiffeq")
+import torch
+import torchdiffeq
+
+from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint
+from tests.arrays import to_numpy
+
+CONDITION = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(1, 6, 4)
+MIX = torch.from_numpy(np.random.default_rng(0).standard_normal((8, 4)) / 3)
+Y0 = torch.from_numpy(np.random.default_rng(1).standard_normal((1, 6, 4)))
+CALLS: list[int] = []
+
+
+def network(t: Any, y: Any, condition: Any) -> Any:
+    return torch.tanh(torch.cat([y, condition], dim=-1) @ MIX) * (1 + t) - 0.5 * y.roll(1, dims=1)
+
+
+def speech(t: Any, y: Any) -> Any:
+    """Two guidance calls, and a condition of batch 1 that is no argument."""
+    CALLS.append(1)
+    given, none = network(t, y, CONDITION), network(t, y, torch.zeros_like(CONDITION))
+    return given + 2.0 * (given - none)
+
+
+def distance(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(to_numpy(a) - to_numpy(b)) / np.linalg.norm(to_numpy(b)))
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("euler", 16), ("euler", 32), ("euler", 63), ("midpoint", 32), ("rk4", 16)]
+)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_same_signature_and_the_same_states_in_fewer_calls(method: str, steps: int, backwards: bool) -> None:
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 1.5
+    t = t.flip(0) if backwards else t
+    want, stages = torchdiffeq.odeint(speech, Y0, t, method=method), {"euler": 1, "midpoint": 2, "rk4": 4}[method]
+    for tolerance, limit in ((None, 1e-12), (1e-2, 1e-2)):
+        CALLS.clear()
+        found = integrate(speech, Y0, t, method=method, few_steps="parallel", tolerance=tolerance)
+        assert found.states.shape == (steps + 1, 1, 6, 4)
+        assert distance(found.states, want) < limit
+        assert distance(found.states[-1], want[-1]) < limit
+        assert (found.sequential_steps, found.batching) == (0, "vmap")
+    assert found.rounds < 0.7 * stages * steps
+    assert torch.equal(found.states[0], Y0)
+
+
+def test_without_being_asked_for_it_says_that_steps_are_made_one_after_another() -> None:
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    with pytest.warns(SequentialFallbackWarning, match="32 steps were made one after another.*few_steps='parallel'"):
+        want = odeint(speech, Y0, t, method="euler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silent = odeint(speech, Y0, t, method="euler", few_steps="sequential")
+        odeint(speech, Y0, t, method="euler", linearization="sequential")
+        odeint(speech, Y0, t[:7], method="euler")
+    assert torch.equal(want, silent)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_classic"])
+def test_every_runge_kutta_method_on_every_library(method: str, xp: Any) -> None:
+    y0, t = xp.asarray([0.5, -0.2, 1.0], dtype=xp.float64), np.linspace(0, 2, 21)
+    options = functools.partial(odeint, lambda t, y: xp.sin(y) * xp.cos(t) - y, y0, t, method=method)
+    assert distance(options(few_steps="parallel"), options(few_steps="sequential")) < 1e-12
+
+
+def test_substeps_and_a_state_without_axes() -> None:
+    y0, t = np.array(0.3), np.linspace(0, 1, 9)
+    found = integrate(lambda t, y: y * (1 - y), y0, t, method="midpoint", substeps=4, few_steps="parallel")
+    want = odeint(lambda t, y: y * (1 - y), y0, t, method="midpoint", substeps=4, few_steps="sequential")
+    assert found.states.shape == (9,)
+    assert found.rounds > 0
+    assert distance(found.states, want) < 1e-13
+
+
+def test_gradients_are_those_of_the_plain_loop() -> None:
+    t, grads = torch.linspace(0, 1, 17, dtype=torch.float64), []
+    for few_steps in ("parallel", "sequential"):
+        y0, weight = Y0.clone().requires_grad_(), MIX.clone().requires_grad_()
+        y = odeint(lambda t, y, w=weight: torch.tanh(y @ w[:4]) - y, y0, t, method="midpoint", few_steps=few_steps)
+        y[-1].square().sum().backward()
+        grads.append(torch.cat([y0.grad.flatten(), weight.grad.flatten()]))
+    assert distance(*grads) < 1e-9
+
+
+def test_a_field_that_overflows_ends_as_the_plain_loop_does() -> None:
+    t = np.linspace(0, 40, 21)
+    with pytest.warns(SequentialFallbackWarning, match="rounds did not end well"):
+        found = integrate(lambda t, y: y**3, np.array([3.0]), t, method="euler", few_steps="parallel", throw=False)
+    assert not found.success
+    assert "NaN or infin" in found.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"few_steps": "yes"}, "few_steps: expected"),
+        ({"few_steps": "parallel", "method": "ab2"}, "few_steps: only Runge-Kutta methods"),
+    ],
+)
+def test_bad_choices(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        odeint(speech, Y0, torch.linspace(0, 1, 17), **options)
