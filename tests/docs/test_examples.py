@@ -13,6 +13,7 @@ PAGES = (
     "docs/devices.md",
     "docs/wrapping.md",
     "docs/samplers.md",
+    "docs/structures.md",
     "docs/guided_diffusion.md",
     "docs/dit.md",
     "docs/odeint.md",
