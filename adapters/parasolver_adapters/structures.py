@@ -11,7 +11,7 @@ and 28), https://doi.org/10.1038/s41586-024-07487-w; Karras et al. 2022, https:/
 Example::
 
     model = RigidFrames(network, atom_mask)  # network(x, sigma): (batch, atoms, 3), (batch,)
-    x = sigmas[0] * torch.randn(samples, atoms, 3)
+    x = sigmas[0] * centred_noise(samples, atoms)
     coordinates = parallel(sample_structure, window=64, sigma_data=16.0)(model, x, sigmas)
 """
 
@@ -40,14 +40,16 @@ def sample_structure(
     gamma_min: float = 1.0,
     noise_scale: float = 1.003,
     step_scale: float = 1.5,
+    atom_mask: Tensor | None = None,
     seed: int = 0,
+    noise_sampler: Callable[..., Tensor] | None = None,
     steering: None = None,
 ) -> Tensor:
     """The plain loop, in the frame that undoes the rotations; see :mod:`parasolver_adapters.structures`.
 
     Args:
         model: ``model(x, sigma, rotation, shift, churn, **extra_args)``, see :class:`RigidFrames`.
-        x: (batch, atoms, 3), normal with standard deviation ``sigmas[0]``.
+        x: (batch, atoms, 3): ``sigmas[0] * centred_noise(batch, atoms)``.
         sigmas: (N + 1,), falling.
         extra_args: further arguments of the model.
         callback: called once a step with a dictionary of ``x``, ``i``, ``sigma``, ``sigma_hat`` and ``denoised``.
@@ -55,7 +57,9 @@ def sample_structure(
             ``gamma_min``.
         noise_scale: of the noise added with it.
         step_scale: of each step.
+        atom_mask: (atoms,), of which atoms the mean is taken off the noise; None: all.
         seed: of frames and noise.
+        noise_sampler: ``noise_sampler(sigma, after)``, centred noise like ``x``, instead of the seed's.
         steering: has to be None.
 
     Raises:
@@ -67,13 +71,17 @@ def sample_structure(
             "has a fixed past; sample without steering, or put a potential's gradient into the network"
         )
     generator = torch.Generator().manual_seed(seed)
+
+    def drawn(sigma: Tensor, after: Tensor) -> Tensor:
+        return centred_noise(*x.shape[:2], atom_mask, generator).to(x)
+
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        # not torch.randn: frames do not enter linearly, and those who read the loop take its randn for noise
+        # not torch.randn: frames do not enter linearly, and who reads the loop takes its randn for noise
         frame = torch.empty(len(x), 7).normal_(generator=generator).to(x)
         rotation, shift = rotations(frame[:, :4]), frame[:, None, 4:]
         sigma_hat = sigma * (1 + gamma_0) if after > gamma_min else sigma
         churn = noise_scale * (sigma_hat**2 - sigma**2).clamp_min(0).sqrt()
-        x = x + churn * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        x = x + churn * (noise_sampler or drawn)(sigma, after)
         level = sigma_hat.expand(len(x))
         denoised = model(x, level, rotation, shift, churn.expand(len(x)), **(extra_args or {}))
         if callback is not None:
@@ -82,37 +90,48 @@ def sample_structure(
     return x
 
 
+def centred_noise(
+    batch: int, atoms: int, atom_mask: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Normal numbers (batch, atoms, 3) less their mean over the atoms that are there.
+
+    The mean would be no part of the structure, and far larger: the state's distances are relative to its size.
+
+    Args:
+        batch, atoms: the shape.
+        atom_mask: (atoms,); None: all.
+        generator: on the CPU; None: the global one.
+    """
+    noise = torch.randn(batch, atoms, 3, generator=generator)
+    return noise - centre(noise, noise.new_ones(atoms) if atom_mask is None else atom_mask.to(noise))
+
+
 class RigidFrames:
     """A structure network in random rigid frames, as a network of the state in the frame that undoes them.
 
     Args:
         network: ``network(x, sigma, **extra_args)``, the denoised coordinates (rows, atoms, 3); sigma is (rows,).
-        atom_mask: (batch, atoms) or (atoms,): which atoms are there; None: all. It is the weight of the alignment.
+        atom_mask: (atoms,): which atoms are there, the weight of the alignment; None: all.
     """
 
     def __init__(self, network: Callable[..., Tensor], atom_mask: Tensor | None = None) -> None:
         self._network = network
         self._mask = None if atom_mask is None else atom_mask.float()
-        if self._mask is not None and len(self._mask.reshape(-1, self._mask.shape[-1]).unique(dim=0)) > 1:
+        if self._mask is not None and self._mask.ndim != 1:
             raise ValueError(
-                "atom_mask: expected the same atoms in all samples of a batch; sample structures of other sizes in "
-                "runs of their own"
+                f"atom_mask: expected (atoms,), the same in all samples of a batch, got {tuple(self._mask.shape)}; "
+                "sample structures of other sizes in runs of their own"
             )
 
     def __call__(
         self, x: Tensor, sigma: Tensor, rotation: Tensor, shift: Tensor, churn: Tensor, **conditions: Any
     ) -> Tensor:
-        weights = self._weights(x)
-        # the mean of the noise is taken off the state; the network sees it as a part of the shift
+        weights = x.new_ones(x.shape[1]) if self._mask is None else self._mask.to(x)
+        # the mean of the noise is no part of the state; the network sees it as a part of the shift
         wide = (1 + churn.to(x.dtype) ** 2 / weights.sum()).sqrt()[:, None, None]
         seen = (x - centre(x, weights)) @ rotation.to(x.dtype) + wide * shift.to(x.dtype)
         denoised = self._network(seen, sigma, **conditions).to(x.dtype)
         return align(denoised, x, weights)
-
-    def _weights(self, x: Tensor) -> Tensor:
-        if self._mask is None:
-            return x.new_ones(x.shape[1])
-        return self._mask.reshape(-1, self._mask.shape[-1])[0].to(x)
 
 
 def rotations(quaternions: Tensor) -> Tensor:
@@ -220,19 +239,19 @@ class _Esmfold2:
             own = tree_map_only(Tensor, lambda one: one.expand(len(x), *one.shape[1:]), parts)
             return head(noisy_coords=x, noise_level=sigma, conditioning=kind(**own))
 
-        model = RigidFrames(network, atom_inputs.atom_attention_mask)
+        mask = atom_inputs.atom_attention_mask[0].float()
         sigmas, _ = self._model._build_noise_schedule(num_sampling_steps, torch.device("cpu"))
-        atoms, device = atom_inputs.atom_to_token.shape[1], single_inputs.device
-        x = sigmas[0].item() * torch.randn(num_diffusion_samples, atoms, 3, device=device)
+        noise = centred_noise(num_diffusion_samples, len(mask), mask.cpu())
         with torch.no_grad():
             coordinates = self._sampler(
-                model,
-                x,
+                RigidFrames(network, mask),
+                (sigmas[0] * noise).to(single_inputs.device),
                 sigmas,
                 gamma_0=own.gamma_0,
                 gamma_min=own.gamma_min,
                 noise_scale=own.noise_scale,
                 step_scale=own.step_scale,
+                atom_mask=mask.cpu(),
                 seed=int(torch.randint(2**31, ())),
             )
         self._model.__dict__["solution"] = self._sampler.solution

@@ -14,6 +14,7 @@ from parasolver_adapters.structures import (
     align,
     aligned_distance,
     centre,
+    centred_noise,
     parallel_esmfold2,
     rotations,
     sample_structure,
@@ -55,14 +56,24 @@ def test_align_undoes_a_rigid_motion_and_mirrors_nothing() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"noise_scale": 0.0, "step_scale": 1.0, "gamma_0": 0.605}])
-def test_parallel_structure_is_the_sequential_one(options: dict[str, float]) -> None:
-    model, x = RigidFrames(network, MASK), normal(3, ATOMS, 3) * SIGMAS[0]
+def test_parallel_structure_is_the_sequential_one(options: dict[str, Any]) -> None:
+    model, x = RigidFrames(network, MASK), SIGMAS[0] * centred_noise(3, ATOMS, MASK, torch.Generator().manual_seed(0))
+    options = options | {"atom_mask": MASK}
     want = sample_structure(model, x, SIGMAS, **options)
     run = parallel(sample_structure, 40, sigma_data=16.0, tolerance=0)
     got = run(model, x, SIGMAS, **options)
     assert relative(got, want) < 1e-4
+    assert float(centre(want, MASK).abs().max()) < 1e-3
     assert run.solution is not None
     assert run.solution.stats.rounds < 34
+
+
+def test_tolerance_is_of_the_structure_not_of_where_it_is() -> None:
+    model, x = RigidFrames(network), SIGMAS[0] * centred_noise(8, ATOMS, generator=torch.Generator().manual_seed(0))
+    want = sample_structure(model, x, SIGMAS)
+    got = parallel(sample_structure, 40, sigma_data=16.0, tolerance=0.01)(model, x, SIGMAS)
+    size = want.pow(2).sum(-1).mean(1).sqrt()
+    assert float((aligned_distance(got, want) / size).median()) < 0.01
 
 
 def test_other_seeds_are_other_structures_of_the_same_noise() -> None:
@@ -109,7 +120,7 @@ def test_the_network_sees_its_structure_centred_but_for_the_shift() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UnsupportedSamplerError, match="steering: particles are resampled among the samples"):
         parallel(sample_structure)(RigidFrames(network), normal(2, ATOMS, 3), SIGMAS, steering={"num_particles": 3})
-    with pytest.raises(ValueError, match="atom_mask: expected the same atoms in all samples"):
+    with pytest.raises(ValueError, match=r"atom_mask: expected \(atoms,\), the same in all samples"):
         RigidFrames(network, torch.stack([MASK, torch.ones(ATOMS)]))
     with pytest.raises(
         TypeError, match="model: expected an EsmFold2Model of transformers, with _sample_structure, got Lin"
