@@ -214,7 +214,7 @@ def replicas_in_one_process() -> Iterator[Client]:
 @client
 def structure_heads() -> Iterator[Client]:
     """Compared after rigid alignment; ESMFold2's own sampler is without noise, AlphaFold3's with churn."""
-    if importlib.util.find_spec("transformers.models.esmfold2") is None:
+    if not importlib.util.find_spec("transformers") or not importlib.util.find_spec("transformers.models.esmfold2"):
         return
     own = {"noise_scale": 0.0, "step_scale": 1.0, "gamma_0": 0.605, "gamma_min": 1.107}
     for name, steps, options in (
