@@ -73,7 +73,7 @@ def sample_structure(
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(sigma: Tensor, after: Tensor) -> Tensor:
-        return centred_noise(*x.shape[:2], atom_mask, generator).to(x)
+        return centred_noise(len(x), x.shape[1], atom_mask, generator).to(x)
 
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         # not torch.randn: frames do not enter linearly, and who reads the loop takes its randn for noise
