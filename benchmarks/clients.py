@@ -8,6 +8,7 @@ table into ``docs/clients.md``; :func:`client` adds rows.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from benchmarks.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
 from benchmarks.policy_loops import OBSTACLES, ddim, ddpm, known_beginning
 from benchmarks.problems import PROBLEMS, Problem, flow_denoiser
 from benchmarks.published import edm_sampler, k_diffusion
+from benchmarks.structure_head import small_esmfold2, structures
 from parasolver_adapters.diffusers import ParallelRun, parallel_loop
 from parasolver_adapters.gaussian_diffusion import parallel_gaussian_diffusion
 from parasolver_adapters.multi_device import MultiDeviceDenoiser
 from parasolver_adapters.policies import ActionSampler
 from parasolver_adapters.samplers import parallel, sample_flow, step_rule_from_sampler
+from parasolver_adapters.structures import align, parallel_esmfold2
 from parasolver_adapters.vector_field import integrate
 from parasolver_core import DDIM, NoiseSchedule, Solution, solve, solve_sequential
 from parasolver_core.solution import Stats
@@ -267,6 +270,31 @@ def callers_of_odeint() -> Iterator[Client]:
 
         calls = steps * {"euler": 1, "midpoint": 2, "rk4": 4}[method]
         yield Client(f"odeint, {method}, {steps} steps", 2, calls, 16, plain, ours)
+
+
+@client
+def structure_heads() -> Iterator[Client]:
+    """Compared after rigid alignment; ESMFold2's own sampler is without noise, AlphaFold3's with churn."""
+    if not importlib.util.find_spec("transformers") or not importlib.util.find_spec("transformers.models.esmfold2"):
+        return
+    own = {"noise_scale": 0.0, "step_scale": 1.0, "gamma_0": 0.605, "gamma_min": 1.107}
+    for name, steps, options in (
+        ("ESMFold2", 68, own),
+        ("AlphaFold3's sampler", 68, {}),
+        ("AlphaFold3's sampler", 200, {}),
+    ):
+        model = small_esmfold2(**options)
+        calls = len(model._build_noise_schedule(steps, torch.device("cpu"))[0]) - 1
+
+        def plain(model: Any = model, steps: int = steps) -> Tensor:
+            sample = structures(parallel_esmfold2(model, 1), steps)
+            return sample - sample.mean(1, keepdim=True)
+
+        def ours(tolerance: float, model: Any = model, steps: int = steps, plain: Any = plain) -> Run:
+            fold = parallel_esmfold2(model, 64, tolerance=tolerance)
+            return align(structures(fold, steps), plain()), fold.solution
+
+        yield Client(f"structure head, {name}, {steps} steps", 2, calls, 64, plain, ours)
 
 
 def row(one: Client) -> str:

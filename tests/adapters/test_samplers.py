@@ -1,6 +1,7 @@
 """Samplers that are functions: read as step rules, and run in parallel with their own signature."""
 
 import inspect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -382,3 +383,36 @@ def test_a_sampler_that_is_not_what_it_was_when_read_is_found_out(
     network = lambda x, s: model(x, s, CALL["extra_args"]["cond"][:1])  # noqa: E731
     with pytest.raises(UnsupportedSamplerError, match=message):
         parallel(restless, 4)(network, normal(2, 12), levels(10))
+
+
+def test_products_of_a_samplers_own_single_precision_tables_are_read() -> None:
+    """Predictor-corrector samplers weigh earlier outputs by ``einsum``, which wants one dtype."""
+
+    def sample_two_outputs(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        earlier = torch.zeros_like(x)
+        for here, after in itertools.pairwise(sigmas):
+            denoised = model(x, here.expand(len(x)))
+            weights = torch.linalg.solve(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([2.0, 0.5]))
+            mean = torch.einsum("k,k...->...", weights, torch.stack([denoised, earlier]))
+            x, earlier = mean + after / here * (x - mean), denoised
+        return x
+
+    sigmas = torch.linspace(5.0, 0.1, 20)
+    rule = step_rule_from_sampler(sample_two_outputs, sigmas)
+    gain = float(1 - sigmas[4] / sigmas[3])
+    np.testing.assert_allclose(rule.table.b[3, :2], [0.75 * gain, 0.5 * gain], rtol=1e-6)
+
+
+def test_times_that_a_sampler_works_out_in_the_states_dtype_are_the_same_times() -> None:
+    def sample_middle(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        for here, after in itertools.pairwise(sigmas.to(x.dtype)):
+            denoised = model(x, (here**0.3).log().exp().expand(len(x)))
+            x = denoised + after / here * (x - denoised)
+        return x
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x / sigma[:, None])
+
+    x, sigmas = normal(2, 6), torch.linspace(1, 0.1, 20)
+    want = sample_middle(network, x, sigmas)
+    assert relative(parallel(sample_middle, 8, tolerance=0)(network, x, sigmas), want) < 1e-6

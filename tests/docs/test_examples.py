@@ -14,6 +14,7 @@ PAGES = (
     "docs/wrapping.md",
     "docs/policies.md",
     "docs/samplers.md",
+    "docs/structures.md",
     "docs/guided_diffusion.md",
     "docs/dit.md",
     "docs/odeint.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution
 from parasolver_core.denoiser import DenoiserFn
 from parasolver_core.schedules import NoiseSchedule, PredictionType
+
+_ROUNDING = 1e-6  # of a time that a sampler works out from the state's dtype; it was read in float64
 
 
 class ParallelSampler:
@@ -109,7 +112,8 @@ class _Live:
             raise UnsupportedSamplerError(
                 f"sampler: it calls its network more often than the {len(table)} times when it was read"
             )
-        if (time := time_of(args, kwargs, i)) != rule.timesteps[i]:
+        time = time_of(args, kwargs, i)
+        if not math.isclose(time, rule.timesteps[i], rel_tol=_ROUNDING, abs_tol=_ROUNDING * abs(rule.timesteps[0])):
             raise UnsupportedSamplerError(
                 f"sampler: call {i} is at time {time:.6g}, and was at {rule.timesteps[i]:.6g} when the sampler was "
                 "read; its steps depend on more than its arguments"

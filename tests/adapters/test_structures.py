@@ -1,0 +1,183 @@
+"""Structure heads of the AlphaFold3 kind, in the frame that undoes their random rotations."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from torch import Tensor
+
+from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
+from parasolver_adapters.structures import (
+    RigidFrames,
+    align,
+    aligned_distance,
+    centre,
+    centred_noise,
+    parallel_esmfold2,
+    rotations,
+    sample_structure,
+)
+from tests.adapters.weights import relative
+
+SIGMAS = torch.cat([16.0 * torch.linspace(160.0 ** (1 / 7), 4e-4 ** (1 / 7), 40) ** 7, torch.zeros(1)])
+ATOMS = 12
+MASK = torch.ones(ATOMS)
+MASK[-2:] = 0
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(x: Tensor, sigma: Tensor) -> Tensor:
+    """A head that cares for the frame: its answer does not turn with its input."""
+    s = sigma[:, None, None].to(x.dtype)
+    flat = (x / (256 + s**2).sqrt()).flatten(1)
+    update = torch.tanh(flat @ (normal(3 * ATOMS, 3 * ATOMS) / 5).to(x.dtype)).reshape(x.shape)
+    return 256 / (256 + s**2) * x + 16 * s / (256 + s**2).sqrt() * update
+
+
+def test_rotations_are_rotations_and_uniform() -> None:
+    turned = rotations(normal(4000, 4))
+    assert torch.allclose(turned @ turned.mT, torch.eye(3).expand_as(turned), atol=1e-5)
+    assert torch.allclose(torch.linalg.det(turned), torch.ones(4000), atol=1e-5)
+    assert float(turned.mean(0).abs().max()) < 0.05
+    assert float(((turned**2).mean(0) - 1 / 3).abs().max()) < 0.03
+
+
+def test_align_undoes_a_rigid_motion_and_mirrors_nothing() -> None:
+    x, weights = normal(2, ATOMS, 3), normal(ATOMS, seed=1).abs()
+    moved = x @ rotations(normal(2, 4, seed=2)) + normal(2, 1, 3, seed=3)
+    assert torch.allclose(align(moved, x, weights), x, atol=1e-5)
+    assert float(aligned_distance(moved, x).max()) < 1e-5
+    assert float(aligned_distance(x * torch.tensor([1.0, 1.0, -1.0]), x).min()) > 0.3
+
+
+@pytest.mark.parametrize("options", [{}, {"noise_scale": 0.0, "step_scale": 1.0, "gamma_0": 0.605}])
+def test_parallel_structure_is_the_sequential_one(options: dict[str, Any]) -> None:
+    model, x = RigidFrames(network, MASK), SIGMAS[0] * centred_noise(3, ATOMS, MASK, torch.Generator().manual_seed(0))
+    options = options | {"atom_mask": MASK}
+    want = sample_structure(model, x, SIGMAS, **options)
+    run = parallel(sample_structure, 40, sigma_data=16.0, tolerance=0)
+    got = run(model, x, SIGMAS, **options)
+    assert relative(got, want) < 1e-4
+    assert float(centre(want, MASK).abs().max()) < 1e-3
+    assert run.solution is not None
+    assert run.solution.stats.rounds < 34
+
+
+def test_tolerance_is_of_the_structure_not_of_where_it_is() -> None:
+    model, x = RigidFrames(network), SIGMAS[0] * centred_noise(8, ATOMS, generator=torch.Generator().manual_seed(0))
+    want = sample_structure(model, x, SIGMAS)
+    got = parallel(sample_structure, 40, sigma_data=16.0, tolerance=0.01)(model, x, SIGMAS)
+    size = want.pow(2).sum(-1).mean(1).sqrt()
+    assert float((aligned_distance(got, want) / size).median()) < 0.01
+
+
+def test_other_seeds_are_other_structures_of_the_same_noise() -> None:
+    model, x = RigidFrames(network), normal(2, ATOMS, 3) * SIGMAS[0]
+    one, other = (sample_structure(model, x, SIGMAS, seed=seed) for seed in (1, 2))
+    assert float(aligned_distance(one, other).min()) > 1
+
+
+def test_the_loop_is_that_of_a_head_that_turns_its_structure() -> None:
+    """Centred, turned, shifted and churned; called; turned onto the answer; one step: with the same draws."""
+    seen: list[dict[str, Any]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def listening(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append((x, network(x, sigma)))
+        return calls[-1][1]
+
+    x = normal(2, ATOMS, 3) * SIGMAS[0]
+    end = sample_structure(RigidFrames(listening, MASK), x, SIGMAS, callback=seen.append)
+    for i, ((noisy, answer), told) in enumerate(zip(calls, seen, strict=True)):
+        theirs = align(noisy, answer, MASK)
+        theirs = theirs + 1.5 * (SIGMAS[i + 1] - told["sigma_hat"]) * (theirs - answer) / told["sigma_hat"]
+        following = seen[i + 1]["x"] if i + 1 < len(seen) else end
+        if i + 1 < len(seen):  # what churn added is the same in both frames, so it is taken off
+            ours = told["x"] + 1.5 * (SIGMAS[i + 1] / told["sigma_hat"] - 1) * (told["x"] - told["denoised"])
+        else:
+            ours = following
+        assert float((aligned_distance(theirs, ours, MASK) / told["sigma"].clamp_min(1)).max()) < 1e-3
+
+
+def test_the_network_sees_its_structure_centred_but_for_the_shift() -> None:
+    means: list[Tensor] = []
+
+    def listening(x: Tensor, sigma: Tensor) -> Tensor:
+        means.append(centre(x, MASK).flatten())
+        return network(x, sigma)
+
+    x = normal(64, ATOMS, 3) * 2560
+    churn, shift = torch.full((64,), 30.0), normal(64, 1, 3, seed=5)
+    RigidFrames(listening, MASK)(x, torch.full((64,), 2560.0), rotations(normal(64, 4)), shift, churn)
+    assert torch.allclose(means[0], (shift * (1 + 900 / 10) ** 0.5).flatten(), atol=1e-2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UnsupportedSamplerError, match="steering: particles are resampled among the samples"):
+        parallel(sample_structure)(RigidFrames(network), normal(2, ATOMS, 3), SIGMAS, steering={"num_particles": 3})
+    with pytest.raises(ValueError, match=r"atom_mask: expected \(atoms,\), the same in all samples"):
+        RigidFrames(network, torch.stack([MASK, torch.ones(ATOMS)]))
+    with pytest.raises(
+        TypeError, match="model: expected an EsmFold2Model of transformers, with _sample_structure, got Lin"
+    ):
+        parallel_esmfold2(torch.nn.Linear(2, 2))
+
+
+@pytest.fixture(scope="module")
+def esmfold2() -> Any:
+    pytest.importorskip("transformers.models.esmfold2")
+    from benchmarks.structure_head import small_esmfold2
+
+    return small_esmfold2()
+
+
+def test_esmfold2_folds_in_parallel(esmfold2: Any) -> None:
+    from benchmarks.structure_head import structures
+
+    fold = parallel_esmfold2(esmfold2, 24, tolerance=0)
+    want = structures(parallel_esmfold2(esmfold2, 1), 24)
+    got = structures(fold, 24)
+    assert float((aligned_distance(got, want) / (want - want.mean(1, True)).pow(2).sum(-1).mean(1).sqrt()).max()) < 1e-4
+    assert fold.solution.stats.rounds < 20
+    assert "_sample_structure" not in vars(esmfold2)
+
+
+def test_steps_are_those_of_esmfold2_itself(esmfold2: Any) -> None:
+    """From what its own loop gives its network to what it gives it next, without churn: one step of ours."""
+    from benchmarks.structure_head import ATOMS, structures
+
+    inputs, answers, levels = [], [], []
+    head = esmfold2.config.structure_head
+    own = head.noise_scale
+
+    def listen(module: Any, args: Any, kwargs: dict[str, Tensor], out: Tensor) -> None:
+        inputs.append(kwargs["noisy_coords"][:, :ATOMS])
+        levels.append(kwargs["noise_level"][0])
+        answers.append(out[:, :ATOMS])
+
+    handle = esmfold2.structure_head.register_forward_hook(listen, with_kwargs=True)
+    try:
+        head.noise_scale = 0.0
+        end = structures(esmfold2, 12)
+    finally:
+        handle.remove()
+        head.noise_scale = own
+    sigmas, _ = esmfold2._build_noise_schedule(12, torch.device("cpu"))
+    told: list[dict[str, Any]] = []
+    sample_structure(
+        lambda x, *rest: x,
+        end,
+        sigmas,
+        callback=told.append,
+        **{name: getattr(head, name) for name in ("gamma_0", "gamma_min", "step_scale")},
+    )
+    assert [float(one["sigma_hat"]) for one in told] == pytest.approx([float(one) for one in levels], rel=1e-5)
+    for i, (x, answer) in enumerate(zip(inputs, answers, strict=True)):
+        ours = x + 1.5 * (sigmas[i + 1] / levels[i] - 1) * (x - align(answer, x))
+        following = inputs[i + 1] if i + 1 < len(inputs) else end
+        assert float((aligned_distance(ours, following) / sigmas[i].clamp_min(1)).max()) < 1e-3
