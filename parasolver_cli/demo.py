@@ -30,9 +30,9 @@ _LEAD = (
     "sequential result, relative to its size."
 )
 _WHY = (
-    "A batch of pictures keeps a CPU busy: more rows in a call take as much longer, so the seconds of the pictures follow "
-    "the evaluations and do not fall here. They fall where larger calls are nearly as fast, on a GPU with room to spare "
-    "or on several. parasolver bench tells whether it pays on a machine."
+    "A batch of pictures keeps a CPU busy: more rows in a call take as much longer, so the seconds of the pictures "
+    "follow the evaluations and do not fall here. They fall where larger calls are nearly as fast, on a GPU with room "
+    "to spare or on several. parasolver bench tells whether it pays on a machine."
 )
 
 

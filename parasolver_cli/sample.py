@@ -200,10 +200,14 @@ def _sampled(sample: Callable[[], Solution]) -> tuple[Solution, float]:
     return solution, time.perf_counter() - started
 
 
-def _pictures(decoded: Tensor) -> NDArray[np.uint8]:
-    """(count, height, width, 1 or 3) from values in [-1, 1]; what is not finite becomes black."""
+def _levels(decoded: Tensor) -> NDArray[np.float32]:
+    """(count, height, width, 1 or 3) in 0..255 from values in [-1, 1]; what is not finite becomes black."""
     levels = (decoded.float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5
-    return levels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy(force=True)
+    return levels.permute(0, 2, 3, 1).numpy(force=True)
+
+
+def _pictures(decoded: Tensor) -> NDArray[np.uint8]:
+    return np.round(_levels(decoded)).astype(np.uint8)
 
 
 def _save(loaded: Loaded, done: Run, settings: Settings) -> list[str]:
@@ -242,10 +246,10 @@ def _story(loaded: Loaded, done: Run, pictures: NDArray[np.uint8], name: str, st
     frames = [report.grid(_pictures(loaded.decode(watch.frames[i]))) for i in kept]
     ends, errors = {"parallel": report.grid(pictures)}, None
     if done.truth is not None:
-        truth = _pictures(loaded.decode(done.truth))
-        gain = report.round_gain(pictures, truth, 255.0)
-        ends = {"sequential": report.grid(truth)} | ends
-        ends[f"difference × {gain:g}"] = report.grid(report.differences(pictures, truth, gain))
+        got, truth = (_levels(loaded.decode(one)) for one in (done.solution.sample, done.truth))
+        gain = report.round_gain(got, truth, 255.0)
+        ends = {"sequential": report.grid(np.round(truth).astype(np.uint8))} | ends
+        ends[f"difference × {gain:g}"] = report.grid(report.differences(got, truth, gain))
         first = done.truth[:1].numpy(force=True)
         errors = [float(relative_errors(watch.frames[i][:1].numpy(force=True), first)[0]) for i in kept]
     records = first_sample(done.solution.stats)

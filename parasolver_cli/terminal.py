@@ -126,5 +126,7 @@ def _print_paragraphs(console: Console, title: str, columns: Sequence[Column], r
         first, *others = (
             f"{column.name.replace(chr(10), ' ')}: {text}" for column, text in zip(columns, row, strict=True)
         )
-        console.print("\n".join([first, *(f"  {line}" for line in others)]), highlight=False, markup=False)
+        console.print(
+            "\n".join([first, *(f"  {line}" for line in others)]), highlight=False, markup=False, soft_wrap=True
+        )
     console.print()

@@ -54,6 +54,7 @@ class Browser:
         self.tell("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tell("Emulation.setEmulatedMedia", features=[scheme])
+        self.problems.clear()
         self.tell("Page.navigate", url=file.resolve().as_uri())
         while self._read().get("method") != "Page.loadEventFired":
             pass
