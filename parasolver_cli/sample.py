@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,13 @@ class Run:
     watch: Watch
     seconds: dict[str, float]
     truth: Tensor | None = None
-    errors: list[float] | None = field(default=None)
+    errors: list[float] | None = None
+    interrupted: bool = False  # while comparing; the pictures are done
+
+    @property
+    def status(self) -> Status:
+        """How the command ended."""
+        return Status.INTERRUPTED if self.interrupted else self.solution.status
 
 
 def run(settings: Settings, as_json: bool = False) -> Status:
@@ -118,7 +124,7 @@ def _run(settings: Settings, team: Processes, as_json: bool) -> Status:
         method = settings.calibration or settings.method
         if settings.calibrate:
             method, _ = _calibrated(settings, arguments, options, None, console)
-        return _solve(settings, arguments, options | {"method": method}, seconds, console).solution.status
+        return _solve(settings, arguments, options | {"method": method}, seconds, console).status
     with prepared(settings.out) as folder:
         method, files = settings.calibration or settings.method, []
         if settings.calibrate:
@@ -134,7 +140,7 @@ def _run(settings: Settings, team: Processes, as_json: bool) -> Status:
     if as_json:
         terminal.print_json(record)
     _tell(settings, loaded, done, terminal.progress() if as_json else terminal.results())
-    return done.solution.status
+    return done.status
 
 
 def _calibrated(
@@ -171,6 +177,7 @@ def _solve(
         show = bar(progress, "sequentially", steps)
         options = {key: value for key, value in options.items() if key != "method"}
         truth, seconds["sequential_sampling"] = _sampled(lambda: solve_sequential(*arguments, callback=show, **options))
+    done.interrupted = truth.status is Status.INTERRUPTED
     if truth.success:
         done.truth = truth.sample
         done.errors = relative_errors(*(one.numpy(force=True) for one in (solution.sample, truth.sample))).tolist()
@@ -307,5 +314,7 @@ def _tell(settings: Settings, loaded: Loaded, done: Run, console: Console) -> No
     told += [loaded.note] if loaded.note else []
     if done.solution.status is Status.INTERRUPTED:
         told.append("The pictures are what was reached.")
+    if done.interrupted:
+        told.append("The comparison was interrupted; the pictures are kept.")
     told.append(f"The pictures, report.html, grid.png, the samples and result.json are in {settings.out}.")
     console.print("\n".join(told), highlight=False, markup=False)

@@ -242,6 +242,35 @@ def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monke
     assert (tmp_path / "000.png").exists()
 
 
+def test_an_interrupt_while_comparing_keeps_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def bar(_: object, name: str, *__: object) -> Any:
+        def broken_off(state: Any) -> None:
+            if name == "sequentially":
+                raise KeyboardInterrupt
+
+        return broken_off
+
+    monkeypatch.setattr(command, "bar", bar)
+    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 4, "--window", 2, "--compare", code=130)
+    assert "The comparison was interrupted; the pictures are kept." in told
+    assert record(tmp_path)["status"] == "converged"
+    assert record(tmp_path)["error_to_sequential"] is None
+
+
+def test_an_interrupt_while_loading_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def broken_off(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", broken_off)
+    told = run("sample", "--out", tmp_path / "new", code=130, only="stderr")
+    assert "parasolver: interrupted; nothing was written" in told
+    assert not (tmp_path / "new").exists()
+
+
 def torchrun(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "parasolver_cli", "sample"]
     command = [sys.executable, "-m", *launcher, "--out", out, *options]
