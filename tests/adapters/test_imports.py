@@ -1,5 +1,6 @@
 """Adapters import their framework only when used, and say what to install where it is not there."""
 
+import os
 import pkgutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from parasolver_adapters.extras import NEEDS
 
 
 def python(code: str) -> list[str]:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # this copy, and not an installed one
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     return run.stdout.splitlines()
 
 
