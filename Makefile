@@ -17,8 +17,8 @@ PUBLISHED := k-diffusion
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.demo ## sample with the embedded model, sequentially and in parallel
-	$(BIN)/parasolver demo
+demo: $(VENV)/.demo ## a pendulum, robot paths and pictures, sequentially and in parallel
+	$(BIN)/parasolver demo --overwrite
 
 test: $(VENV)/.dev ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -1,20 +1,14 @@
-"""A small diffusion policy: paths in the plane that pass an obstacle on one side or the other, and its network.
-
-A path has 16 waypoints from (-1, 0) to (1, 0). The obstacle is a disc; demonstrations pass it left or right at random,
-so that a policy has to decide. The network predicts the velocity ``v`` on a squared cosine schedule, as diffusion
-policies do (Chi et al. 2023, https://arxiv.org/abs/2303.04137), and is told the disc's centre and radius.
-"""
+"""What the embedded policy was trained with: paths in the plane, and its weights before they were rounded."""
 
 from importlib import resources
 
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
-from parasolver_core import NoiseSchedule
+from parasolver_adapters.embedded.policy import SCHEDULE, WAYPOINTS, Policy
 
-WAYPOINTS = 16
-SCHEDULE = NoiseSchedule.squared_cosine()
+__all__ = ["SCHEDULE", "WAYPOINTS", "Policy", "demonstrations", "load_policy"]
 
 
 def demonstrations(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -32,39 +26,8 @@ def demonstrations(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
     return torch.stack([x, y], dim=2), torch.cat([centre, radius[:, None]], dim=1)
 
 
-class Policy(nn.Module):
-    """Residual network of two-layer blocks: ``v = policy(x, t, obstacle)``."""
-
-    def __init__(self, width: int = 192, blocks: int = 4) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, 6.0, 32)), persistent=False)
-        self.enter = nn.Linear(2 * WAYPOINTS + 3 + 64, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(blocks)
-        )
-        self.leave = nn.Linear(width, 2 * WAYPOINTS)
-
-    def forward(self, x: Tensor, t: Tensor, obstacle: Tensor) -> Tensor:
-        """Predict the velocity.
-
-        Args:
-            x: Noisy paths (rows, 16, 2).
-            t: Timesteps in 0 .. 999, (rows,).
-            obstacle: (rows, 3).
-
-        Returns:
-            ``v``, (rows, 16, 2).
-        """
-        phase = (t / 1000).to(x.dtype)[:, None] * self.frequencies.to(x.dtype)
-        hidden = self.enter(torch.cat([x.flatten(1), obstacle, phase.sin(), phase.cos()], dim=1))
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.leave(hidden).view(x.shape)
-
-
 def load_policy(dtype: torch.dtype = torch.float32) -> Policy:
-    """The trained network."""
+    """The trained network, its weights as they were trained."""
     policy = Policy()
     policy.load_state_dict(load(resources.files("benchmarks").joinpath("weights/policy.safetensors").read_bytes()))
     return policy.to(dtype).eval().requires_grad_(False)

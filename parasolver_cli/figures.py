@@ -14,7 +14,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from parasolver_cli.outcome import Look, Outcome
+from parasolver_cli.outcome import Outcome
+from parasolver_cli.watching import moves
 from parasolver_core import Calibration
 
 INK, MUTED, OUTSIDE, FRONT = "#22272e", "#6b7480", "#eef0f2", "#e8590c"
@@ -37,8 +38,9 @@ SHOWN = 4  # pictures of each sampler in samples.png
 ROUNDS_SHOWN = 7  # columns of rounds.png before the sequential picture
 
 
-def draw_all(outcomes: list[Outcome], folder: Path) -> None:
-    """Write the four figures as PNG."""
+def draw_all(outcomes: list[Outcome], folder: Path) -> list[str]:
+    """Write the four figures as PNG; their names."""
+    files = []
     with mpl.rc_context(cast(Any, STYLE)):
         for name, figure in {
             "samples": samples(outcomes),
@@ -46,7 +48,9 @@ def draw_all(outcomes: list[Outcome], folder: Path) -> None:
             "residuals": residuals(outcomes),
             "samples_grid": samples_grid(outcomes[0]),
         }.items():
-            FigureCanvasAgg(figure).print_png(folder / f"{name}.png")
+            files.append(f"{name}.png")
+            FigureCanvasAgg(figure).print_png(folder / files[-1])
+    return files
 
 
 def samples(outcomes: list[Outcome]) -> Figure:
@@ -68,7 +72,7 @@ def _sample_panel(panel: SubFigure, one: Outcome, rows: int, gain: float) -> Non
     axes = panel.subplots(rows, 3, squeeze=False)
     titles = (
         f"sequential\n{one.steps} rounds",
-        f"parallel\n{one.rounds} rounds",
+        f"parallel\n≤ {one.rounds} rounds",
         f"difference\n× {gain:g}",
     )
     for axis, title in zip(axes[0], titles, strict=True):
@@ -92,12 +96,14 @@ def rounds(outcomes: list[Outcome]) -> Figure:
     panels = figure.subfigures(len(outcomes), 1, squeeze=False, hspace=0.06)[:, 0]
     for panel, one in zip(panels, outcomes, strict=True):
         axes = panel.subplots(1, columns)
-        panel.suptitle(one.case.name, x=0.006, ha="left", fontsize=12, fontweight="bold")
+        told = f"{one.case.name}: the first picture took {_of_all(one)}"
+        panel.suptitle(told, x=0.006, ha="left", fontsize=12, fontweight="bold")
         for axis in axes:
             axis.set_axis_off()
-        for axis, index in zip(axes, _chosen_rounds(len(one.look.errors)), strict=False):
-            axis.imshow(one.look.estimates[index], **PICTURE)
-            title = f"round {index + 1}\n{_percent(float(one.look.errors[index]))}"
+        shown = _chosen_rounds(sum(round_ <= one.own_rounds for round_ in one.look.rounds), columns - 1)
+        for axis, index in zip(axes[columns - 1 - len(shown) :], shown, strict=False):
+            axis.imshow(one.look.estimates[index, 0], **PICTURE)
+            title = f"round {one.look.rounds[index]}\n{_percent(float(one.look.errors[index]))}"
             axis.set_title(title, fontsize=10.5, fontweight="normal")
         axes[-1].imshow(one.sequential[0], **PICTURE)
         axes[-1].set_title(f"sequential\n{one.steps} rounds", fontsize=10.5, fontweight="bold")
@@ -122,7 +128,7 @@ def residuals(outcomes: list[Outcome]) -> Figure:
 
 
 def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm, floor: float) -> Any:
-    table = _residual_table(one.look, one.steps, floor)
+    table = np.maximum(moves(one.look.records, one.steps), floor)  # NaN stays
     n = len(table)
     image = axis.imshow(
         table,
@@ -139,19 +145,16 @@ def _residual_panel(axis: Axes, one: Outcome, norm: LogNorm, floor: float) -> An
     upright = {"edges": edges, "orientation": "horizontal"}
     axis.stairs(end, baseline=first, color=INK, linewidth=1.0, label="window", **upright)
     axis.stairs(front, baseline=None, color=FRONT, linewidth=2.0, label="final up to here", **upright)
-    axis.set_title(f"{one.case.name}: {n} rounds")
+    axis.set_title(f"{one.case.name}:\n{_of_all(one)}")
     axis.set_xlabel("step of the sampler: noise → picture")
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return image
 
 
-def _residual_table(look: Look, steps: int, floor: float) -> NDArray[np.float64]:
-    """(rounds, steps), NaN where a node was not evaluated."""
-    table = np.full((len(look.records), steps), np.nan)
-    for row, record in zip(table, look.records, strict=True):
-        row[record.nodes] = np.maximum(record.residuals, floor)
-    return table
+def _of_all(one: Outcome) -> str:
+    """The rounds of the first picture, told apart from those of the batch, which ends with its slowest picture."""
+    return f"{one.own_rounds} rounds (the slowest of {one.case.samples}: {one.rounds})"
 
 
 def samples_grid(one: Outcome) -> Figure:
@@ -173,12 +176,13 @@ def _title(figure: Figure, text: str, size: float = 15) -> None:
     figure.suptitle(text, fontsize=size, fontweight="bold")
 
 
-def _chosen_rounds(count: int) -> NDArray[np.int64]:
-    """Indices of the rounds to show: 1, 3 and 5, then ever farther apart up to the last."""
+def _chosen_rounds(count: int, most: int) -> NDArray[np.int64]:
+    """Indices of the rounds to show: all, or 1, 3 and 5, then ever farther apart up to the last."""
+    if count <= most:
+        return np.arange(count)
     first = [1, 3, 5]
-    spread = np.geomspace(first[-1], max(count, first[-1]), ROUNDS_SHOWN - len(first) + 1)
-    shown = np.union1d(first, np.round(spread).astype(np.int64))
-    return shown[shown <= count] - 1
+    spread = np.geomspace(first[-1], count, most - len(first) + 1)
+    return np.union1d(first, np.round(spread).astype(np.int64)) - 1
 
 
 def _percent(error: float) -> str:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from parasolver_core import SolverError, __version__
+from parasolver_adapters.extras import install
+from parasolver_core import __version__
 
 try:
     import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:  # the solver itself needs neither
-    sys.exit(f"parasolver: the command line needs {error.name}; pip install 'parasolver[demo]'")
+
+    from parasolver_cli import options as given
+    from parasolver_cli.terminal import INTERRUPTED, Column, print_json, print_table, reported, results
+except ImportError as error:  # the solver itself needs neither typer nor rich
+    if sys.argv[1:] == ["--version"]:
+        print(f"parasolver {__version__}")
+        sys.exit()
+    sys.exit(f"parasolver: the command line needs {error.name}: {install('demo')}")
 
 app = typer.Typer(
     name="parasolver",
@@ -30,31 +32,8 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        Console().print(f"parasolver {__version__}", highlight=False)
+        results().print(f"parasolver {__version__}", highlight=False)
         raise typer.Exit
-
-
-def _check_tolerance(value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(f"expected a finite number of at least 0 (0 means exact), got {value}")
-    return value
-
-
-def _check_folder(folder: Path) -> Path:
-    """Make the folder and write to it now rather than fail after minutes of sampling."""
-    if _rank() > 0:  # only the first process writes
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write to {folder}: {error.strerror or error}") from error
-    return folder
-
-
-def _rank() -> int:
-    """Of this process, where torchrun started several."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @app.callback()
@@ -69,164 +48,119 @@ def _main(
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path,
-        typer.Option(callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False),
-    ] = Path("parasolver-demo"),
-    count: Annotated[int, typer.Option(min=1, max=256, help="Pictures to sample.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the starting noise and of DDPM's.")] = 0,
+    out: given.Out = Path("parasolver-demo"),
+    count: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Pictures to sample.", show_default="16; 4 with --quick")
+    ] = None,
+    seed: given.SeedOption = 0,
     window: Annotated[
         int,
-        typer.Option(min=1, help="Steps evaluated in one round; DDPM, with its many steps, takes 4 times as many."),
+        typer.Option(min=1, help="Of the pictures: steps evaluated in one round; DDPM takes 4 times as many."),
     ] = 16,
-    tolerance: Annotated[
-        float,
-        typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample."),
-    ] = 1e-2,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="all cores")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A first look in seconds: samplers of 10 to 50 steps.")
-    ] = False,
+    tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
+    threads: given.Threads = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look in seconds: fewer steps and pictures.")] = False,
+    overwrite: given.Overwrite = False,
+    as_json: given.Json = False,
 ) -> None:
-    """Sample clothes with the embedded model, one step after another and in parallel, and compare.
+    """Show where parallel sampling is faster on this machine, and where it needs another.
 
-    Takes DDIM-50, DPM-Solver++(2M)-25 and DDPM-1000; some minutes on two cores. Needs no download.
+    A pendulum, robot paths from a small policy, and pictures of clothes, each one step after another and in parallel.
+    Some minutes on two cores. Needs no download.
     """
-    console = Console()
-    try:
+    given.check_out(out, overwrite)
+    with reported():
         from parasolver_cli.demo import Settings, run
-    except ImportError as error:
-        hint = "pip install 'parasolver[demo]'"
-        console.print(f"The demo needs {error.name}; {hint}", markup=False, highlight=False)
-        raise typer.Exit(1) from error
-    run(Settings(out, count, seed, window, tolerance, threads, quick), console)
+
+        count = (4 if quick else 16) if count is None else count
+        if not run(Settings(out, count, seed, window, tolerance, threads, quick), as_json):
+            raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
 def sample(
-    out: Annotated[
-        Path,
-        typer.Option(callback=_check_folder, help="Folder for the pictures and result.json.", file_okay=False),
-    ] = Path("parasolver-samples"),
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Weights, .safetensors or .pt.", show_default="the embedded model", dir_okay=False),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="The network of the checkpoint, such as dit-xl-2-256 or adm-256.")
-    ] = "fashion-mnist",
-    sampler: Annotated[
-        str, typer.Option(help="ddim, dpm or ddpm (with the variance that the network learned).")
-    ] = "ddim",
-    steps: Annotated[str, typer.Option(help='A number, or "ddim25", or "10,20,30" for parts of the schedule.')] = "50",
-    window: Annotated[str, typer.Option(help='Steps evaluated in one round; 1 is sequential; "auto".')] = "16",
-    tolerance: Annotated[
-        float, typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample.")
-    ] = 1e-2,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise, and of the labels.")] = 0,
-    count: Annotated[int, typer.Option(min=1, max=10000, help="Pictures to sample.")] = 8,
-    labels: Annotated[
-        str | None,
-        typer.Option(help='Classes, such as 207,360, in turn; or "none".', show_default="drawn from the seed"),
-    ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Of classifier-free guidance.")] = None,
-    guide_all_channels: Annotated[
-        bool, typer.Option("--guide-all-channels", help="DiT: guide all four channels, not the published three.")
-    ] = False,
-    classifier: Annotated[
-        Path | None, typer.Option(help="ADM: weights of the classifier that guides.", dir_okay=False)
-    ] = None,
-    classifier_scale: Annotated[float | None, typer.Option(help="Of its gradient.", show_default="1")] = None,
-    vae: Annotated[
-        Path | None, typer.Option(help="DiT: a diffusers folder of the autoencoder.", file_okay=False)
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one, for each process its own.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    max_rows: Annotated[
-        int, typer.Option(min=1, help="The most rows in one call of the network, by one process.")
-    ] = 64,
-    calibration: Annotated[
-        Path | None, typer.Option(help="What --calibrate wrote for this network.", dir_okay=False)
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Find from 8 pictures or more how far the tolerance may be trusted.")
-    ] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Sample sequentially too, and tell the difference.")
-    ] = False,
+    out: given.Out = Path("parasolver-samples"),
+    checkpoint: given.Checkpoint = None,
+    preset: given.Preset = "fashion-mnist",
+    sampler: given.SamplerName = "ddim",
+    steps: given.Steps = "50",
+    window: given.Window = "16",
+    tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
+    method: given.MethodName = "secant",
+    seed: given.SeedOption = 0,
+    count: given.Count = 8,
+    labels: given.Labels = None,
+    guidance_scale: given.Guidance = None,
+    guide_all_channels: given.AllChannels = False,
+    vae: given.Vae = None,
+    classifier: given.ClassifierFile = None,
+    classifier_scale: given.ClassifierScale = None,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "float32",
+    max_rows: given.MaxRows = 64,
+    calibration: given.Calibration = None,
+    calibrate: given.Calibrate = False,
+    compare: given.Compare = False,
+    overwrite: given.Overwrite = False,
+    as_json: given.Json = False,
 ) -> None:
     """Sample pictures from the embedded model, or from a checkpoint of guided-diffusion or DiT.
 
     Several processes share the rows of each round: torchrun --nproc-per-node 2 -m parasolver_cli sample ...
     The first of them writes the files.
     """
-    console = Console(quiet=_rank() > 0)
-    try:
-        from parasolver_cli.sample import DTYPES, PRESETS, SAMPLERS, Settings, run
-    except ImportError as error:
-        console.print(f"Sampling needs {error.name}; pip install 'parasolver[demo]'", markup=False, highlight=False)
-        raise typer.Exit(1) from error
-    for option, value, known in (
-        ("--preset", preset, PRESETS),
-        ("--sampler", sampler, SAMPLERS),
-        ("--dtype", dtype, DTYPES),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value}", param_hint=option)
-    settings = Settings(
-        out=out,
-        checkpoint=checkpoint,
-        preset=preset,
-        sampler=sampler,
-        steps=steps,
-        window=_window(window),
-        tolerance=tolerance,
-        seed=seed,
-        count=count,
-        labels=_labels(labels),
-        guidance_scale=guidance_scale,
-        guide_all_channels=guide_all_channels,
-        classifier=classifier,
-        classifier_scale=classifier_scale,
-        vae=vae,
-        device=device,
-        dtype=dtype,
-        max_rows=max_rows,
-        calibration=calibration,
-        calibrate=calibrate,
-        compare=compare,
-    )
-    try:
-        converged = run(settings, console)
-    except (ImportError, OSError, TypeError, ValueError, SolverError) as error:  # what the user gave does not fit
-        which = f"Process {_rank()}: " if _rank() > 0 else ""  # it may be the only one that failed
-        Console().print(f"{which}{error}", markup=False, highlight=False)
-        raise typer.Exit(1) from error
-    if not converged:
-        raise typer.Exit(1)
+    values: dict[str, Any] = dict(locals())  # the options by name, as they are called in the settings
+    for name in ("overwrite", "as_json"):
+        del values[name]
+    given.check_out(out, overwrite)
+    values |= {"window": given.read_window(window), "labels": given.read_labels(labels, preset == "fashion-mnist")}
+    with reported():
+        from parasolver_cli.sample import CHOICES, Settings, run
+        from parasolver_core import Status
+
+        for name, known in CHOICES.items():
+            given.check_choice(f"--{name}", values[name], known)
+        status = run(Settings(**values), as_json)
+        if status is not Status.CONVERGED:
+            raise typer.Exit(INTERRUPTED if status is Status.INTERRUPTED else 1)
 
 
-def _window(text: str) -> int | None:
-    """None for "auto"."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f'expected a number of at least 1, or "auto", got {text}', param_hint="--window")
-    return int(text)
+@app.command()
+def bench(
+    network: Annotated[
+        str,
+        typer.Option(help="fashion-mnist, policy, or yours: file.py:function, which returns (denoiser, x_T)."),
+    ] = "fashion-mnist,policy",
+    checkpoint: given.Checkpoint = None,
+    preset: given.Preset = "fashion-mnist",
+    sampler: given.SamplerName = "ddim",
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the sampler.")] = 50,
+    tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
+    batch: Annotated[int, typer.Option(min=1, max=1000, help="Samples at once; not of your own function.")] = 1,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "float32",
+    threads: given.Threads = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds in all; windows that would take longer are left.")] = 60,
+    as_json: given.Json = False,
+) -> None:
+    """Measure whether parallel sampling pays on this machine, and with which window.
 
+    Samples a network sequentially and with windows of 2, 4, 8, ..., and compares the seconds. Your own function is
+    called with the device, and may return a step rule as a third value; without it the network predicts the noise on
+    the linear schedule of 1000 timesteps.
+    """
+    with reported("nothing was kept"):
+        from parasolver_cli.bench import SAMPLERS, Settings, run
+        from parasolver_cli.sample import CHOICES
 
-def _labels(text: str | None) -> tuple[int, ...] | None:
-    """Empty where none were asked for, None for "none"."""
-    if text == "none":
-        return None
-    parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise typer.BadParameter(f'expected classes such as 207,360, or "none", got {text}', param_hint="--labels")
-    return tuple(int(part) for part in parts)
+        given.check_choice("--sampler", sampler, SAMPLERS)
+        given.check_choice("--dtype", dtype, CHOICES["dtype"])
+        given.check_choice("--preset", preset, CHOICES["preset"])
+        names = tuple(name.strip() for name in network.split(","))
+        run(
+            Settings(names, checkpoint, preset, sampler, steps, tolerance, batch, device, dtype, threads, budget),
+            as_json,
+        )
 
 
 @app.command()
@@ -240,43 +174,42 @@ def plan(
     ] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm or ddpm.")] = "ddim",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the sampler.")] = 50,
-    tolerance: Annotated[
-        float, typer.Option(callback=_check_tolerance, help="Wanted relative distance to the sequential sample.")
-    ] = 1e-2,
+    tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
     devices: Annotated[str, typer.Option(help="Numbers of devices to compare.")] = "1,2,4,8",
+    as_json: given.Json = False,
 ) -> None:
     """Predict whether sampling in parallel pays, and with which window, on 1, 2, 4 and 8 devices."""
     from parasolver_cli.plan import SAMPLERS, Settings, parse_costs, run
 
-    if sampler not in SAMPLERS:
-        raise typer.BadParameter(f"expected one of {', '.join(SAMPLERS)}, got {sampler}", param_hint="--sampler")
+    given.check_choice("--sampler", sampler, SAMPLERS)
     try:
         table = None if costs is None else parse_costs(costs)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--costs") from error
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in devices.split(",")):
-        raise typer.BadParameter(f"expected counts such as 1,2,4,8, got {devices}", param_hint="--devices")
-    counts = tuple(int(part) for part in devices.split(","))
-    run(Settings(sampler, steps, tolerance, batch, counts, table), Console())
+    counts = given.read_counts(devices)
+    with reported("nothing was kept"):
+        run(Settings(sampler, steps, tolerance, batch, counts, table), as_json)
 
 
 @app.command()
-def methods() -> None:
-    """List the samplers and the methods to choose from."""
+def methods(as_json: given.Json = False) -> None:
+    """Tell apart the samplers and the methods to choose from."""
     import parasolver_core
     from parasolver_core.methods import METHODS, SEQUENTIAL
 
-    rules = [rule for rule in vars(parasolver_core).values() if _is_step_rule(rule)]
-    table = Table(title="Samplers: step_rule=", title_justify="left", title_style="bold", show_header=False)
-    for rule in sorted(rules, key=lambda rule: rule.__name__):
-        table.add_row(rule.__name__, _summary(rule))
-    Console().print(table)
-    table = Table(title="Methods: method=", title_justify="left", title_style="bold", show_header=False)
-    for name, method in METHODS.items():
-        table.add_row(f'"{name}"', method.summary)
-    table.add_row('"sequential"', SEQUENTIAL)
-    Console().print(table)
+    rules = sorted(filter(_is_step_rule, vars(parasolver_core).values()), key=lambda rule: rule.__name__)
+    samplers = {rule.__name__: _summary(rule) for rule in rules}
+    ways = {name: method.summary for name, method in METHODS.items()} | {"sequential": SEQUENTIAL}
+    if as_json:
+        print_json({"samplers": samplers, "methods": ways})
+        return
+    for title, name, table in (
+        ("Samplers: the argument step_rule of solve", "sampler", samplers),
+        ("Methods: the argument method of solve, and --method of parasolver sample", "method", ways),
+    ):
+        columns = [Column(name, words=True), Column("what it does", words=True)]
+        print_table(results(), title, columns, [*table.items()])
 
 
 def _is_step_rule(thing: object) -> bool:

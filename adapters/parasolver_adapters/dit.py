@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parasolver_adapters.checkpoints import load_weights, read_state_dict
 from parasolver_adapters.epsilon_models import EpsilonModel, Labels, LearnedVariance, space_timesteps, starting_noise
+from parasolver_adapters.extras import install
 from parasolver_adapters.guided_diffusion.unet import timestep_embedding
 from parasolver_core import NoiseSchedule
 
@@ -290,5 +291,5 @@ def _timm() -> Any:
     try:
         import timm.layers
     except ImportError as error:
-        raise ImportError("DiT is built from timm's layers; pip install 'parasolver[timm]'") from error
+        raise ImportError(f"DiT is built from timm's layers: {install('timm')}") from error
     return timm.layers

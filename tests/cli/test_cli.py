@@ -1,32 +1,31 @@
 """The ``parasolver`` command as a user meets it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("typer")
+from rich.console import Console
 from typer.testing import CliRunner
 
+from parasolver_cli.folder import prepared, write_record
 from parasolver_cli.main import app
+from parasolver_cli.options import read_tolerance
+from parasolver_cli.terminal import Column, in_options, print_table
 from parasolver_core import __version__
 
-FIGURES = ("samples.png", "rounds.png", "residuals.png", "samples_grid.png")
-PNG = b"\x89PNG\r\n\x1a\n"
 
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+def run(*arguments: object, code: int = 0, columns: int | None = 200, only: str | None = None) -> str:
+    """What the command prints, on both streams or only on "stdout" or "stderr"."""
+    env = {"COLUMNS": None if columns is None else str(columns), "TERM": "dumb"}
+    result = CliRunner().invoke(app, [str(one) for one in arguments], env=env)
     assert result.exit_code == code, result.output
-    return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
-
-
-@pytest.fixture
-def embedded() -> None:
-    """Skip where the embedded model, or what it runs on, is not installed."""
-    for name in ("torch", "diffusers", "matplotlib", "parasolver_adapters.embedded"):
-        pytest.importorskip(name)
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output if only is None else getattr(result, only))
 
 
 def test_help_names_the_commands() -> None:
@@ -37,7 +36,7 @@ def test_help_names_the_commands() -> None:
 
 def test_help_of_demo_shows_the_defaults() -> None:
     text = run("demo", "--help")
-    for option in ("--out", "--count", "--seed", "--window", "--tolerance", "--threads", "--quick"):
+    for option in ("--out", "--count", "--seed", "--window", "--tolerance", "--threads", "--quick", "--overwrite"):
         assert option in text
     assert "0.01" in text
 
@@ -48,7 +47,7 @@ def test_version() -> None:
 
 def test_methods_lists_samplers_and_methods() -> None:
     text = run("methods")
-    for name in ("DDIM", "DDPM", "DPMSolver", "Euler", '"secant"', '"sequential"'):
+    for name in ("DDIM", "DDPM", "DPMSolver", "Euler", "secant", "sequential"):
         assert name in text
 
 
@@ -67,10 +66,26 @@ def test_bad_option(tmp_path: Path, option: str, value: object) -> None:
     assert f"Invalid value for '{option}'" in run("demo", "--out", tmp_path, option, value, code=2)
 
 
-@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_bad_tolerance(tmp_path: Path, value: str) -> None:
-    text = run("demo", "--out", tmp_path, "--tolerance", value, code=2)
-    assert "Invalid value for '--tolerance': expected a finite number of at least 0" in text
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("-1", "expected a finite number of at least 0 (0 means exact), got -1"),
+        ("nan", "expected a finite number of at least 0 (0 means exact), got nan"),
+        ("inf", "expected a finite number of at least 0 (0 means exact), got inf"),
+        ("x%", "expected a share such as 0.01 or 1%, got x%"),
+        ("5", "5 means 500 %; for 5 % give 0.05 or 5%"),
+        ("100%", "100% means 100 %; for 1 % give 0.01 or 1%"),
+    ],
+)
+@pytest.mark.parametrize("command", ["demo", "sample", "plan", "bench"])
+def test_bad_tolerance(command: str, value: str, told: str) -> None:
+    text = " ".join(run(command, "--tolerance", value, code=2).replace("│", " ").split())
+    assert f"Invalid value for '--tolerance': {told}" in text
+
+
+@pytest.mark.parametrize(("given", "share"), [("1%", 0.01), ("0.01", 0.01), ("0", 0.0), ("2.5 %", 0.025), (0.05, 0.05)])
+def test_tolerance_as_a_share_or_in_per_cent(given: object, share: float) -> None:
+    assert read_tolerance(given) == pytest.approx(share, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -92,29 +107,138 @@ def test_unwritable_folder_is_refused_before_sampling(tmp_path: Path) -> None:
     file.write_text("")
     text = run("demo", "--out", file / "below", code=2)
     assert "cannot write to" in text
+    assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.timeout(300)
-def test_demo_writes_figures_and_true_errors(tmp_path: Path, embedded: None) -> None:
-    text = run("demo", "--quick", "--count", 2, "--tolerance", "1e-2", "--threads", 1, "--out", tmp_path / "new")
-    folder = tmp_path / "new"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, "result.json"])
-    for name in FIGURES:
-        assert (folder / name).read_bytes().startswith(PNG)
+@pytest.mark.parametrize("command", ["demo", "sample"])
+def test_a_folder_with_an_earlier_run_is_refused(tmp_path: Path, command: str) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    told = " ".join(run(command, "--out", tmp_path, code=2, only="stderr").replace("│", " ").split())
+    assert "holds an earlier run; give another folder, or --overwrite to replace it" in told
 
-    result = json.loads((folder / "result.json").read_text())
-    assert result["version"] == __version__
-    assert result["settings"]["count"] == 2
-    assert result["machine"]["threads"] == 1
-    assert all(one["error_mean"] < 1e-2 for one in result["samplers"])
-    names = [one["name"] for one in result["samplers"]]
-    assert names == ["DDIM-20", "DPM-Solver++(2M)-10", "DDPM-50"]
-    for one in result["samplers"]:
-        assert one["name"] in text
-        assert one["error_worst"] == max(one["errors"]) <= 1e-2
-        assert one["within_tolerance"] == (one["error_worst"] <= 1e-2)
-        assert len(one["errors"]) == one["samples"] == 2
-        assert one["rounds"] < one["steps"] <= one["evaluations_per_sample"]
-        assert one["errors_after_round"][-1] < 0.1 * one["errors_after_round"][0]
-        assert one["seconds_sequential"] > 0
-        assert one["seconds_parallel"] > 0
+
+def test_an_earlier_run_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    outside, mine = tmp_path / "outside.png", tmp_path / "out" / "notes.txt"
+    (tmp_path / "out").mkdir()
+    for file in (outside, mine, tmp_path / "out" / "002.png"):
+        file.write_text("")
+    (tmp_path / "out" / "result.json").write_text(json.dumps({"files": ["002.png", "../outside.png", str(outside)]}))
+    with prepared(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == [mine]
+        write_record(folder, {"a": 1}, ["new.png"])
+    assert outside.exists()
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == {"a": 1, "files": ["new.png"]}
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["notes.txt", "result.json"]
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), prepared(tmp_path / "new"):
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
+COSTS = ("plan", "--costs", "1:0.05,8:0.0612,64:0.333")
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, None])
+def test_no_number_of_plan_is_cut(columns: int | None) -> None:
+    narrow, wide = run(*COSTS, columns=columns), run(*COSTS, columns=400)
+    assert "…" not in narrow
+    numbers = re.compile(r"\d+(?:\.\d+)?(?: m?s\b|x)?")
+    tables = (text.partition("Predicted")[0] for text in (narrow, wide))
+    found, expected = (sorted(numbers.findall(re.sub(r"[^\S\n]+", " ", text))) for text in tables)
+    assert found == expected
+    assert len(expected) > 60
+
+
+def test_a_table_that_does_not_fit_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=20)
+    print_table(console, "Title", [Column("a"), Column("long\nname")], [["1234567890", "0.123456789"]])
+    assert capsys.readouterr().out.split("\n") == ["Title", "a: 1234567890", "  long name: 0.123456789", "", ""]
+
+
+def test_json_of_plan_has_all_figures() -> None:
+    told = json.loads(run(*COSTS, "--json", only="stdout"))
+    assert told["costs"]["seconds_by_rows"] == {"1": 0.05, "8": 0.0612, "64": 0.333}
+    assert told["windows"][0]["window"] == 1
+    assert told["windows"][0]["seconds"] == pytest.approx(2.5)
+    assert [one["devices"] for one in told["best"]] == [1, 2, 4, 8]
+    assert told["best"][-1]["times_as_fast"] == pytest.approx(2.5 / told["best"][-1]["seconds"])
+
+
+def test_json_of_methods() -> None:
+    told = json.loads(run("methods", "--json", only="stdout"))
+    assert {"secant", "parataa", "sequential"} <= told["methods"].keys()
+    assert "DDIM" in told["samplers"]
+
+
+def test_methods_are_told_apart() -> None:
+    summaries = json.loads(run("methods", "--json", only="stdout"))["methods"].values()
+    assert len(set(summaries)) == len(summaries)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("spacing: 5000 steps", "--steps: 5000 steps"),
+        ("guide_all_channels: no", "--guide-all-channels: no"),
+        ("x_T: of no use", "x_T: of no use"),
+        ("there is no file a: b", "there is no file a: b"),
+    ],
+)
+def test_messages_speak_of_options(message: str, told: str) -> None:
+    assert in_options(message) == told
+
+
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {lacking!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["parasolver", *{arguments!r}]
+from parasolver_cli.main import app
+app()
+"""
+
+
+def without(folder: Path, lacking: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT.format(lacking=lacking, arguments=arguments)
+    path = os.pathsep.join(map(os.path.abspath, (".", "adapters")))
+    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "300"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, timeout=100
+    )
+
+
+@pytest.mark.parametrize(
+    ("lacking", "arguments", "told"),
+    [
+        (["typer"], ["demo"], "the command line needs typer: pip install '.[demo]' in a copy of the repository"),
+        (["torch"], ["plan"], "torch is not installed: pip install '.[demo]' in a copy of the repository"),
+        (["torch"], ["demo", "--quick"], "torch is not installed: pip install '.[demo]' in a copy of the repository"),
+        (["torch"], ["sample"], "torch is not installed: pip install '.[demo]'"),
+        (["torch"], ["bench"], "torch is not installed: pip install '.[demo]'"),
+        (["matplotlib"], ["demo", "--quick"], "matplotlib is not installed: pip install '.[demo]'"),
+    ],
+)
+def test_without_an_extra_one_line_says_what_to_install(
+    tmp_path: Path, lacking: list[str], arguments: list[str], told: str
+) -> None:
+    ended = without(tmp_path, lacking, *arguments)
+    assert ended.returncode == 1
+    *_, line = ended.stderr.strip().split("\n")
+    assert line.startswith("parasolver: ")
+    assert told in line
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_needs_no_extra(tmp_path: Path) -> None:
+    ended = without(tmp_path, ["typer", "rich"], "--version")
+    assert ended.stdout == f"parasolver {__version__}\n"
+    assert ended.returncode == 0

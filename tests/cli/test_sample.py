@@ -31,7 +31,7 @@ def record(out: Path) -> dict[str, Any]:
 
 
 def sample(out: Path, *options: object, steps: int = 10) -> torch.Tensor:
-    run("sample", "--out", out, "--steps", steps, *options)
+    run("sample", "--out", out, "--overwrite", "--steps", steps, *options)
     return load_file(out / "samples.safetensors")["samples"]
 
 
@@ -67,6 +67,38 @@ def test_the_embedded_model_writes_pictures_and_a_record(tmp_path: Path) -> None
     assert told["rounds"] < len(told["timesteps"]) == 10
     assert max(told["error_to_sequential"]) < 1e-2
     assert {"loading", "sampling", "sequential_sampling", "drawing"} == set(told["seconds"])
+
+
+def test_the_report_shows_rounds_and_both_samples(tmp_path: Path) -> None:
+    sample(tmp_path, "--count", 3, "--window", 4, "--labels", "sneaker,bag,dress", "--compare")
+    told, text = record(tmp_path), (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert told["labels"] == [7, 8, 3]
+    (story,) = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert story["steps"] == 10
+    assert story["rounds"] == story["shown"][-1] == told["rounds"]
+    assert len(story["frames"]) == len(story["errors"]) == len(story["shown"])
+    assert story["errors"][-1] == pytest.approx(told["error_to_sequential"][0], rel=1e-3)
+    assert story["errors"][0] > 10 * story["errors"][-1]
+    assert story["front"][-1] == 10
+    assert [name.partition(" ")[0] for name in story["pictures"]] == ["sequential", "parallel", "difference"]
+    assert {"report.html", "002.png"} <= set(told["files"])
+
+
+def test_fewer_pictures_in_the_same_folder(tmp_path: Path) -> None:
+    printed = run("sample", "--out", tmp_path, "--count", 2, "--steps", 4, "--json", only="stdout")
+    assert json.loads(printed) == record(tmp_path)
+    assert "holds an earlier run" in " ".join(run("sample", "--out", tmp_path, "--count", 1, code=2).split())
+    sample(tmp_path, "--count", 1, steps=4)
+    files = {"000.png", "grid.png", "samples.safetensors", "report.html", "result.json"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("method", ["identity", "sequential"])
+def test_other_methods(tmp_path: Path, method: str) -> None:
+    sample(tmp_path, "--count", 1, "--method", method, "--tolerance", "0.1%", steps=6)
+    assert record(tmp_path)["settings"]["method"] == method
+    assert (record(tmp_path)["evaluations"] == 6) == (method == "sequential")
 
 
 def test_more_pictures_leave_the_first_as_they_are(tmp_path: Path) -> None:
@@ -131,7 +163,10 @@ def test_a_checkpoint_of_guided_diffusion(tmp_path: Path, monkeypatch: pytest.Mo
         (["--preset", "sd"], "expected one of fashion-mnist, adm-64"),
         (["--sampler", "euler"], "expected one of ddim, dpm, ddpm"),
         (["--window", "0"], 'expected a number of at least 1, or "auto"'),
-        (["--labels", "cat"], "expected classes such as 207,360"),
+        (["--labels", "cat"], "expected classes of 0 T-shirt/top, 1 trouser"),
+        (["--labels", "11"], "9 ankle boot, 10 none; got 11"),
+        (["--method", "newton"], "expected one of secant, identity"),
+        (["--preset", "adm-64", "--labels", "bag"], "expected classes such as 207,360"),
     ],
 )
 def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> None:
@@ -141,17 +176,24 @@ def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--preset", "adm-64"], "checkpoint: the preset adm-64 needs a file"),
+        (["--preset", "adm-64"], "--checkpoint: the preset adm-64 needs a file"),
         (["--preset", "adm-64", "--checkpoint", "nowhere.pt"], "there is no file nowhere.pt"),
-        (["--steps", "2000"], "spacing: 2000 steps were asked for where there are 1000"),
-        (["--labels", "11"], "labels: expected classes in 0..10, got 11"),
-        (["--vae", "folder"], "vae: the embedded model has no use for it"),
-        (["--guide-all-channels"], "guide_all_channels: the embedded model has no use for it"),
-        (["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"], "labels: the preset lsun-cat has no classes"),
-        (["--checkpoint", "x.pt"], "preset: a checkpoint needs the name of its network"),
-        (["--device", "meow"], "device: 'meow' cannot be used"),
-        (["--device", "meta"], "device: 'meta' cannot be used"),
-        (["--classifier-scale", "2"], "classifier_scale: the embedded model has no use for it, got 2"),
+        (["--steps", "2000"], "--steps: 2000 steps were asked for where there are 1000"),
+        (["--method", "identity", "--calibrate"], "--calibrate: is of the method secant, got --method identity"),
+        (
+            ["--preset", "dit-xl-2-256", "--checkpoint", "x", "--labels", "1001"],
+            "--labels: expected classes in 0..1000",
+        ),
+        (["--vae", "folder"], "--vae: the embedded model has no use for it"),
+        (["--guide-all-channels"], "--guide-all-channels: the embedded model has no use for it"),
+        (
+            ["--preset", "lsun-cat", "--checkpoint", "x", "--labels", "3"],
+            "--labels: the preset lsun-cat has no classes",
+        ),
+        (["--checkpoint", "x.pt"], "--preset: a checkpoint needs the name of its network"),
+        (["--device", "meow"], "--device: 'meow' cannot be used"),
+        (["--device", "meta"], "--device: 'meta' cannot be used"),
+        (["--classifier-scale", "2"], "--classifier-scale: the embedded model has no use for it, got 2"),
         (
             ["--preset", "adm-64", "--checkpoint", "x", "--classifier-scale", "2"],
             "sampling without a classifier has no",
@@ -159,7 +201,9 @@ def test_bad_options_are_told(tmp_path: Path, options: list[str], told: str) -> 
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, options: list[str], told: str) -> None:
-    assert told in " ".join(run("sample", "--out", tmp_path, *options, code=1).split())
+    error = run("sample", "--out", tmp_path / "new", *options, code=1, only="stderr")
+    assert told in " ".join(error.split())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
@@ -192,10 +236,39 @@ def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monke
         return broken_off
 
     monkeypatch.setattr(command, "bar", bar)
-    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 10, "--window", 3, code=1)
+    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 10, "--window", 3, code=130)
     assert "Interrupted after round 3" in told
     assert record(tmp_path)["status"] == "interrupted"
     assert (tmp_path / "000.png").exists()
+
+
+def test_an_interrupt_while_comparing_keeps_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def bar(_: object, name: str, *__: object) -> Any:
+        def broken_off(state: Any) -> None:
+            if name == "sequentially":
+                raise KeyboardInterrupt
+
+        return broken_off
+
+    monkeypatch.setattr(command, "bar", bar)
+    told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 4, "--window", 2, "--compare", code=130)
+    assert "The comparison was interrupted; the pictures are kept." in told
+    assert record(tmp_path)["status"] == "converged"
+    assert record(tmp_path)["error_to_sequential"] is None
+
+
+def test_an_interrupt_while_loading_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_cli import sample as command
+
+    def broken_off(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", broken_off)
+    told = run("sample", "--out", tmp_path / "new", code=130, only="stderr")
+    assert "parasolver: interrupted; nothing was written" in told
+    assert not (tmp_path / "new").exists()
 
 
 def torchrun(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
@@ -211,7 +284,7 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:
     options = ["--count", 3, "--steps", 12, "--sampler", "ddpm", "--window", 5, "--guidance-scale", 2]
     ended = torchrun(tmp_path / "two", *options)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("The pictures, grid.png") == 1
+    assert ended.stdout.count("The pictures, report.html, grid.png") == 1
     expected = sample(tmp_path / "one", *options, steps=12)
     assert relative(load_file(tmp_path / "two" / "samples.safetensors")["samples"], expected) < 1e-5
     assert {one.name for one in (tmp_path / "two").iterdir()} == {one.name for one in (tmp_path / "one").iterdir()}
@@ -228,8 +301,8 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:
 def test_what_does_not_fit_ends_two_processes(tmp_path: Path) -> None:
     ended = torchrun(tmp_path / "out", "--preset", "adm-64", "--checkpoint", "nowhere.pt")
     assert ended.returncode != 0
-    assert "there is no file nowhere.pt" in ended.stdout
-    assert not list((tmp_path / "out").iterdir())
+    assert "there is no file nowhere.pt" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 SLEEPING = """
@@ -282,5 +355,5 @@ def test_margins_are_found_kept_and_used_again(tmp_path: Path) -> None:
     used = sample(again, *options, "--calibration", first / "calibration.json", steps=12)
     assert torch.equal(found, used)
     assert record(again)["rounds"] == record(first)["rounds"]
-    refused = run("sample", "--out", again, *options, "--calibrate", "--window", "auto", code=1)
-    assert "calibrate: finds a calibration for one window" in " ".join(refused.split())
+    refused = run("sample", "--out", again, "--overwrite", *options, "--calibrate", "--window", "auto", code=1)
+    assert "--calibrate: finds a calibration for one window" in " ".join(refused.split())

@@ -15,10 +15,12 @@ Example:
 """
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,8 +29,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load
 from torch import Tensor
 
-from parasolver_adapters.diffusers.denoisers import UNetDenoiser
-from parasolver_core import NoiseSchedule
+from parasolver_adapters.epsilon_models import EpsilonModel
+from parasolver_core import NoiseSchedule, Rows
 
 SAMPLE_SHAPE = (1, 28, 28)
 CLASS_NAMES = (
@@ -112,6 +114,24 @@ def load_embedded_model(dtype: torch.dtype = torch.float32, device: torch.device
     return model.eval().requires_grad_(False)
 
 
+def class_label(given: int | str) -> int:
+    """The number of a class: a name of ``CLASS_NAMES`` in any case or the first word of one, its number, or "none".
+
+    Raises:
+        ValueError: there is no such class; the message lists them.
+    """
+    text = str(given).strip().lower()
+    if text.isdecimal() and int(text) <= NO_CLASS:
+        return int(text)
+    if text == "none":
+        return NO_CLASS
+    fitting = [i for i, name in enumerate(CLASS_NAMES) if text in (name.lower(), *re.split("[ /]", name.lower()))]
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(CLASS_NAMES))
+    raise ValueError(f"labels: expected classes of {names}, {NO_CLASS} none; got {given}")
+
+
 @dataclass(frozen=True)
 class EmbeddedDenoiser:
     """The embedded model as a function ``eps = denoiser(x, t)``.
@@ -121,64 +141,83 @@ class EmbeddedDenoiser:
 
         eps = eps_uncond + w (eps_cond - eps_uncond)
 
-    from one network call of twice as many rows. One label serves all rows, so that the number of rows, which
-    is (batch x nodes) in a parallel-in-time solver, may change from call to call.
+    from one network call of twice as many rows.
 
     Args:
-        labels: Class of all rows, 0 .. 9 as in ``CLASS_NAMES``, or None for no class.
+        labels: Class of all samples, 0 .. 9 or a name of ``CLASS_NAMES``; or one for each sample of the batch; or None
+            for no class.
         guidance_scale: ``w`` above; 1 is the plain conditional model, None saves the second row of each pair.
         model: Network to call, by default a new float32 copy on the CPU.
 
     Raises:
-        ValueError: If ``labels`` is out of range, or ``guidance_scale`` is given without ``labels``.
+        ValueError: If ``labels`` names no class, or ``guidance_scale`` is given without ``labels``.
 
     Example:
-        >>> dresses = EmbeddedDenoiser(labels=CLASS_NAMES.index("dress"), guidance_scale=2.0)
+        >>> dresses = EmbeddedDenoiser(labels="dress", guidance_scale=2.0)
         >>> dresses(torch.zeros(2, 1, 28, 28), torch.tensor([999, 999])).shape
         torch.Size([2, 1, 28, 28])
     """
 
-    labels: int | None = None
+    labels: int | str | Sequence[int | str] | None = None
     guidance_scale: float | None = None
     model: UNet2DModel = field(default_factory=load_embedded_model, repr=False, compare=False)
 
     prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
-        if self.labels is not None and not 0 <= self.labels < NO_CLASS:
-            raise ValueError(f"labels must be None or an int in 0 .. {NO_CLASS - 1}; got {self.labels}")
         if self.guidance_scale is not None and self.labels is None:
             raise ValueError("guidance_scale needs a class; pass labels, an int in 0 .. 9, or drop guidance_scale")
+        object.__setattr__(self, "labels", self._numbers())
+
+    def _numbers(self) -> int | tuple[int, ...] | None:
+        if self.labels is None:
+            return None
+        single = isinstance(self.labels, (int, str, np.integer))
+        given: Sequence[Any] = [self.labels] if single else self.labels  # type: ignore[assignment]
+        listed = isinstance(given, Sequence | np.ndarray) and len(given) > 0
+        if not listed or not all(isinstance(one, (int, str, np.integer)) for one in given):
+            raise TypeError(f"labels: expected a class, or one for each sample, got {self.labels!r}")
+        numbers = tuple(class_label(int(one) if isinstance(one, np.integer) else one) for one in given)
+        return numbers[0] if single else numbers
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the samples have classes of their own, so that it must know whose each row is."""
+        return isinstance(self.labels, tuple)
 
     @cached_property
-    def _denoiser(self) -> UNetDenoiser:
-        label, no_class = (
-            {"class_labels": torch.tensor([one], device=self.model.device)}
-            for one in (NO_CLASS if self.labels is None else self.labels, NO_CLASS)
-        )
-        guided = self.guidance_scale is not None
-        return UNetDenoiser(
-            self.model,
-            label,
-            negative=no_class if guided else None,
+    def _denoiser(self) -> EpsilonModel:
+        return EpsilonModel(
+            lambda x, t, y: self.model(x, t, class_labels=y, return_dict=False)[0],
+            SCHEDULE,
+            NO_CLASS if self.labels is None else self.labels,  # type: ignore[arg-type]
+            num_classes=NO_CLASS + 1,
+            learn_sigma=False,
             guidance_scale=self.guidance_scale,
+            null_label=NO_CLASS,
         )
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
         """Predict the noise in each row.
 
         Args:
             x: Noisy pictures (rows, 1, 28, 28), in the model's dtype; clean pictures lie in [-1, 1].
             t: Integer timesteps in 0 .. 999, one per row, (rows,).
+            rows: Which sample each row belongs to; ``solve`` tells it where the samples have classes of their own.
 
         Returns:
             ``eps``, same shape and dtype as ``x``.
 
         Raises:
+            TypeError: If x or t is no torch tensor.
             ValueError: If the shapes do not fit.
         """
+        for name, value in (("x", x), ("t", t)):
+            if not isinstance(value, Tensor):
+                kind = type(value).__module__.partition(".")[0]
+                raise TypeError(f"{name}: this network takes torch tensors, got one of {kind}; use torch.as_tensor")
         if x.shape[1:] != SAMPLE_SHAPE or t.shape != x.shape[:1]:
             raise ValueError(
                 f"x must have shape (rows, 1, 28, 28) and t shape (rows,); got {tuple(x.shape)} and {tuple(t.shape)}"
             )
-        return self._denoiser(x, t)
+        return self._denoiser(x, t, rows)
