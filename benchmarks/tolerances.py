@@ -36,7 +36,7 @@ def main(
     arguments: tuple[Any, ...] = (EmbeddedDenoiser(), x_T, SCHEDULE.timesteps(steps), DDIM(SCHEDULE))
     sequential = solve_sequential(*arguments).sample.numpy()[:, 0]
     rows = [(f"sequential\n{steps} calls", sequential)]
-    print("| tolerance | rounds | evaluations per sample | error, median / worst |\n|---|---|---|---|")
+    print("| tolerance | rounds | evaluations per sample | error, median / worst | within |\n|---|---|---|---|---|")
     for tolerance in TOLERANCES:
         solution = solve(*arguments, window=16, tolerance=tolerance)
         found = solution.sample.numpy()[:, 0]
@@ -44,7 +44,7 @@ def main(
         evaluations = solution.stats.evaluations / count
         print(
             f"| {tolerance:.0%} | {solution.stats.rounds} | {evaluations:.0f} |"
-            f" {np.median(error):.2%} / {error.max():.2%} |"
+            f" {np.median(error):.2%} / {error.max():.2%} | {(error <= tolerance).sum()} of {count} |"
         )
         rows.append((f"{tolerance:.0%}\n{solution.stats.rounds} rounds", found))
     with mpl.rc_context(STYLE):
