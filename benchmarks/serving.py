@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, int]] = {
 
 
 def main(
-    loads: Annotated[str, typer.Option(help="Requests per second.")] = "5,20,50,100",
+    loads: Annotated[str, typer.Option(help="Requests per second.")] = "5,20,100",
     seconds: Annotated[float, typer.Option(help="How long requests arrive.")] = 6.0,
     steps: Annotated[int, typer.Option(help="Steps of DDIM.")] = 100,
 ) -> None:

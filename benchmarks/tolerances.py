@@ -1,7 +1,7 @@
 """What a tolerance of 10, 5 or 1 % looks like, with the embedded model: ``python -m benchmarks.tolerances``.
 
-DDIM-50 with a window of 16. Writes ``docs/images/tolerances.png`` and prints, for each tolerance, rounds, evaluations per
-sample and the true error: the relative RMS distance to the sequential sample.
+DDIM-50 with a window of 16. Writes ``docs/images/tolerances.png`` and prints, for each tolerance, rounds, evaluations
+per sample and the true error: the relative RMS distance to the sequential sample.
 """
 
 from __future__ import annotations

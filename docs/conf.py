@@ -47,5 +47,5 @@ html_theme_options = {
     "navbar_center": [],
     "navbar_persistent": [],
     "navbar_end": ["search-button-field", "theme-switcher"],
-    "secondary_sidebar_items": {"**": ["page-toc"], "index": []} | dict.fromkeys(_WIDE, []),
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []} | {page: [] for page in _WIDE},
 }

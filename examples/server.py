@@ -1,14 +1,17 @@
 """A server that samples: one process for each GPU, ``uvicorn examples.server:app``.
 
-Requests wait in a queue. A worker thread takes all that wait, up to a limit, and samples them as one batch. The **window**
-shrinks as the batch grows, so that a round has about ``rows`` rows, the number that the device takes in little more than the
-time of one:
+Requests wait in a queue. A worker thread takes all that wait, up to a limit, and
+samples them as one batch. The **window** shrinks as the batch grows, so that a
+round has about ``rows`` rows, the number that the device takes in little more than
+the time of one:
 
 * one request alone: a wide window, and the answer comes in a few rounds;
-* many requests: a window of 1, which is sequential sampling of the batch, the most samples per second.
+* many requests: a window of 1, which is sequential sampling of the batch, the most
+  samples per second.
 
-Put your network into ``network`` and the device's ``rows`` into ``Sampler``. For several GPUs start one process for each,
-with ``CUDA_VISIBLE_DEVICES`` set, behind any load balancer.
+Put your network into ``network`` and the device's ``rows`` into ``Sampler``. For
+several GPUs start one process for each, with ``CUDA_VISIBLE_DEVICES`` set, behind
+any load balancer.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from parasolver_adapters.wrapping import ModelDenoiser
-from parasolver_core import DDIM, NoiseSchedule, solve
+from parasolver_core import DDIM, NoiseSchedule, Solution, solve, solve_sequential
 
 Model = Callable[..., Tensor]
 
@@ -59,8 +62,17 @@ class Sampler:
         self, model: Model, schedule: NoiseSchedule, prediction_type: Any, *,
         steps: int = 50, rows: int = 16, max_batch: int = 16, tolerance: float = 0.01,
     ) -> None:  # fmt: skip
-        self.model, self.schedule, self.prediction_type = model, schedule, prediction_type
-        self.steps, self.rows, self.max_batch, self.tolerance = steps, rows, max_batch, tolerance
+        self.model, self.schedule, self.prediction_type = (
+            model,
+            schedule,
+            prediction_type,
+        )
+        self.steps, self.rows, self.max_batch, self.tolerance = (
+            steps,
+            rows,
+            max_batch,
+            tolerance,
+        )
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -76,8 +88,10 @@ class Sampler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, noise: Tensor, condition: Tensor) -> Future[tuple[Tensor, int, int]]:
-        """The sample, the size of its batch, and the rounds; as soon as they are there."""
+    def submit(
+        self, noise: Tensor, condition: Tensor
+    ) -> Future[tuple[Tensor, int, int]]:
+        """The sample, the size of its batch and the rounds, once they are there."""
         job = Job(noise, condition)
         self._jobs.put(job)
         return job.answer
@@ -93,6 +107,21 @@ class Sampler:
             if ended:
                 return
 
+    def _sample(self, denoiser: ModelDenoiser, x_T: Tensor) -> Solution:
+        timesteps, rule = self.schedule.timesteps(self.steps), DDIM(denoiser.schedule)
+        window = min(self.steps, self.rows // len(x_T))
+        if window < 2:
+            return solve_sequential(denoiser, x_T, timesteps, rule)
+        return solve(
+            denoiser,
+            x_T,
+            timesteps,
+            rule,
+            window,
+            tolerance=self.tolerance,
+            check=False,
+        )
+
     def _answer(self, batch: list[Job]) -> None:
         try:
             denoiser = ModelDenoiser(
@@ -101,15 +130,7 @@ class Sampler:
                 self.prediction_type,
                 conditions={"condition": torch.stack([job.condition for job in batch])},
             )
-            solution = solve(
-                denoiser,
-                torch.stack([job.noise for job in batch]),
-                self.schedule.timesteps(self.steps),
-                DDIM(denoiser.schedule),
-                window=min(self.steps, max(1, self.rows // len(batch))),
-                tolerance=self.tolerance,
-                check=False,
-            )
+            solution = self._sample(denoiser, torch.stack([job.noise for job in batch]))
             for job, sample in zip(batch, solution.sample, strict=True):
                 job.answer.set_result((sample, len(batch), solution.stats.rounds))
         except Exception as error:  # the requests are told; the server goes on
@@ -144,7 +165,7 @@ app = FastAPI(lifespan=life)
 
 @app.get("/health")
 def health() -> dict[str, bool]:
-    """False once the worker has died: take the process out of the balancer and start it again."""
+    """False once the worker has died: start the process again."""
     return {"alive": sampler.alive}
 
 
