@@ -1,8 +1,11 @@
 """Sphinx configuration. Neither building nor reading needs a network: MathJax is copied out of an installed package."""
 
+import re
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 project = "ParaSolver"
 author = "The ParaSolver authors"
@@ -28,6 +31,19 @@ autodoc_type_aliases = {"ArrayLike": "ArrayLike", "Array": "Array"}
 python_maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Other arguments", "params_style")]
+
+
+def setup(app: Sphinx) -> None:
+    """Names of type aliases stand in signatures as they are written, not as objects."""
+
+    def plain(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, signature: str, returns: str):
+        both = (
+            re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text) if text else text for text in (signature, returns)
+        )
+        return tuple(both)
+
+    app.connect("autodoc-process-signature", plain)
+
 
 _mathjax = find_spec("sphinx-mathjax-offline")
 if _mathjax is None or _mathjax.origin is None:

@@ -6,8 +6,7 @@ round has about ``rows`` rows, the number that the device takes in little more t
 the time of one:
 
 * one request alone: a wide window, and the answer comes in a few rounds;
-* many requests: a window of 1, which is sequential sampling of the batch, the most
-  samples per second.
+* many requests: sequential sampling of the batch, the most samples per second.
 
 Put your network into ``network`` and the device's ``rows`` into ``Sampler``. For
 several GPUs start one process for each, with ``CUDA_VISIBLE_DEVICES`` set, behind
@@ -34,6 +33,7 @@ from parasolver_adapters.wrapping import ModelDenoiser
 from parasolver_core import DDIM, NoiseSchedule, Solution, solve, solve_sequential
 
 Model = Callable[..., Tensor]
+LEAST = 8  # the smallest window that is worth a round
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Sampler:
     def _sample(self, denoiser: ModelDenoiser, x_T: Tensor) -> Solution:
         timesteps, rule = self.schedule.timesteps(self.steps), DDIM(denoiser.schedule)
         window = min(self.steps, self.rows // len(x_T))
-        if window < 2:
+        if window < LEAST:  # narrow windows save too few rounds for what they cost
             return solve_sequential(denoiser, x_T, timesteps, rule)
         return solve(
             denoiser,
