@@ -72,15 +72,17 @@ def test_block_with_each_scheduler(
 ) -> None:
     few = min(int(steps), 60)
     code = BLOCK.replace("import DDIMScheduler", f"import {name}").replace("steps=50", f"steps={few}")
-    code = re.sub(r"pipe\.scheduler = .*", f"pipe.scheduler = {line}", code)
+    code = re.sub(r"pipe\.scheduler = .*?\)\n", f"pipe.scheduler = {line}\n", code, flags=re.DOTALL)
     check(run(code, models, monkeypatch), few, few // 2, prompt="a lighthouse on a cliff")
 
 
 @pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_churches(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = BLOCK.replace("DDIMScheduler, StableDiffusionXLPipeline", "DDPMPipeline").replace(SDXL, CHURCH)
-    code = re.sub(r"pipe\.scheduler = .*\n", "", code).replace("StableDiffusionXLPipeline", "DDPMPipeline")
-    code = code.replace('"a lighthouse on a cliff", num_inference_steps=50', f"num_inference_steps={steps}")
+    code = re.sub(r"pipe\.scheduler = .*?\)\n", "", code, flags=re.DOTALL).replace(
+        "StableDiffusionXLPipeline", "DDPMPipeline"
+    )
+    code = code.replace("prompt, num_inference_steps=50", f"num_inference_steps={steps}")
     check(run(code.replace("=16", "=32"), models, monkeypatch), steps, {60: 30, 1000: 80}[steps])
 
 
