@@ -57,7 +57,7 @@ html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_sidebars = {"**": ["all-pages.html"]}
 # Pages of wide tables have the room of the right column.
-_WIDE = ("benchmarks", "clients", "devices", "schedulers", "tested_pipelines")
+_WIDE = ("architecture", "benchmarks", "clients", "devices", "schedulers", "tested_pipelines")
 html_theme_options = {
     "show_prev_next": False,
     "navbar_center": [],
