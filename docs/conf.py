@@ -1,4 +1,4 @@
-"""Sphinx configuration. Neither building nor reading needs a network: MathJax is copied out of an installed package."""
+"""Sphinx configuration. Neither building nor reading needs a network."""
 
 import re
 from importlib.metadata import version as installed_version
@@ -36,15 +36,25 @@ napoleon_custom_sections = [("Other arguments", "params_style")]
 def setup(app: Sphinx) -> None:
     """Names of type aliases stand in signatures as they are written, not as objects."""
 
-    def plain(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, signature: str, returns: str):
+    def plain(
+        _app: Sphinx,
+        _what: str,
+        _name: str,
+        _object: object,
+        _options: object,
+        signature: str,
+        returns: str,
+    ):
         both = (
-            re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text) if text else text for text in (signature, returns)
+            re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text) if text else text
+            for text in (signature, returns)
         )
         return tuple(both)
 
     app.connect("autodoc-process-signature", plain)
 
 
+# MathJax is copied out of an installed package.
 _mathjax = find_spec("sphinx-mathjax-offline")
 if _mathjax is None or _mathjax.origin is None:
     raise ImportError("sphinx-mathjax-offline is not installed; pip install '.[docs]'")
@@ -52,16 +62,27 @@ mathjax_path = "tex-svg.js"
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"ParaSolver {release}"
-html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static" / "mathjax" / mathjax_path)]
+html_static_path = [
+    "_static",
+    str(Path(_mathjax.origin).parent / "static" / "mathjax" / mathjax_path),
+]
 html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_sidebars = {"**": ["all-pages.html"]}
 # Pages of wide tables have the room of the right column.
-_WIDE = ("architecture", "benchmarks", "clients", "devices", "schedulers", "tested_pipelines")
+_WIDE = (
+    "architecture",
+    "benchmarks",
+    "clients",
+    "devices",
+    "schedulers",
+    "tested_pipelines",
+)
 html_theme_options = {
     "show_prev_next": False,
     "navbar_center": [],
     "navbar_persistent": [],
     "navbar_end": ["search-button-field", "theme-switcher"],
-    "secondary_sidebar_items": {"**": ["page-toc"], "index": []} | {page: [] for page in _WIDE},
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []}
+    | {page: [] for page in _WIDE},
 }
