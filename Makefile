@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 JOBS ?= 2
 BENCH ?= overhead
 SEED ?= 0
@@ -12,10 +13,10 @@ PUBLISHED := k-diffusion
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz check mutants docs bench clean
+.PHONY: help demo test test-all test-oldest fuzz check mutants docs bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo ## a pendulum, robot paths and pictures, sequentially and in parallel
 	$(BIN)/parasolver demo --overwrite
@@ -25,6 +26,14 @@ test: $(VENV)/.dev ## run the tests, except the slow ones
 
 test-all: $(VENV)/.dev ## run all tests, with many more random examples
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=thorough
+
+test-oldest: ## run README's ten lines and the core's tests with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) -m tests.oldest > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+	  --editable '.[demo,diffusers,timm]' pytest pytest-timeout hypothesis array-api-strict scipy
+	$(OLDEST)/bin/python -m pytest -m "not slow" -W default tests/test_oldest.py tests/core \
+	  "tests/docs/test_examples.py::test_readme_example_finds_the_mean_of_its_data"
 
 fuzz: $(VENV)/.dev ## hold random programs against the plain loop: make fuzz SEED=0 SECONDS=1200
 	@failed=0; for part in solve odeint; do \

@@ -22,7 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.policy import WAYPOINTS, demonstrations, load_policy
 from parasolver_adapters.policies import ActionSampler
 
-TRAINED = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+TRAINED = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
 DRIFT = 0.15  # the length of the disc's way during an episode
 Plan = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -38,7 +42,12 @@ class OwnLoop:
     def reset(self) -> None: ...
 
     @torch.no_grad()
-    def __call__(self, shape: tuple[int, ...], conditions: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def __call__(
+        self,
+        shape: tuple[int, ...],
+        conditions: dict[str, Tensor],
+        generator: torch.Generator,
+    ) -> Tensor:
         x = torch.randn(shape, generator=generator)
         self._scheduler.set_timesteps(self._steps)
         for t in self._scheduler.timesteps:
@@ -52,7 +61,11 @@ def episode(plan: Any, seed: int) -> tuple[bool, list[float], list[int]]:
     generator = torch.Generator().manual_seed(seed)
     disc = demonstrations(1, generator)[1]
     angle = 2 * torch.pi * torch.rand(1, generator=generator)
-    drift = DRIFT / WAYPOINTS * torch.stack([angle.cos(), angle.sin(), torch.zeros(1)], dim=1)
+    drift = (
+        DRIFT
+        / WAYPOINTS
+        * torch.stack([angle.cos(), angle.sin(), torch.zeros(1)], dim=1)
+    )
     plan.reset()
     position, safe, seconds, rounds = torch.tensor([-1.0, 0.0]), True, [], []
     for move in range(WAYPOINTS):
@@ -64,14 +77,20 @@ def episode(plan: Any, seed: int) -> tuple[bool, list[float], list[int]]:
         between = position + torch.linspace(0, 1, 9)[:, None] * (after - position)
         safe &= bool(torch.all((between - disc[0, :2]).norm(dim=1) > disc[0, 2]))
         position, disc = after, disc + drift
-    return safe and float((position - torch.tensor([1.0, 0.0])).norm()) < 0.2, seconds, rounds
+    return (
+        safe and float((position - torch.tensor([1.0, 0.0])).norm()) < 0.2,
+        seconds,
+        rounds,
+    )
 
 
 def report(name: str, plan: Any, episodes: int) -> str:
     episode(plan, 0)  # what is done once
     runs = [episode(plan, seed) for seed in range(episodes)]
     seconds = torch.tensor([one for _, plans, _ in runs for one in plans])
-    rounds = torch.tensor([one for _, _, plans in runs for one in plans], dtype=torch.float64)
+    rounds = torch.tensor(
+        [one for _, _, plans in runs for one in plans], dtype=torch.float64
+    )
     success = sum(safe for safe, _, _ in runs) / episodes
     told = f"{rounds.mean():5.1f}" if plan.solution else "    -"
     return f"{name:<44} {1e3 * seconds.median():9.1f} {told} {success:8.0%}"
@@ -82,7 +101,9 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--tolerance", type=float, default=1e-2)
-    parser.add_argument("--max-seconds", type=float, default=0.02, help="a deadline for the last row")
+    parser.add_argument(
+        "--max-seconds", type=float, default=0.02, help="a deadline for the last row"
+    )
     given = parser.parse_args()
     network = load_policy()
     schedulers: dict[str, tuple[Any, int]] = {
@@ -94,9 +115,13 @@ def main() -> None:
         own = {"window": given.window, "tolerance": given.tolerance}
         rows = {
             "the scheduler's own loop": OwnLoop(network, scheduler, steps),
-            "sequential, noise kept": ActionSampler(network, scheduler, steps, shift=0, method="sequential"),
+            "sequential, noise kept": ActionSampler(
+                network, scheduler, steps, shift=0, method="sequential"
+            ),
             "parallel": ActionSampler(network, scheduler, steps, **own),
-            "parallel, from the last plan": ActionSampler(network, scheduler, steps, shift=0, **own),
+            "parallel, from the last plan": ActionSampler(
+                network, scheduler, steps, shift=0, **own
+            ),
             f"the same within {1e3 * given.max_seconds:g} ms": ActionSampler(
                 network, scheduler, steps, shift=0, max_seconds=given.max_seconds, **own
             ),

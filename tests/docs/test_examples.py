@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "docs/quickstart.md",
+    "docs/usage.md",
+    "docs/adapters.md",
+    "docs/calibration.md",
     "docs/calibration.md",
     "docs/devices.md",
     "docs/wrapping.md",
@@ -32,6 +35,19 @@ def test_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     names: dict[str, object] = {}
     exec(compile(code, "example", "exec"), names)
     assert names["solution"].success  # type: ignore[attr-defined]
+
+
+def test_code_fits_beside_the_columns_of_the_site() -> None:
+    wide = [
+        f"{path.name}: {line}"
+        for path in (ROOT / "docs").glob("*.md")
+        for code in re.findall(
+            r"```(?:python|py|bash|{code-block} python)\n(.*?)```", path.read_text(), flags=re.DOTALL
+        )
+        for line in code.split("\n")
+        if len(line) > 88
+    ]
+    assert not wide
 
 
 def test_readme_example_finds_the_mean_of_its_data() -> None:

@@ -16,15 +16,16 @@ pytest.importorskip("transformers")
 import torch
 
 from parasolver_core import Status
-from tests.adapters.saved_pipelines import save_church, save_stable_diffusion
+from tests.adapters.saved_pipelines import CHURCH, SDXL, save_church, save_sdxl
 from tests.adapters.workers import PATH
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 ROOT = Path(__file__).parents[2]
-DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, LOOP, MODULAR = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs/pipelines.md").read_text(), flags=re.DOTALL
-)
+PAGE = (ROOT / "docs/pipelines.md").read_text()
+BLOCK, LOOP, MODULAR = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+(FALLBACK,) = re.findall(r"```{code-block} python\n(.*?)```", PAGE, flags=re.DOTALL)
+SCHEDULERS = re.findall(r"`((\w+Scheduler)\.from_config\(.*?\))` \| (\d+) \|", PAGE)
 (SHARED,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/devices.md").read_text(), flags=re.DOTALL)
 (README,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -33,7 +34,7 @@ DDIM, DPM_SOLVER, DDPM, CHURCH, FALLBACK, LOOP, MODULAR = re.findall(
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder from which the names of the models lead to the stand-ins."""
     root = tmp_path_factory.mktemp("models")
-    save_stable_diffusion(root)
+    save_sdxl(root)
     save_church(root)
     return root
 
@@ -56,23 +57,43 @@ def check(names: dict[str, Any], steps: int, rounds: int, **given: Any) -> None:
     assert (got - want).norm() < 0.05 * want.norm()
 
 
-@pytest.mark.parametrize("code", [DDIM, DPM_SOLVER, README], ids=["DDIM", "DPM-Solver++", "README"])
-def test_stable_diffusion(code: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run(code, models, monkeypatch)
-    check(names, 25, 12, prompt="a lighthouse on a cliff")
+def test_the_table_of_schedulers_is_read() -> None:
+    assert len(SCHEDULERS) == 5
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_stable_diffusion_with_ddpm(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run(DDPM.replace("=1000", f"={steps}"), models, monkeypatch)
-    check(names, steps, {60: 30, 1000: 80}[steps], prompt="a lighthouse on a cliff")
+def test_readme(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(README, models, monkeypatch)
+    check(names, 50, 25, prompt="a lighthouse on a cliff")
+
+
+@pytest.mark.parametrize(("line", "name", "steps"), SCHEDULERS, ids=[name for _, name, _ in SCHEDULERS])
+def test_block_with_each_scheduler(
+    line: str, name: str, steps: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = min(int(steps), 60)
+    code = BLOCK.replace("import DDIMScheduler", f"import {name}").replace("steps=50", f"steps={few}")
+    code = re.sub(r"pipe\.scheduler = .*?\)\n", f"pipe.scheduler = {line}\n", code, flags=re.DOTALL)
+    check(run(code, models, monkeypatch), few, few // 2, prompt="a lighthouse on a cliff")
 
 
 @pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_churches(steps: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run(CHURCH.replace("=1000", f"={steps}"), models, monkeypatch)
-    check(names, steps, {60: 30, 1000: 80}[steps])
-    run(FALLBACK, models, monkeypatch, parallel_sampling=names["parallel_sampling"], pipe=names["pipe"])
+    code = BLOCK.replace("DDIMScheduler, StableDiffusionXLPipeline", "DDPMPipeline").replace(SDXL, CHURCH)
+    code = re.sub(r"pipe\.scheduler = .*?\)\n", "", code, flags=re.DOTALL).replace(
+        "StableDiffusionXLPipeline", "DDPMPipeline"
+    )
+    code = code.replace("prompt, num_inference_steps=50", f"num_inference_steps={steps}")
+    check(run(code.replace("=16", "=32"), models, monkeypatch), steps, {60: 30, 1000: 80}[steps])
+
+
+def test_fallback(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(BLOCK.replace("=50", "=10"), models, monkeypatch)
+    run(
+        FALLBACK.replace("=25", "=10"),
+        models,
+        monkeypatch,
+        **{name: names[name] for name in ("parallel_sampling", "pipe")},
+    )
 
 
 def test_a_loop_of_ones_own() -> None:
