@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from parasolver_adapters.embedded import SCHEDULE, NoiseUNet2DModel
@@ -115,7 +114,7 @@ class Batches:
         return images, torch.where(drop, self.no_class, self.labels[index])
 
 
-def update_ema(ema: dict[str, Tensor], model: UNet2DModel, step: int, limit: float) -> None:
+def update_ema(ema: dict[str, Tensor], model: nn.Module, step: int, limit: float) -> None:
     """Move the averaged weights towards the model's; the decay grows to ``limit`` with the step number."""
     decay = min(limit, (1.0 + step) / (10.0 + step))
     torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1.0 - decay)
@@ -147,12 +146,16 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.batches = Batches(images, labels, config["num_class_embeds"] - 1, options, self.generator)
         self.schedule = torch.from_numpy(SCHEDULE.alphas_cumprod).float()
-        self.model = NoiseUNet2DModel(**config)
+        self.model = self.network(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.01, fused=True)
         self.ema = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.step = 0
         self.seconds = 0.0
         self.average_loss = 0.0
+
+    def network(self, config: Mapping[str, Any]) -> Any:
+        """The network to be trained, whose result's ``sample`` is the noise."""
+        return NoiseUNet2DModel(**config)
 
     @property
     def progress(self) -> float:
@@ -179,9 +182,13 @@ class Trainer:
         x0, y = self.batches.draw()
         eps = torch.randn(x0.shape, generator=self.generator)
         t = spread_timesteps(len(x0), self.generator)
-        prediction = self.model(add_noise(x0, eps, t, self.schedule), t, class_labels=y).sample
-        squared_error = (prediction - eps).square().mean(dim=(1, 2, 3))
+        x_t = add_noise(x0, eps, t, self.schedule)
+        squared_error = (self.predicted_noise(x_t, t, y) - eps).square().mean(dim=(1, 2, 3))
         return (loss_weight(t, self.schedule, self.options.snr_cap) * squared_error).mean()
+
+    def predicted_noise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """What the network takes for the noise in ``x_t``."""
+        return self.model(x_t, t, class_labels=y).sample
 
     def save(self, out: Path) -> None:
         """Write the averaged weights, ``config.json`` and the state from which a run resumes."""
@@ -227,7 +234,12 @@ def train(trainer: Trainer, out: Path) -> None:
     trainer.save(out)
 
 
-def run(config: Mapping[str, Any], load: Callable[[Path], tuple[Tensor, Tensor]], description: str) -> None:
+def run(
+    config: Mapping[str, Any],
+    load: Callable[[Path], tuple[Tensor, Tensor]],
+    description: str,
+    trainer: type[Trainer] = Trainer,
+) -> None:
     """Read the command line and train ``config`` on the pictures and labels that ``load(folder)`` gives."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data set")
@@ -247,4 +259,4 @@ def run(config: Mapping[str, Any], load: Callable[[Path], tuple[Tensor, Tensor]]
         save_minutes=arguments.save_minutes,
         seed=arguments.seed,
     )
-    train(Trainer(config, *load(arguments.data), options), arguments.out)
+    train(trainer(config, *load(arguments.data), options), arguments.out)
