@@ -1,0 +1,116 @@
+"""Are the promises kept on this device: dtypes, TF32, graphs, generators, memory, values that are not finite?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.device import Lab, distance
+from benchmarks.policy import SCHEDULE, demonstrations, load_policy
+from benchmarks.problems import Denoiser
+from parasolver_core import DDIM, DDPM, NonFiniteError, StepRule, solve, solve_sequential
+
+PART = "right"
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of tolerance=0: the network's own rounding
+STEPS = 50
+
+
+class Case:
+    """The diffusion policy on the device."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.rule = DDIM(SCHEDULE, prediction_type="v_prediction")
+        self.timesteps = SCHEDULE.timesteps(12 if lab.tiny else STEPS)
+        self.x_T = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0)).to(lab.device)
+
+    def network(self, dtype: torch.dtype = torch.float32) -> Denoiser:
+        policy = load_policy(dtype).to(self.lab.device)
+        obstacle = demonstrations(1, torch.Generator().manual_seed(7))[1].to(self.lab.device, dtype)
+        return lambda x, t: policy(x, t, obstacle.expand(len(x), -1))
+
+    def promises(
+        self, network: Denoiser, x_T: Tensor, bound: float, rule: StepRule | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Of ``window=1``, of tolerance 0 to ``bound``, of tolerance 1 %; with noise, of the seed too."""
+        rule = rule or self.rule
+        noisy = {"seed": list(range(len(x_T)))} if isinstance(rule, DDPM) else {}
+        problem = (network, x_T, self.timesteps, rule)
+        truth = solve_sequential(*problem, **noisy).sample
+        same = bool(torch.equal(solve(*problem, window=1, **noisy).sample, truth))
+        zero = distance(solve(*problem, window=8, tolerance=0, **noisy, **options).sample, truth)
+        near = solve(*problem, window=16, tolerance=1e-2, **noisy, **options)
+        percent = distance(near.sample, truth)
+        values = {"same": same, "zero": zero, "percent": percent, "rounds": near.stats.rounds}
+        if noisy:
+            alone = solve(network, x_T[1:], self.timesteps, rule, window=16, tolerance=0, seed=[1]).sample
+            values["alone"] = distance(alone, truth[1:])
+        ok = same and zero <= bound and percent <= max(1e-2, bound) and values.get("alone", 0.0) <= bound
+        return {"ok": ok, "message": near.message, **values}
+
+    def precision(self, allowed: bool) -> dict[str, Any]:
+        """With TF32 products allowed to the network, or not."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            return self.promises(self.network(), self.x_T, 1e-2 if allowed else BOUNDS[torch.float32])
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def not_finite(self) -> dict[str, Any]:
+        """A network that gives NaN near the end has to end the run, with a finite state to go on from."""
+
+        def broken(x: Tensor, t: Tensor) -> Tensor:
+            return torch.where((t < 300)[:, None, None], math.nan, 0.1 * x)
+
+        try:
+            solve(broken, self.x_T, self.timesteps, self.rule, window=8)
+        except NonFiniteError as error:
+            return {"ok": bool(torch.isfinite(error.solution.sample).all()), "message": str(error)}
+        return {"ok": False, "error": "accepted"}
+
+    def out_of_memory(self) -> dict[str, Any]:
+        """Calls of six rows or more do not fit: they have to be halved, and the answer the same."""
+        network, lab = self.network(), self.lab
+        room = torch.cuda.mem_get_info(lab.device)[0] if lab.cuda else 0
+        largest = 0
+
+        def hungry(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal largest
+            if not lab.cuda and len(x) > 5:
+                raise torch.OutOfMemoryError("as on a full device")
+            scratch = torch.empty(max(1, len(x) * room // 5), dtype=torch.uint8, device=lab.device)
+            largest = max(largest, len(x))
+            return network(x, t) + 0 * scratch[:1].float()
+
+        found = solve(hungry, self.x_T, self.timesteps, self.rule, window=16, tolerance=1e-2)
+        truth = solve_sequential(network, self.x_T, self.timesteps, self.rule).sample
+        error = distance(found.sample, truth)
+        return {"ok": error <= 1e-2 and largest < 6, "percent": error, "max_rows": found.stats.max_rows}
+
+    def chosen_window(self) -> dict[str, Any]:
+        found = solve(self.network(), self.x_T, self.timesteps, self.rule, window="auto")
+        error = distance(found.sample, solve_sequential(self.network(), self.x_T, self.timesteps, self.rule).sample)
+        return {"ok": error <= 1e-2, "percent": error, "message": found.message}
+
+
+def run(lab: Lab) -> None:
+    """All of it."""
+    case = Case(lab)
+    for dtype, bound in BOUNDS.items():
+        start = case.x_T.to(dtype)
+        lab.measure(PART, f"policy, {dtype}", lambda d=dtype, x=start, b=bound: case.promises(case.network(d), x, b))
+    noisy = DDPM(SCHEDULE, prediction_type="v_prediction")
+    exact = BOUNDS[torch.float32]
+    lab.measure(PART, "policy, DDPM", lambda: case.promises(case.network(), case.x_T, exact, noisy))
+    for allowed in (False, True):
+        lab.measure(PART, f"policy, TF32 {'allowed' if allowed else 'off'}", lambda a=allowed: case.precision(a))
+    network = case.network()
+    lab.measure(PART, "states on the CPU", lambda: case.promises(network, case.x_T, exact, state_device="cpu"))
+    lab.measure(PART, "buckets", lambda: case.promises(network, case.x_T, exact, buckets=(2, 8, 16, 34)))
+    lab.measure(PART, "NaN from the network", case.not_finite)
+    lab.measure(PART, "out of memory", case.out_of_memory)
+    lab.measure(PART, 'window="auto"', case.chosen_window)
