@@ -91,7 +91,7 @@ def _times(results: Results) -> Figure:
         for ax, devices in zip(line, DEVICES, strict=True):
             _time_panel(ax, results, Device(free, devices))
             many = "one device" if devices == 1 else f"{devices} devices"
-            ax.set_title(f"{many}, {'busy' if free == 1 else f'{free} rows in the time of one'}", fontsize=11)
+            ax.set_title(f"{many}, {'busy' if free == 1 else f'k = {free}'}", fontsize=11)
         line[0].set_ylabel("error against the sequential sample")
     for ax in axes[-1]:
         ax.set_xlabel("time / sequential on one")
@@ -109,11 +109,11 @@ def _time_panel(ax: Axes, results: Results, device: Device) -> None:
             continue
         x, y = zip(*front(times), strict=True)
         ax.plot(x, y, "o-", color=COLORS[method], ms=4, lw=2.4 if method == OURS else 1.3, label=method)
-    ax.set(xscale="log", yscale="log", xlim=(0.04, 3.5), ylim=(1e-4, 0.5))
+    ax.set(xscale="log", yscale="log", xlim=(0.04, 3.5), ylim=(5e-5, 0.5))
     ax.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    ax.yaxis.set_major_formatter(_percent)
     _plain(ax)
 
 
@@ -133,7 +133,7 @@ def _quality(results: Results) -> Figure:
             x, y = zip(*points, strict=True)
             ax.plot(x, y, "o", color=COLORS[method], ms=5, alpha=0.8, label=method)
         ax.set(xscale="log", xlabel="error against the sequential sample", title=label)
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        ax.xaxis.set_major_formatter(_percent)
         _plain(ax)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     handles, labels = left.get_legend_handles_labels()
@@ -144,6 +144,10 @@ def _quality(results: Results) -> Figure:
 
 def _class_share(runs: list[Run]) -> float:
     return float(np.mean([one.right for one in runs]))
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{100 * value:g} %"
 
 
 def _plain(ax: Axes) -> None:
