@@ -193,7 +193,7 @@ def noise_error(model: UNet2DModel, data: Path, n: int) -> float:
     index = torch.randperm(len(images), generator=generator)[:n]
     eps = torch.randn(images[index].shape, generator=generator)
     t = torch.arange(n) * SCHEDULE.train_steps // n
-    x = add_noise(images[index], eps, t, torch.from_numpy(SCHEDULE.alphas_cumprod).float())
+    x = add_noise(images[index], eps, t, torch.tensor(SCHEDULE.alphas_cumprod).float())
     with torch.inference_mode():
         batches = zip(x.split(100), t.split(100), labels[index].split(100), strict=True)
         prediction = torch.cat([model(x, t, class_labels=y).sample for x, t, y in batches])

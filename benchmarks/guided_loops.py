@@ -39,7 +39,7 @@ class SpacedDiffusion:
         self.num_timesteps = len(self.betas)
 
     def _at(self, table: Any, t: Tensor, x: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(table))[t].float().view(-1, *[1] * (x.ndim - 1))
+        return torch.from_numpy(np.array(table))[t].float().view(-1, *[1] * (x.ndim - 1))
 
     def _wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, t, **kwargs: function(x, torch.tensor(self.timestep_map)[t], **kwargs)

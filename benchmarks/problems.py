@@ -73,7 +73,7 @@ def flow_denoiser(denoiser: Denoiser, problem: Problem) -> Denoiser:
     A state of the linear path, divided by ``sqrt((1 - t)^2 + t^2)``, is one of the network's own path; the network is
     told the timestep whose share of noise is the nearest.
     """
-    alpha = torch.from_numpy(problem.schedule.alphas_cumprod).sqrt()
+    alpha = torch.tensor(problem.schedule.alphas_cumprod).sqrt()
     sigma = (1 - alpha**2).sqrt()
     shares = sigma / (alpha + sigma)  # of noise: t of the linear path
     p, q = (
@@ -106,7 +106,7 @@ def mixture_denoiser(std: float = 0.2, label: int | None = None, guidance_scale:
     pictures, classes = load_digits(return_X_y=True)
     digits = torch.from_numpy(pictures / 8.0 - 1.0)
     own = digits if label is None else digits[torch.from_numpy(classes == label)]
-    table = torch.from_numpy(MIXTURE_SCHEDULE.alphas_cumprod)
+    table = torch.tensor(MIXTURE_SCHEDULE.alphas_cumprod)
 
     def clean(x: Tensor, kept: Tensor, data: Tensor) -> Tensor:
         a, variance = kept.sqrt(), 1 - kept

@@ -19,7 +19,7 @@ def main(out: Annotated[Path, typer.Option()], steps: int = 12000, batch: int = 
     """Train and write the averaged weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    table = torch.from_numpy(SCHEDULE.alphas_cumprod).float()
+    table = torch.tensor(SCHEDULE.alphas_cumprod).float()
     policy = Policy()
     average = {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)

@@ -145,7 +145,7 @@ class Trainer:
         self.config, self.options = config, options
         self.generator = torch.Generator().manual_seed(options.seed)
         self.batches = Batches(images, labels, config["num_class_embeds"] - 1, options, self.generator)
-        self.schedule = torch.from_numpy(SCHEDULE.alphas_cumprod).float()
+        self.schedule = torch.tensor(SCHEDULE.alphas_cumprod).float()
         self.model = self.network(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.01, fused=True)
         self.ema = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}

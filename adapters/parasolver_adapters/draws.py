@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Draw = Callable[[Callable[..., torch.Tensor], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
 # Products that want tensors of one dtype; a sampler's own tables may be float32.
 _ONE_DTYPE = {torch.einsum, torch.tensordot, torch.matmul, torch.dot, torch.Tensor.matmul, torch.linalg.solve}
+
+
+def _are_mixed(args: Any) -> bool:
+    """Whether float32 and float64 tensors meet; where all are float32 the sampler calculates so, and has to."""
+    dtypes = {one.dtype for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+    return {torch.float32, torch.float64} <= dtypes
 
 
 class Float64(TorchFunctionMode):
@@ -35,7 +41,7 @@ class Float64(TorchFunctionMode):
             return self._draw(func, args, kwargs).double()
         if func is torch.Tensor.float:
             return args[0].double()
-        if func in _ONE_DTYPE:
+        if func in _ONE_DTYPE and _are_mixed(args):
             args = tree_map_only(torch.Tensor, lambda one: one.double() if one.dtype == torch.float32 else one, args)
         if func is torch.Tensor.to:
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)

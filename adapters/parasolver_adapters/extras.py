@@ -22,8 +22,10 @@ NEEDS = {
     "gaussian_diffusion": ("torch", "torch"),
     "guided_diffusion": ("torch", "torch"),
     "multi_device": ("torch", "torch"),
+    "policies": ("torch", "torch"),
     "samplers": ("torch", "torch"),
     "stepwise": ("torch", "torch"),
+    "structures": ("torch", "torch"),
     "wrapping": ("torch", "torch"),
 }
 """Of each module here that needs more than NumPy: the extra to install, and what it imports at once."""

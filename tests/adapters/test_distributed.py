@@ -82,11 +82,11 @@ def test_a_process_that_hangs_holds_nobody_in_the_group(ranks: int, tmp_path: Pa
 @pytest.mark.parametrize(
     ("how", "own", "other", "told"),
     [
-        ("callback", "KeyError", "WorkerError", "rank 1 of 2 left run 2 after network call 2: KeyError: 'mine'"),
+        ("callback", "KeyError", "WorkerError", "rank 1 of 2 left run 2 after network call 3: KeyError: 'mine'"),
         ("last round", "KeyError", "WorkerError", "rank 1 of 2 left run 2 after network call"),
         ("interrupt", "KeyboardInterrupt", "WorkerError", "rank 1 of 2 left run 2 after network call 3: Keyboard"),
         ("argument", "TypeError", "WorkerError", "rank 1 of 2 left run 2 after network call 0: TypeError: seed: "),
-        ("stop", "WorkersDisagreeError", "WorkersDisagreeError", "rank 1 has ended run 2 after network call 2"),
+        ("stop", "WorkersDisagreeError", "WorkersDisagreeError", "rank 1 has ended run 2 after network call 3"),
         ("states", "WorkersDisagreeError", "WorkersDisagreeError", "rank 1 has other states than rank 0"),
     ],
 )
