@@ -28,7 +28,7 @@ CLASSES = 5
 
 def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
     """eps of data near a level of the class, and v that depends on everything."""
-    abar = torch.as_tensor(SCHEDULE.alphas_cumprod, dtype=x.dtype)[t].view(-1, 1, 1, 1)
+    abar = torch.tensor(SCHEDULE.alphas_cumprod, dtype=x.dtype)[t].view(-1, 1, 1, 1)
     level = (torch.zeros(len(x), dtype=x.dtype) if y is None else y.to(x.dtype) / 5).view(-1, 1, 1, 1)
     eps = (x - abar.sqrt() * level) * (1 - abar).sqrt() / (1 - 0.8 * abar) + 0.05 * torch.sin(3 * x)
     return torch.cat([eps, torch.tanh(x + level)], dim=1)
