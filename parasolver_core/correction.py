@@ -165,6 +165,10 @@ class SweepCorrection:
         moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
         self._moved[lo : lo + n] = moved / self._dX[0].size
         move = np.sqrt(squares / size)
+        if size <= _WHOLE:  # small: all of them in one call
+            X = self.X[lo - base : lo - base + n]
+            self._size[lo : lo + n] = np.vecdot(X, X) / size
+            return move
         for j in np.flatnonzero(~(move <= _CHANGED * np.sqrt(self._size[lo : lo + n]))).tolist():
             self._measure(lo + j, self.X[lo + j - base])
         return move

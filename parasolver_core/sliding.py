@@ -59,9 +59,9 @@ class Sliding:
         plan, method, view = self._plan, self._plan.method, host_view(start)
         if isinstance(method, Anderson):
             return [Alone(self._anderson(method, s, start[row, :])) for row, s in enumerate(samples.tolist())]
-        large = view.shape[1] * plan.width > _LARGE
-        # a sweep makes states as the plain loop does, to the last bit: what a tolerance of 0 is for
-        if isinstance(view, np.ndarray) and (large or plan.tolerance == 0):
+        # a sweep is faster there; and it makes states as the plain loop does, to the last bit, as a tolerance of 0 asks
+        swept = len(samples) == 1 or view.shape[1] * plan.width > _LARGE or plan.tolerance == 0
+        if isinstance(view, np.ndarray) and swept:
             return [
                 Alone(self._sweep(s, row, given_back(plan.xp, start[row, :]), outlook))
                 for row, s in enumerate(samples.tolist())
