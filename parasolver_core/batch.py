@@ -76,7 +76,7 @@ class WindowBatch(Run):
         return self._give(self._buffers.inputs(self._windows))
 
     def compare(self, D: Array) -> Array:
-        D = host_view(self._plan.xp.astype(D, self._given_dtype, copy=False))
+        D = self._taken(D)
         return self._buffers.compare(D, self._windows, self._plan.recurrence.tells_size(self._windows.last))
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
@@ -189,7 +189,7 @@ class WindowBatch(Run):
         windows = self._windows
         usable = np.minimum(np.maximum(leading(found.fine), 1), windows.n)
         inside = np.arange(windows.longest) < usable[:, None]
-        states_ok, outputs_ok = self._buffers.well(host_view(D), windows)
+        states_ok, outputs_ok = self._buffers.well(self._taken(D), windows)
         failed: Failures = {}
         for row in np.flatnonzero(~(states_ok & outputs_ok)).tolist():
             status = Status.NONFINITE_MODEL if states_ok[row] else Status.NONFINITE_SOLVER
@@ -213,6 +213,10 @@ class WindowBatch(Run):
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._buffers.stay(stay)
+
+    def _taken(self, D: Array) -> Array:
+        """The network's outputs as the windows' own arithmetic reads them."""
+        return host_view(self._plan.xp.astype(D, self._given_dtype, copy=False))
 
     def _give(self, array: Array) -> Array:
         """An array of the windows' as one of the user's library, in the same memory."""

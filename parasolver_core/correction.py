@@ -238,7 +238,9 @@ class SweepCorrection:
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
 
     def last_move(self, i: int) -> Array:
-        """``dX_i``, (size,), of a node that was moved in this round."""
+        """``dX_i``, (size,), of a node; 0 where no round has moved it, as after outputs that were not finite."""
+        if not self._moved_from <= i < self._moved_to:
+            return np.zeros_like(self.X[0])
         return np.reshape(self._dX[i - self._moved_from], (-1,))
 
     def _measure(self, i: int, row: Array) -> None:
