@@ -110,8 +110,8 @@ def check_that_it_belongs_together(left: Solution, way: Any, near: float) -> Non
     assert np.all(np.isfinite(np.asarray(left.sample)))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
+def prepared(name: str) -> tuple[Callable[[], Solution], Any, float]:
+    """A run, the plain loop's states, and how far from them its own may be."""
     rule, options = RUNS[name]
     steps = SCHEDULE.timesteps(60 if "spread" in name else 14)
     network = rough if "then" in name else NETWORK
@@ -121,7 +121,12 @@ def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
     def run() -> Solution:
         return solve(network, x_T, steps, rule, save="trajectory", **options)
 
-    near = 0.3 if "spread" in name else 1e-7
+    return run, way, 0.3 if "spread" in name else 1e-7
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
+    run, way, near = prepared(name)
     lines = lines_of(run)
     rng = np.random.default_rng(0)
     seen = set()
@@ -135,17 +140,9 @@ def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupt_at_every_tenth_line(name: str) -> None:
-    rule, options = RUNS[name]
-    steps = SCHEDULE.timesteps(60 if "spread" in name else 14)
-    network = rough if "then" in name else NETWORK
-    x_T = normal((2, 4))
-    way = solve_sequential(network, x_T, steps, rule, save="trajectory").trajectory
-
-    def run() -> Solution:
-        return solve(network, x_T, steps, rule, save="trajectory", **options)
-
+    run, way, near = prepared(name)
     for line in range(3, lines_of(run), 10):
-        check_that_it_belongs_together(interrupted_at(line, run), way, 0.3 if "spread" in name else 1e-7)
+        check_that_it_belongs_together(interrupted_at(line, run), way, near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
