@@ -57,7 +57,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.program: Program | None = None
         self.references: dict[tuple[Any, ...], Reference] = {}
-        self.extra_calls = 0
         self._own: dict[int, tuple[torch.Tensor, int]] = {}  # this step's values by their id, with their numbers
         self._places: dict[Any, int] = {}  # and by where they lie, as autograd and ``.data`` make others of them
         self._predicted: set[int] = set()  # those of them that depend on a network's output
@@ -148,7 +147,6 @@ class Recorder(TorchDispatchMode):
             return forward(*args, **kwargs)
         key = form_of_call(module, kwargs, leaves)
         if key not in self.references:
-            self.extra_calls += self.program is not None
             with self._outside():
                 own = copies(leaves)  # the loop may write into these later
                 output = forward(*args, **kwargs)
