@@ -1,8 +1,8 @@
 """How many rounds will a run take? ``python -m benchmarks.planning`` fits the constants of the prediction.
 
 Counts the rounds of the default method, one sample at a time, over samplers, numbers of steps, windows and tolerances,
-and compares them with :func:`parasolver_core.planning.predicted_rounds`; then fits that formula's constants anew.
-Nothing here depends on time.
+and compares them with :func:`parasolver_core.planning.prediction.predicted_rounds`; then fits that formula's constants
+anew. Nothing here depends on time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rich.progress import track
 from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
 from parasolver_core import solve
-from parasolver_core.methods import _SLIDING, _SLIDING_NOISY, get_method
-from parasolver_core.planning import predicted_rounds, predicted_rows
+from parasolver_core.methods.expected import _SLIDING, _SLIDING_NOISY
+from parasolver_core.methods.presets import get_method
+from parasolver_core.planning.prediction import predicted_rounds, predicted_rows
 
 SAMPLERS = ("DDIM", "2M", "DDPM")
 STEPS = (10, 20, 50, 100, 200, 1000)

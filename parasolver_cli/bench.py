@@ -33,7 +33,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.denoiser import takes_rows
+from parasolver_core.denoiser.contract import takes_rows
 
 _PAYS = 1.1  # times as fast, below which the difference is no more than that of two timings
 _CHEAP = 4.0  # so many times as long, and a larger call is no reason why it does not pay

@@ -196,7 +196,7 @@ def plan(
 def methods(as_json: given.Json = False) -> None:
     """Tell apart the samplers and the methods to choose from."""
     import parasolver_core
-    from parasolver_core.methods import METHODS, SEQUENTIAL
+    from parasolver_core.methods.presets import METHODS, SEQUENTIAL
 
     rules = sorted(filter(_is_step_rule, vars(parasolver_core).values()), key=lambda rule: rule.__name__)
     samplers = {rule.__name__: _summary(rule) for rule in rules}

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from parasolver_cli.terminal import Column, print_json, print_table, progress, results
 from parasolver_core import DDIM, DDPM, DPMSolver, NoiseSchedule, StepRule, __version__
-from parasolver_core.costs import CostTable
-from parasolver_core.methods import get_method
-from parasolver_core.planning import Costs, Prediction, candidates, choose, predict, seconds
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.methods.presets import get_method
+from parasolver_core.planning.costs import CostTable
+from parasolver_core.planning.prediction import Costs, Prediction, candidates, choose, predict, seconds
+from parasolver_core.samplers.recurrence import Recurrence
 
 SAMPLERS: dict[str, type[StepRule]] = {"ddim": DDIM, "dpm": DPMSolver, "ddpm": DDPM}
 _WINDOWS = (2, 4, 8, 16, 32, 64)
@@ -118,7 +118,7 @@ def _embedded(settings: Settings) -> Costs:
     import torch
 
     from parasolver_adapters.embedded import SAMPLE_SHAPE, SCHEDULE, EmbeddedDenoiser
-    from parasolver_core.solver import measure_run
+    from parasolver_core.planning.measurement import measure_run
 
     rule = SAMPLERS[settings.sampler](SCHEDULE)  # type: ignore[call-arg]
     x_T = torch.randn(settings.batch, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))

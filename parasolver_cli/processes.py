@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.denoiser.contract import DenoiserFn
 
 _TIMEOUT = 600.0  # seconds; the slowest process may take long to read its checkpoint, and one that dies is noticed
 

@@ -40,8 +40,8 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.methods import METHODS
+from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.methods.presets import METHODS
 
 SAMPLERS = ("ddim", "dpm", "ddpm")
 CHOICES = {"preset": PRESETS, "sampler": SAMPLERS, "dtype": DTYPES, "method": (*METHODS, "sequential")}

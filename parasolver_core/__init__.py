@@ -5,8 +5,9 @@ knows. ``solve`` is the front door.
 """
 
 from parasolver_core.calibration import Calibration, calibrate
-from parasolver_core.conformance import DenoiserReport, check_denoiser
-from parasolver_core.denoiser import DenoiserFn, Rows, clip_sample
+from parasolver_core.denoiser.clipping import clip_sample
+from parasolver_core.denoiser.conformance import DenoiserReport, check_denoiser
+from parasolver_core.denoiser.contract import DenoiserFn, Rows
 from parasolver_core.errors import (
     ConvergenceError,
     CoupledRowsError,
@@ -14,13 +15,15 @@ from parasolver_core.errors import (
     NonFiniteError,
     SolverError,
 )
-from parasolver_core.linearization import Identity, Linearization, Secant
-from parasolver_core.methods import Method
-from parasolver_core.recurrence import Recurrence
-from parasolver_core.schedules import NoiseSchedule
+from parasolver_core.methods.method import Method
+from parasolver_core.rounds.linearization import Identity, Linearization, Secant
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.schedules import NoiseSchedule
+from parasolver_core.samplers.step_rules import DDIM, DDPM, DPMSolver, Euler, StepRule
+from parasolver_core.sampling import solve, solve_sequential
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
-from parasolver_core.solver import ParallelIntegralSolver, SequentialSolver, solve, solve_sequential
-from parasolver_core.step_rules import DDIM, DDPM, DPMSolver, Euler, StepRule
+from parasolver_core.solver.parallel import ParallelIntegralSolver
+from parasolver_core.solver.sequential import SequentialSolver
 
 __all__ = [
     "DDIM",

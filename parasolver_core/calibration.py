@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.acceptance import Margins, RelativeMove
 from parasolver_core.arrays import Array, to_host
-from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.methods import CALIBRATED, Method
-from parasolver_core.noise import NoiseFn, Seed
-from parasolver_core.progress import Meter
+from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.methods.method import Method
+from parasolver_core.methods.presets import CALIBRATED
+from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.samplers.noise import NoiseFn, Seed
+from parasolver_core.samplers.step_rules import StepRule
+from parasolver_core.sampling import solve
 from parasolver_core.solution import Solution
-from parasolver_core.solver import solve
-from parasolver_core.step_rules import StepRule
+from parasolver_core.solver.progress import Meter
 from parasolver_core.validation import check_count, check_start, check_tolerance
 
 _FEWEST = 8  # samples: fewer say too little of the others
@@ -111,7 +112,7 @@ class Calibration:
         )
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """As JSON, which ``method=`` of :func:`~parasolver_core.solver.solve` takes by its name."""
+        """As JSON, which ``method=`` of :func:`~parasolver_core.sampling.solve` takes by its name."""
         assert isinstance(self.method.acceptance, RelativeMove)
         record = {
             "kind": CALIBRATED,
@@ -153,8 +154,8 @@ def calibrate(
     Args:
         denoiser, timesteps, step_rule, window, tolerance: of the runs to come; ``tolerance`` above 0. What is found is
             meant for these, and for smaller tolerances.
-        x_T: where to start, as in :func:`~parasolver_core.solver.solve`: at least 8 typical samples; 16 are better.
-        seed, noise, max_rows, buckets, state_device, warmup_steps: as in :func:`~parasolver_core.solver.solve`.
+        x_T: where to start, as in :func:`~parasolver_core.sampling.solve`: at least 8 typical samples; 16 are better.
+        seed, noise, max_rows, buckets, state_device, warmup_steps: as in :func:`~parasolver_core.sampling.solve`.
         progress: show a bar (needs tqdm).
 
     Returns:
@@ -162,7 +163,7 @@ def calibrate(
 
     Raises:
         ValueError: fewer than 8 samples, or a tolerance of 0.
-        SolverError: as :func:`~parasolver_core.solver.solve`.
+        SolverError: as :func:`~parasolver_core.sampling.solve`.
     """
     _check(x_T, window, tolerance)
     options: dict[str, Any] = {

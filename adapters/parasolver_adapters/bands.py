@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_core.recurrence import (
+from parasolver_core.samplers.recurrence import (
     Recurrence,
     added_noise_share,
     identity_slope,
@@ -129,7 +129,7 @@ def tabulated(
         band: ``(a, b, c)``.
         path: of the network's predictions.
         sigma_data: standard deviation of the data, for a first guess of the network's slope.
-        input_scale, stages: as in :class:`~parasolver_core.recurrence.Recurrence`.
+        input_scale, stages: as in :class:`~parasolver_core.samplers.recurrence.Recurrence`.
     """
     a, b, c = band
     known = np.isfinite(path.p) & np.isfinite(path.q) & (path.q != 0)

@@ -39,7 +39,8 @@ from parasolver_adapters.exchange import (
     sketch,
 )
 from parasolver_core import __version__
-from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, predicted_by, takes_rows
+from parasolver_core.denoiser.calls import BatchedCall
+from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser, predicted_by, takes_rows
 from parasolver_core.introspection import reachable
 
 __all__ = ["DistributedDenoiser", "WorkerError", "WorkerLostError", "WorkersDisagreeError", "process_group"]

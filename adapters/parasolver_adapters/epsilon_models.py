@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parasolver_core import DDPM, Recurrence, Rows, clip_sample
-from parasolver_core.schedules import DiscreteSchedule
+from parasolver_core.samplers.schedules import DiscreteSchedule
 from parasolver_core.validation import check_count
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -251,7 +251,7 @@ class EpsilonModel:
 
 @dataclass(frozen=True, eq=False)
 class LearnedVariance:
-    r"""A model for :class:`~parasolver_core.step_rules.DDPM` with the variance that its network learned, exactly.
+    r"""A model for :class:`~parasolver_core.DDPM` with the variance that its network learned, exactly.
 
     A step of DDPM with the learned standard deviation :math:`\sigma(x)`, element by element, and perhaps a classifier's
     gradient g (which moves the mean by :math:`\sigma^2 g`) is

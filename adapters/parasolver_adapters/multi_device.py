@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from parasolver_adapters.distributed import WorkersDisagreeError, fingerprint, shares
 from parasolver_core.arrays import Array
-from parasolver_core.denoiser import BatchedCall, DenoiserFn, Rows, SharedDenoiser, takes_rows
+from parasolver_core.denoiser.calls import BatchedCall
+from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser, takes_rows
 from parasolver_core.errors import note
 from parasolver_core.introspection import reachable
 

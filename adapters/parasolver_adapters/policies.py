@@ -23,8 +23,8 @@ from parasolver_adapters.diffusers.first_pass import Streams
 from parasolver_adapters.diffusers.schedulers import step_rule_from_scheduler
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution, solve
-from parasolver_core.deadline import check_seconds
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.solver.deadline import check_seconds
 from parasolver_core.validation import check_count
 
 _GIVEN_BY_THE_SAMPLER = {"noise", "seed", "start", "save", "throw"}

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parasolver_core import ParallelIntegralSolver, Recurrence, Solution, Status, StepRule
-from parasolver_core.denoiser import DenoiserFn
+from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.errors import ConvergenceError, NonFiniteError, attach
-from parasolver_core.methods import get_method
-from parasolver_core.planning import choose
-from parasolver_core.solver import measure_run
+from parasolver_core.methods.presets import get_method
+from parasolver_core.planning.measurement import measure_run
+from parasolver_core.planning.prediction import choose
 
 
 @dataclass(frozen=True, eq=False)

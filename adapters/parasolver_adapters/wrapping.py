@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from parasolver_adapters.epsilon_models import NEEDS_ROWS, check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
-from parasolver_core.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule, PredictionType
+from parasolver_core.samplers.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule, PredictionType
 
 Convention = Literal["timestep", "unit", "sigma"]
 TimeFn = Callable[[Tensor], Tensor]

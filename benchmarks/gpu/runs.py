@@ -22,7 +22,7 @@ from benchmarks.problems import Denoiser
 from parasolver_adapters.embedded import SCHEDULE as EMBEDDED_SCHEDULE
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
 from parasolver_core import DDIM, Solution, solve
-from parasolver_core.schedules import DiscreteSchedule
+from parasolver_core.samplers.schedules import DiscreteSchedule
 
 PART = "runs"
 TURNS = 7

@@ -24,7 +24,7 @@ from parasolver_adapters.distributed import DistributedDenoiser
 from parasolver_adapters.epsilon_models import EpsilonModel, LearnedVariance
 from parasolver_adapters.wrapping import ModelDenoiser
 from parasolver_core import DDIM, DDPM, NoiseSchedule, clip_sample, solve
-from parasolver_core.denoiser import ClippedDenoiser
+from parasolver_core.denoiser.clipping import ClippedDenoiser
 from tests.adapters.weights import relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parasolver_adapters.wrapping import ModelDenoiser, k_diffusion_denoiser
 from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, check_denoiser, solve, solve_sequential
-from parasolver_core.schedules import PredictionType
+from parasolver_core.samplers.schedules import PredictionType
 from tests.adapters.weights import relative
 from tests.core.problems import Gaussian
 

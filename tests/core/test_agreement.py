@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, clip_sample, solve, solve_sequential
-from parasolver_core.denoiser import predicted_by
+from parasolver_core.denoiser.contract import predicted_by
 from tests.core.problems import Rational, normal
 
 TABLE, KARRAS, FLOW = NoiseSchedule.linear(), NoiseSchedule.karras(0.03, 14.6), NoiseSchedule.flow_matching()

@@ -29,7 +29,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.solver import Solver
+from parasolver_core.solver.loop import Solver
 from tests.core.problems import EPS, Mixture, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.linear()

@@ -15,15 +15,14 @@ from parasolver_core import (
     Method,
     NoiseSchedule,
     ParallelIntegralSolver,
-    batch,
-    decisions,
-    noise,
-    sliding,
     solve,
     solve_sequential,
-    spread,
 )
-from parasolver_core.held_form import HeldForm
+from parasolver_core.methods import sliding, spread
+from parasolver_core.methods import window_batch as batch
+from parasolver_core.rounds import decisions
+from parasolver_core.samplers import noise
+from parasolver_core.samplers.held_form import HeldForm
 from tests.core.problems import Rational, normal, relative
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, Calibration, NoiseSchedule, calibrate, solve, solve_sequential
-from parasolver_core.acceptance import Margins, RelativeMove
 from parasolver_core.calibration import Trial, _widest
-from parasolver_core.methods import get_method
+from parasolver_core.methods.presets import get_method
+from parasolver_core.rounds.acceptance import Margins, RelativeMove
 from tests.core.problems import Mixture, TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -20,7 +20,7 @@ from parasolver_core import (
     Status,
     solve,
 )
-from parasolver_core.checking import remembered
+from parasolver_core.denoiser.checking import remembered
 from tests.core.problems import Counted, Rational, normal
 
 LINEAR, KARRAS = NoiseSchedule.linear(), NoiseSchedule.karras(0.03, 14.6)
@@ -204,7 +204,7 @@ def test_denoisers_are_remembered_weakly_and_one_by_one() -> None:
     number = id(model)
     del model
     gc.collect()
-    from parasolver_core.checking import _PASSED
+    from parasolver_core.denoiser.checking import _PASSED
 
     assert number not in _PASSED
 

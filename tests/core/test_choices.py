@@ -15,11 +15,11 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.acceptance import Margins, RelativeMove, RoundView
-from parasolver_core.costs import CostTable
-from parasolver_core.linearization import Secant
-from parasolver_core.methods import METHODS, sliding
-from parasolver_core.planning import Costs, choose
+from parasolver_core.methods.presets import METHODS
+from parasolver_core.planning.costs import CostTable
+from parasolver_core.planning.prediction import Costs, choose
+from parasolver_core.rounds.acceptance import Margins, RelativeMove, RoundView
+from parasolver_core.rounds.linearization import Secant
 from tests.core.problems import normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -184,8 +184,8 @@ def test_a_chosen_window_with_a_warm_start_slides() -> None:
 
 
 def test_the_same_method_without_spread_nodes() -> None:
-    assert sliding(METHODS["secant"]) == replace(METHODS["secant"], spread=False)
-    assert sliding(METHODS["parataa"]) is METHODS["parataa"]
+    assert METHODS["secant"].sliding() == replace(METHODS["secant"], spread=False)
+    assert METHODS["parataa"].sliding() is METHODS["parataa"]
 
 
 @pytest.mark.parametrize("yes", [1, "yes", np.True_, object()])

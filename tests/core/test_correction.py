@@ -6,20 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from parasolver_core import (
-    DDIM,
-    DDPM,
-    Method,
-    NoiseSchedule,
-    NonFiniteError,
-    correction,
-    sliding,
-    solve,
-    solve_sequential,
-)
-from parasolver_core.held_form import HeldForm
-from parasolver_core.recurrence import combine
-from parasolver_core.step_rules import DPMSolver
+from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, NonFiniteError, solve, solve_sequential
+from parasolver_core.methods import sliding
+from parasolver_core.rounds import sweep as correction
+from parasolver_core.samplers.held_form import HeldForm
+from parasolver_core.samplers.recurrence import combine
+from parasolver_core.samplers.step_rules import DPMSolver
 from tests.core.problems import Mixture, Rational, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -10,7 +10,7 @@ from scipy.linalg import expm
 
 from parasolver_core import DDIM, Identity, Linearization, Method, NoiseSchedule, Recurrence, Secant, StepRule, solve
 from parasolver_core import solve_sequential as sequential
-from parasolver_core.acceptance import Acceptance, Margins, RelativeMove, RoundView, StepVariance
+from parasolver_core.rounds.acceptance import Acceptance, Margins, RelativeMove, RoundView, StepVariance
 from tests.core.problems import EPS, Rational, TanhNetwork, normal, relative
 
 TABLE = NoiseSchedule.scaled_linear()

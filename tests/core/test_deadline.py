@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, NoiseSchedule, Status, solve, solve_sequential
-from parasolver_core.deadline import Deadline
+from parasolver_core.solver.deadline import Deadline
 from tests.arrays import to_numpy
 
 SCHEDULE = NoiseSchedule.linear()

@@ -18,9 +18,9 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.levels import Level, Levels, interpolation, placement
-from parasolver_core.methods import sliding_rounds
-from parasolver_core.window import BetweenNodes
+from parasolver_core.methods.expected import sliding_rounds
+from parasolver_core.methods.levels import Level, Levels, interpolation, placement
+from parasolver_core.rounds.forecast import BetweenNodes
 
 SCHEDULE = NoiseSchedule.linear()
 Denoiser = Callable[[np.ndarray, np.ndarray], np.ndarray]

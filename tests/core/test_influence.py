@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
-from parasolver_core.acceptance import Margins, RelativeMove, RoundView
+from parasolver_core.rounds.acceptance import Margins, RelativeMove, RoundView
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -20,15 +20,16 @@ from parasolver_core import (
     ParallelIntegralSolver,
     Solution,
     Status,
-    planning,
     solve,
     solve_sequential,
 )
+from parasolver_core.planning import auto
 from tests.core.problems import Rational, normal
 
 CORE = str(Path(parasolver_core.__file__).parent)
 SCHEDULE = NoiseSchedule.linear()
 NETWORK = Rational()
+FIRST = 5  # line of `solve` within its try block; the wrapper that keeps it out of graphs has two
 
 
 class InterruptAt:
@@ -130,7 +131,7 @@ def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
     lines = lines_of(run)
     rng = np.random.default_rng(0)
     seen = set()
-    for line in rng.integers(3, lines, 40).tolist():
+    for line in rng.integers(FIRST, lines, 40).tolist():
         left = interrupted_at(line, run)
         check_that_it_belongs_together(left, way, near)
         seen.add(left.stats.rounds)
@@ -141,7 +142,7 @@ def test_what_an_interrupt_leaves_belongs_together(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupt_at_every_tenth_line(name: str) -> None:
     run, way, near = prepared(name)
-    for line in range(3, lines_of(run), 10):
+    for line in range(FIRST, lines_of(run), 10):
         check_that_it_belongs_together(interrupted_at(line, run), way, near)
 
 
@@ -170,7 +171,7 @@ def test_a_run_can_be_gone_on_with_from_what_an_interrupt_left() -> None:
     def run() -> Solution:
         return solve(NETWORK, x_T, steps, DDIM(SCHEDULE), 6, tolerance=0)
 
-    for line in np.random.default_rng(1).integers(3, lines_of(run), 25).tolist():
+    for line in np.random.default_rng(1).integers(FIRST, lines_of(run), 25).tolist():
         left = interrupted_at(line, run)
         if left.steps[0] == len(steps):
             rest = left.states
@@ -206,13 +207,13 @@ def test_an_interrupt_while_the_window_is_chosen() -> None:
     x_T, steps = normal((2, 4)), SCHEDULE.timesteps(14)
 
     def run() -> Solution:
-        planning._MADE.clear()  # choices that are remembered
+        auto._MADE.clear()  # choices that are remembered
         costs = {1: 1.0, 64: 1.0}
         return solve(NETWORK, x_T, steps, DDIM(SCHEDULE), "auto", costs=costs, tolerance=1e-9, save="trajectory")
 
     way = solve_sequential(NETWORK, x_T, steps, DDIM(SCHEDULE), save="trajectory").trajectory
     lines = lines_of(run)
-    for line in np.random.default_rng(2).integers(3, lines, 40).tolist():
+    for line in np.random.default_rng(2).integers(FIRST, lines, 40).tolist():
         check_that_it_belongs_together(interrupted_at(line, run), way, 1e-7)
 
 
@@ -313,7 +314,7 @@ def test_a_device_that_is_lost_does_not_hide_the_first_error(monkeypatch: pytest
         raise RuntimeError("device lost")
 
     def network(x: Any, t: Any) -> Any:
-        monkeypatch.setattr("parasolver_core.state.narrow", lost)
+        monkeypatch.setattr("parasolver_core.solver.state.narrow", lost)
         raise ValueError("the first")
 
     with pytest.raises(ValueError, match="the first"):

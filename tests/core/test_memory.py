@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from parasolver_core import DDIM, DDPM, NoiseSchedule, batch, noise, sliding, solve, solve_sequential, spread
-from parasolver_core.denoiser import BatchedCall, out_of_memory
+from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
+from parasolver_core.denoiser.calls import BatchedCall, out_of_memory
+from parasolver_core.methods import sliding, spread
+from parasolver_core.methods import window_batch as batch
+from parasolver_core.samplers import noise
 from tests.arrays import to_numpy
 from tests.core.problems import Counted, Mixture, Rational, normal, relative
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, NoiseSchedule, SequentialSolver, solve, solve_sequential
-from parasolver_core.costs import CostTable, cache_folder, describe, keep, measure, recall
-from parasolver_core.methods import get_method
-from parasolver_core.planning import (
+from parasolver_core.methods.presets import get_method
+from parasolver_core.planning.auto import remembered
+from parasolver_core.planning.costs import CostTable, cache_folder, describe, keep, measure, recall
+from parasolver_core.planning.measurement import measured_costs
+from parasolver_core.planning.prediction import (
     Costs,
     candidates,
     choose,
-    measured_costs,
     predict,
     predicted_rounds,
     predicted_rows,
-    remembered,
 )
 from tests.core.problems import Counted, Mixture, Rational, TanhNetwork, normal
 
@@ -176,7 +176,7 @@ def test_auto_and_sequential() -> None:
 
 def test_measuring_doubles_the_rows_until_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("parasolver_core.costs.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("parasolver_core.planning.costs.time.perf_counter", lambda: clock[0])
     calls = []
 
     def call(rows: int, cost: Any) -> None:
@@ -273,7 +273,7 @@ def test_costs_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choices_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parasolver_core.planning._MADE", made := {})
+    monkeypatch.setattr("parasolver_core.planning.auto._MADE", made := {})
     calls: list[int] = []
 
     def choice(number: int) -> Any:

@@ -9,8 +9,11 @@ import torch
 from array_api_compat import torch as xp
 from torch.overrides import TorchFunctionMode
 
-from parasolver_core import DDIM, DDPM, NoiseSchedule, batch, noise, sliding, solve, solve_sequential, spread
+from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
 from parasolver_core.arrays import matmul
+from parasolver_core.methods import sliding, spread
+from parasolver_core.methods import window_batch as batch
+from parasolver_core.samplers import noise
 from tests.core.problems import Rational, normal, relative
 
 SCHEDULE = NoiseSchedule.scaled_linear()

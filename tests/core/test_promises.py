@@ -27,7 +27,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.noise import draw
+from parasolver_core.samplers.noise import draw
 from tests.arrays import to_numpy
 from tests.core.problems import Counted, Gaussian, Mixture, Rational, TanhNetwork, normal, relative
 
@@ -463,7 +463,7 @@ def test_processes_tell_tables_apart_by_what_is_held_alone() -> None:
                 return replace(own, held=held)  # noqa: B023
 
         state = SequentialSolver(Other()).init(Rational(), normal((1, 3)), own.timesteps)
-        plans.append(state.plan()["timesteps and step rule"])
+        plans.append(state.fingerprint()["timesteps and step rule"])
     assert plans[0] != plans[1]
 
 

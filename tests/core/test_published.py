@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve, solve_sequential
-from parasolver_core.acceptance import RelativeMove, StepVariance
-from parasolver_core.anderson import triangular_weights
 from parasolver_core.errors import NonFiniteError
-from parasolver_core.linearization import Identity
-from parasolver_core.methods import METHODS, Anderson
+from parasolver_core.methods.anderson import Anderson, triangular_weights
+from parasolver_core.methods.presets import METHODS
+from parasolver_core.rounds.acceptance import RelativeMove, StepVariance
+from parasolver_core.rounds.linearization import Identity
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

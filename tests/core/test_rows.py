@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, clip_sample, solve, solve_sequential
-from parasolver_core.noise import draw
+from parasolver_core.samplers.noise import draw
 from tests.arrays import to_numpy
 from tests.core.problems import normal, relative
 

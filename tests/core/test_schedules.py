@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from parasolver_core import DDIM, Euler, NoiseSchedule, solve, solve_sequential
-from parasolver_core.schedules import DiscreteSchedule
+from parasolver_core.samplers.schedules import DiscreteSchedule
 
 # diffusers computes betas and their product in float32: 1000 factors of relative error 6e-8 / sqrt(3) each, and the
 # squared cosine's betas near 1 cancel in 1 - beta, which is why the error is taken relative to 1.

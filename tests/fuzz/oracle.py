@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from parasolver_core.noise import draw
+from parasolver_core.samplers.noise import draw
 from tests.fuzz.programs import Program
 
 Float64 = np.ndarray

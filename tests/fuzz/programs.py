@@ -13,9 +13,9 @@ import array_api_compat
 import numpy as np
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, Identity, Method, NoiseSchedule, Recurrence, Secant, StepRule
-from parasolver_core.acceptance import Margins, RelativeMove
-from parasolver_core.methods import Anderson
-from parasolver_core.recurrence import identity_slope
+from parasolver_core.methods.method import Anderson
+from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import load
 from tests.core.problems import Mixture
 

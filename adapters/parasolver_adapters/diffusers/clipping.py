@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from parasolver_adapters.bands import Path
 from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
-from parasolver_core.denoiser import DenoiserFn, Rows, predicted_by, takes_rows
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
+from parasolver_core.samplers.recurrence import Recurrence
 
 OPTIONS = ("clip_sample", "clip_denoised", "thresholding")
 

@@ -13,10 +13,10 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parasolver_core import ParallelIntegralSolver, Status, StepRule
-from parasolver_core.deadline import check_seconds
-from parasolver_core.methods import Method
-from parasolver_core.recurrence import Recurrence
+from parasolver_core.methods.method import Method
+from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.solution import Solution, Stats
+from parasolver_core.solver.deadline import check_seconds
 from parasolver_core.validation import check_count
 
 Preview = Callable[[int, torch.Tensor], Any]

@@ -39,10 +39,10 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
 from parasolver_adapters.diffusers.second_pass import Replay
 from parasolver_core import SolverError, Status
-from parasolver_core.deadline import Deadline
 from parasolver_core.errors import attach, has_solution
-from parasolver_core.methods import Method
+from parasolver_core.methods.method import Method
 from parasolver_core.solution import Stats
+from parasolver_core.solver.deadline import Deadline
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from parasolver_adapters.diffusers.stepping import (
 )
 from parasolver_adapters.draws import Listener
 from parasolver_adapters.stepwise import FixedRule
-from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.schedules import PredictionType
+from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.samplers.schedules import PredictionType
 
 __all__ = ["SchedulerRule", "UnsupportedSchedulerError", "step_rule_from_scheduler"]
 

@@ -31,9 +31,9 @@ from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers import SchedulerRule
 from parasolver_adapters.diffusers.standins import zeros
 from parasolver_core import ConvergenceError, NonFiniteError, Status
-from parasolver_core.deadline import Deadline
-from parasolver_core.denoiser import SharedDenoiser
+from parasolver_core.denoiser.contract import SharedDenoiser
 from parasolver_core.solution import RoundRecord, Solution
+from parasolver_core.solver.deadline import Deadline
 
 
 class Replay(Listener):

@@ -19,7 +19,7 @@ from parasolver_adapters.diffusers.batching import Forward, Networks, RecordedDe
 from parasolver_adapters.diffusers.capture import Reference
 from parasolver_adapters.diffusers.programs import Call, Program
 from parasolver_adapters.distributed import DistributedDenoiser, sampled_bytes
-from parasolver_core.denoiser import SharedDenoiser
+from parasolver_core.denoiser.contract import SharedDenoiser
 
 
 class SharedNetworks(Networks):

@@ -23,7 +23,7 @@ from parasolver_adapters.epsilon_models import (
 )
 from parasolver_adapters.guided_diffusion.unet import Classifier, UNet, UNetConfig
 from parasolver_core import NoiseSchedule
-from parasolver_core.schedules import DiscreteSchedule
+from parasolver_core.samplers.schedules import DiscreteSchedule
 
 __all__ = [
     "PRESETS",

@@ -18,8 +18,8 @@ from parasolver_adapters.samplers.rules import Draft, SamplerRule, path_of, read
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution
-from parasolver_core.denoiser import DenoiserFn
-from parasolver_core.schedules import NoiseSchedule, PredictionType
+from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType
 
 _ROUNDING = 1e-6  # of a time that a sampler works out from the state's dtype; it was read in float64
 

@@ -28,8 +28,8 @@ from parasolver_adapters.bands import (
 from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, sources, time_of
 from parasolver_adapters.stepwise import FixedRule
-from parasolver_core.recurrence import predicted_sample_coefficients
-from parasolver_core.schedules import FlowSchedule, NoiseSchedule, PredictionType
+from parasolver_core.samplers.recurrence import predicted_sample_coefficients
+from parasolver_core.samplers.schedules import FlowSchedule, NoiseSchedule, PredictionType
 
 Network = Callable[[int, NDArray[np.float64], float], NDArray[np.float64]]
 

@@ -16,7 +16,7 @@ import numpy as np
 from array_api_compat import device
 
 from parasolver_core.arrays import Array, to_host
-from parasolver_core.linearization import Secant
+from parasolver_core.rounds.linearization import Secant
 
 
 class Surrogate(ABC):

@@ -1,0 +1,1 @@
+"""How samples are taken from ``x_T`` to their end: runs, and the methods that begin them."""

@@ -1,0 +1,227 @@
+"""When one sample's spread nodes are evaluated again, refined, final, or give way to a sliding window; on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parasolver_core.methods.expected import sliding_rounds
+from parasolver_core.methods.levels import Level
+from parasolver_core.samplers.held_form import Float64, Indices
+from parasolver_core.samplers.recurrence import Recurrence
+
+_FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level, or what the window holds; noise makes a trajectory rough
+_FEWEST = 1.5  # nodes at the end, in units of that first level: fewer may step over what the network does between them;
+_FEWEST_SHARE = 0.5  # of the steps, if that is less
+_SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
+_NEAR = 0.03  # with more nodes due than the window holds, those moved by less than this share of the most wait
+_EARLY = 7.5  # midpoints that fit into one round join when a sweep changes the sample by less interpolation errors
+_UNMEASURED = 0.067  # the interpolation error of the first level, until it is measured
+_SETTLED = 0.2  # the last sweep's change of the sample, in units of the tolerance
+_SWEEPS = 3  # sweeps over a level that follow its last refinement
+_MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
+_MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
+_ASTRAY = 0.8  # a sample that the third sweep over a level, or a later one, changes by so much of its size is lost;
+_PATIENCE = 20.0  # from the (N / window / 20)^2-th on, as much is at stake where a window would slide for long
+_GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
+_MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
+
+
+class Verdict(Enum):
+    """How a sample goes on after a round."""
+
+    GO_ON = "evaluate the nodes that are due"
+    REFINE = "add the midpoints"
+    CONVERGED = "final"
+    GIVE_WAY = "a sliding window goes on"
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What one run asks of its samples' nodes.
+
+    Args:
+        recurrence: the sampler.
+        width: the most nodes of a round.
+        wanted: wanted relative error.
+        tolerance: what changes and the interpolation error must be within.
+    """
+
+    recurrence: Recurrence
+    width: int
+    wanted: float
+    tolerance: float
+
+    @property
+    def patience(self) -> float:
+        """Rounds after which a sliding window would be done."""
+        return sliding_rounds(self.recurrence, self.width, self.wanted)
+
+    @property
+    def gain(self) -> float:
+        """By what twice as many nodes divide the interpolation error."""
+        return _GAIN_NOISY if self.recurrence.stochastic else _GAIN
+
+    @property
+    def first(self) -> int:
+        """Nodes of the first level."""
+        first = _FIRST_NOISY if self.recurrence.stochastic else _FIRST
+        return min(first * self.recurrence.stages, self.width)
+
+    @property
+    def fewest(self) -> float:
+        """Nodes at the end."""
+        first = (_FIRST_NOISY if self.recurrence.stochastic else _FIRST) * self.recurrence.stages
+        return min(_FEWEST * first, _FEWEST_SHARE * len(self.recurrence))
+
+
+class Refinement:
+    """What is known of one sample's nodes, and what follows from it.
+
+    The nodes that are due are evaluated in sweeps: a sweep ends when each node that was due at its beginning has been
+    evaluated, which is one round unless more are due than the window holds. After a sweep it is decided how to go on.
+
+    Args:
+        aims: what is asked.
+        level: the nodes to begin with, which need no prediction of the sample.
+    """
+
+    def __init__(self, aims: Aims, level: Level) -> None:
+        count = len(level.nodes)
+        self.aims, self._influence, self.level = aims, aims.recurrence.influence, level
+        self.moved = np.full(count, np.inf)  # RMS of each node's moves since its last evaluation, relative; inf: never
+        self.scale = np.ones(count)  # RMS of the inputs
+        self.picked: Indices = np.arange(count)  # rows evaluated in the next round
+        self.error, self.rounds = float("inf"), 0
+        self._opening, self._wild, self._dropped = True, False, 0
+        self._waiting = np.ones(count, dtype=bool)  # rows that the sweep has still to evaluate
+        self._change = 0.0  # of the sample, in this sweep
+        self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
+        self._left = _UNMEASURED  # the interpolation error of this level,
+        self._measured, self._measuring = False, False  # known from a level's midpoints after their first sweep
+        self._changes: list[float] = []  # of the sample, in the sweeps over this level
+
+    def abandon(self) -> Verdict:
+        """Numbers ran out of range: a sliding window will find out whose fault it was, if it comes across it."""
+        self.rounds, self._wild = self.rounds + 1, True
+        return Verdict.GIVE_WAY
+
+    def drop(self, finite: NDArray[np.bool_]) -> bool:
+        """Go on without outputs that are not finite, which come of guesses; they stay due. False: it makes no sense."""
+        self._dropped += 1
+        if not np.any(finite) or not np.all(finite[self.picked == 0]):  # node 0 has its true input
+            return False
+        self.picked = self.picked[finite]
+        return True
+
+    def after(self, move: Float64, change: float, midpoints: float) -> Verdict:
+        """How to go on after a round.
+
+        Args:
+            move: (n,), relative moves of the states of all nodes.
+            change: of the sample, relative.
+            midpoints: the part of it that is due to new nodes.
+        """
+        self.rounds += 1
+        self.moved[self.picked] = 0.0
+        self.moved = self.moved + move
+        self._waiting[self.picked] = False
+        self._change = float(np.hypot(self._change, change))
+        self._midpoints = float(np.hypot(self._midpoints, midpoints))
+        return Verdict.GIVE_WAY if self._dropped > _MOST_DROPPED else self._continue()
+
+    def refine(self, level: Level, weights: Float64, known: NDArray[np.bool_]) -> Verdict:
+        """Go on with a finer level: what is known is interpolated, what is new is due."""
+        moved = np.full(len(level.nodes), np.inf)
+        moved[known] = self.moved
+        self.moved, self.scale, self.level = moved, weights @ self.scale, level
+        self._measuring, self._opening, self._midpoints, self._changes = not self._opening, False, 0.0, []
+        self._waiting, self._change = self._due(), 0.0
+        return self._continue()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether a sliding window should go on: it does not settle, or the window would be done by now."""
+        slow = len(self._changes) > _MOST_SWEEPS or self.rounds >= self.aims.patience
+        return self._astray or slow
+
+    @property
+    def _astray(self) -> bool:
+        """Whether the sample is as far from settling as networks are that expand everywhere."""
+        sweeps, lengths = len(self._changes), len(self.aims.recurrence) / self.aims.width
+        judged = not self._opening and sweeps >= max(3.0, (lengths / _PATIENCE) ** 2)
+        return judged and self._changes[-1] > _ASTRAY
+
+    @property
+    def worthless(self) -> bool:
+        """Whether what is known is worse than nothing: numbers ran out of range, or very few nodes went astray."""
+        return self._wild or (self._astray and self.aims.width < _FIRST)
+
+    @property
+    def opening(self) -> bool:
+        """Whether the nodes are still those that need no prediction of the sample."""
+        return self._opening
+
+    def _continue(self) -> Verdict:
+        """Choose the next round's nodes: those of the sweep, then others that are due; between two sweeps, decide."""
+        while True:
+            if not self._waiting.any():
+                verdict = self._settle()
+                if verdict is not Verdict.GO_ON:
+                    return verdict
+                self._waiting, self._change = self._due(), 0.0
+            due = self._due()
+            rows = np.concatenate([np.flatnonzero(self._waiting), np.flatnonzero(due & ~self._waiting)])
+            if len(rows):
+                self.picked = np.sort(rows[: self.aims.width])
+                return Verdict.GO_ON
+
+    def _due(self) -> NDArray[np.bool_]:
+        """The rows whose input has moved since they were evaluated, as seen from the sample."""
+        moved, width = self.moved * self._influence[self.level.nodes], self.aims.width
+        due = ~(moved <= _SKIP * self.aims.tolerance)  # NaN is due
+        if due.sum() > width:
+            due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)
+        return due
+
+    def _settle(self) -> Verdict:
+        """After a sweep: go on, refine, or end."""
+        aims, count = self.aims, len(self.level.nodes)
+        complete = count == len(aims.recurrence)
+        if self._measuring:
+            self._measured, self._measuring = True, False
+            self._left = self._midpoints / (aims.gain - 1)  # what all further levels would add, a geometric series
+        self._changes.append(self._change)
+        left = 0.0 if complete else self._left * self._growth
+        remains = left * (1.0 if aims.recurrence.stochastic else _MISSED)
+        self.error = max(self._change / _SETTLED, remains) * aims.wanted / aims.tolerance
+        settled = self._change <= _SETTLED * aims.tolerance
+        if complete or (self._measured and count >= aims.fewest and remains <= aims.tolerance):
+            return Verdict.CONVERGED if settled else Verdict.GO_ON
+        if self._opening or settled or self._change <= self._early * left:
+            return Verdict.REFINE if not self._measured or self._worth_refining() else Verdict.GIVE_WAY
+        return Verdict.GO_ON
+
+    @property
+    def _early(self) -> float:
+        """How many interpolation errors a sweep may change the sample by when the midpoints join.
+
+        Less where the finer level takes several rounds a sweep: rounds on this level are cheaper then.
+        """
+        return _EARLY * min(1.0, self.aims.width / (2 * len(self.level.nodes) - 1))
+
+    @property
+    def _growth(self) -> float:
+        """By what the midpoints' effect grew after their first sweep: slopes underestimate an expansive network."""
+        first, later = self._changes[0], sum(self._changes[1:])
+        growth = later / first if self._measured and 0 < first < np.inf else 1.0
+        return growth if not growth <= 1.0 else 1.0
+
+    def _worth_refining(self) -> bool:
+        """Whether the nodes that the tolerance needs take fewer rounds than a window that slides over the steps."""
+        n, aims = len(self.aims.recurrence), self.aims
+        needed = len(self.level.nodes) * (self._left / aims.tolerance) ** (1 / np.log2(aims.gain))
+        return bool(needed <= n / _SWEEPS + aims.width)

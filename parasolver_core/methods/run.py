@@ -1,0 +1,154 @@
+"""A run takes some samples of the batch from x_T to their samples; the solver gives it rounds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from parasolver_core.arrays import Array, copied
+from parasolver_core.solution import SampleRecord, Status
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sample ended.
+
+    Args:
+        status: not ``RUNNING``.
+        steps: how many are final; of a sample that failed, the node at which it did.
+        error: estimated relative error.
+        state: the sample, or the last final state, (size,), in the user's library.
+        kept: all final states, if they were to be kept; else none.
+        failed_node: where numbers ran out of range; -1: nowhere.
+        expected: gives the output of the network at node i, (size,), as far as it is known by interpolation; None where
+            each node was evaluated.
+    """
+
+    status: Status
+    steps: int
+    error: float
+    state: Array
+    kept: Sequence[Array]
+    failed_node: int = -1
+    expected: Callable[[int], Array] | None = None
+
+
+class Run(ABC):
+    """Some samples on their way; those that go on differently leave it for another.
+
+    A round has two halves, so that the sums of all runs come to the host in one transfer: the network is asked at
+    :attr:`inputs`, :meth:`compare` reads its outputs, :meth:`correct` moves the samples on. Rows are sample by sample.
+    """
+
+    samples: NDArray[np.int64]  # their places in the batch
+    ended: dict[int, Outcome]  # those that have ended since the run began
+
+    @property
+    @abstractmethod
+    def nodes(self) -> NDArray[np.int64]:
+        """(rows,), of each row that the network is asked next."""
+
+    @property
+    @abstractmethod
+    def owners(self) -> NDArray[np.int64]:
+        """(rows,), the sample of each row."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Array:
+        """(rows, size), the states that the network is asked next."""
+
+    @abstractmethod
+    def compare(self, D: Array) -> Array:
+        """The sums that the host needs, a vector, from the outputs D, (rows, size)."""
+
+    @abstractmethod
+    def correct(self, D: Array, sums: NDArray[np.float64]) -> list[SampleRecord]:
+        """Move the samples on, given the outputs and the sums on the host; a record of each sample."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> NDArray[np.int64]:
+        """(len(samples),), how many steps of each are final."""
+
+    @property
+    @abstractmethod
+    def errors(self) -> NDArray[np.float64]:
+        """(len(samples),), the estimated relative error that is accepted so far."""
+
+    @abstractmethod
+    def states(self) -> Array:
+        """(len(samples), size), the last final state of each; rounds to come leave them as they are."""
+
+    @abstractmethod
+    def estimate(self, sample: int) -> Array:
+        """The best estimate of the sample so far, (size,)."""
+
+    @abstractmethod
+    def kept(self, sample: int) -> Sequence[Array]:
+        """The final states of a sample that runs, if they are to be kept; the list grows as the run goes on."""
+
+    def successors(self) -> list[Run]:
+        """The runs that go on after a round: this one, unless its samples have ended or left it."""
+        return [self] if len(self.samples) else []
+
+
+class Alone(Run):
+    """One sample's window, which moves by itself.
+
+    Args:
+        window: a :class:`~parasolver_core.methods.sample_window.SampleWindow`, or what is like it.
+    """
+
+    def __init__(self, window: Any) -> None:
+        self._window, self.ended = window, {}
+        self.samples = np.array([window.index])
+
+    @property
+    def nodes(self) -> NDArray[np.int64]:
+        return self._window.nodes
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        return np.full(len(self.nodes), self._window.index)
+
+    @property
+    def inputs(self) -> Array:
+        return self._window.inputs
+
+    def compare(self, D: Array) -> Array:
+        return self._window.compare(D)
+
+    def correct(self, D: Array, sums: NDArray[np.float64]) -> list[SampleRecord]:
+        window = self._window
+        record = window.correct(D, sums)
+        if not window.running:
+            outcome = Outcome(
+                window.status, window.lo, window.error, window.state, window.kept or (), window.failed_node
+            )
+            self.ended[window.index], self.samples = outcome, self.samples[:0]
+        return [record]
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        return np.full(len(self.samples), self._window.lo)
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        return np.full(len(self.samples), self._window.error)
+
+    def states(self) -> Array:
+        xp = array_namespace(self._window.state)
+        return copied(xp, self._window.state)[None, :]
+
+    def estimate(self, sample: int) -> Array:
+        return self._window.estimate()
+
+    def kept(self, sample: int) -> Sequence[Array]:
+        return self._window.kept or ()

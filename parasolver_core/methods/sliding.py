@@ -1,0 +1,119 @@
+"""How samples begin to slide: which kind of window takes them, and what its new nodes are filled in with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from parasolver_core.arrays import Array, given_back, host_view, take_rows, to_host
+from parasolver_core.methods.run import Alone, Run
+from parasolver_core.methods.sample_window import SampleWindow
+from parasolver_core.methods.window_batch import WindowBatch
+from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
+from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
+from parasolver_core.rounds.shared import Shared
+from parasolver_core.samplers.held_form import Float64, Indices
+
+_WILD_START = 1e6  # values of a warm start beyond this: nodes are filled in as without one
+_LARGE = 2**15  # elements of a window from which on, on a CPU, a sweep that keeps to the cache is faster
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of samples that slide: predictions between nodes; B samples.
+
+    Args:
+        weights: (N, n), of the nodes in the prediction at each step.
+        predictions: (B, n, size), of the held quantity at the nodes.
+        slope: (B, N), dm/dx.
+    """
+
+    weights: Float64
+    predictions: Array
+    slope: Float64
+
+
+class Sliding:
+    """Makes the windows of samples that slide.
+
+    Args:
+        shared: what all samples share.
+        trajectory: a warm start, (N + 1, batch, size); None: there is none.
+    """
+
+    _trajectory: Array
+
+    def __init__(self, shared: Shared, trajectory: Array | None) -> None:
+        self._shared, self._trajectory = shared, trajectory
+
+    def __call__(self, samples: Indices, start: Array, outlook: Outlook | None = None) -> Sequence[Run]:
+        """The runs that take these samples from ``start``, (B, size), all their ``x_T``."""
+        shared, view = self._shared, host_view(start)
+        # a sweep is faster there; and it makes states as the plain loop does, to the last bit, as a tolerance of 0 asks
+        swept = len(samples) == 1 or view.shape[1] * shared.width > _LARGE or shared.tolerance == 0
+        if isinstance(view, np.ndarray) and swept:
+            return [
+                Alone(self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook))
+                for row, s in enumerate(samples.tolist())
+            ]
+        slope = None if outlook is None else outlook.slope
+        fill = self._fill(samples, outlook)
+        given = given_back(shared.xp, start)
+        return [WindowBatch(shared, fill, samples, given, slope)]
+
+    def _fill(self, samples: Indices, outlook: Outlook | None) -> Fill:
+        if outlook is not None:
+            return Interpolated(self._shared.form, outlook.weights, outlook.predictions)
+        if self._trajectory is not None and self._is_sane(samples):
+            return Along(self._shared.form, *self._near(samples))
+        return self._cold
+
+    def _is_sane(self, samples: Indices) -> bool:
+        """Whether the warm start is of a size that a state's rounding allows for: else it is worse than nothing."""
+        size = [float(abs(to_host(take_rows(self._trajectory[i, :, :], samples))).max()) for i in (0, -1)]
+        return max(size) <= _WILD_START
+
+    @cached_property
+    def _cold(self) -> Fill:
+        """Of samples of which nothing is known."""
+        fill, form = self._shared.fill, self._shared.form
+        return (
+            Copies(form, self._shared.noise.flat)
+            if fill == "copy"
+            else Held(form, self._shared.width, fill == "evaluated")
+        )
+
+    def _near(self, samples: Indices) -> tuple[Array, Array]:
+        """The warm start and its predictions of the held quantity, (B, N + 1, size) and (B, N, size)."""
+        recurrence, trajectory = self._shared.recurrence, self._trajectory
+        states = [host_view(take_rows(trajectory[i, :, :], samples)) for i in range(len(recurrence) + 1)]
+        xp: Any = array_namespace(states[0])
+
+        def noise(step: int) -> Array:
+            return xp.stack([self._shared.noise.flat(step, sample) for sample in samples.tolist()])
+
+        outputs = recurrence.implied_outputs(xp, states, noise)
+        predictions = [
+            x * float(p) + m * float(q) for x, m, (p, q) in zip(states, outputs, recurrence.held, strict=False)
+        ]
+        return xp.stack(states, axis=1), xp.stack(predictions, axis=1)
+
+    def _sweep(self, sample: int, row: int, start: Array, outlook: Outlook | None) -> SampleWindow:
+        source, forecast, slope = self._shared.noise, None, None
+
+        def noise(step: int) -> Array:
+            return source.flat(step, sample)
+
+        if outlook is not None:
+            forecast: Forecast | None = BetweenNodes(
+                outlook.weights, outlook.predictions[row, ...], self._shared.form.held
+            )
+            slope = outlook.slope[row]
+        elif self._trajectory is not None:
+            forecast = AlongTrajectory(self._shared.recurrence, host_view(self._trajectory[:, sample, :]), noise)
+        return SampleWindow(self._shared, sample, start, noise, forecast, slope)

@@ -1,0 +1,218 @@
+"""The sliding windows of many samples, moved together: a round is a dozen array operations, for any window and batch.
+
+The host decides, the device moves. A round's inner products come to the host in one transfer; there they become small
+tables, in float64, for all samples at once (:mod:`parasolver_core.rounds.decisions`). One batched product then writes
+every sample's next window (:mod:`parasolver_core.rounds.matrix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from parasolver_core.arrays import Array, copied, finite_rows, given_back, host_view
+from parasolver_core.methods.run import Outcome, Run
+from parasolver_core.rounds.decisions import Decision, Sums, Windows, leading
+from parasolver_core.rounds.fill import Fill
+from parasolver_core.rounds.matrix import Buffers
+from parasolver_core.rounds.shared import Shared
+from parasolver_core.samplers.held_form import Float64, Indices
+from parasolver_core.samplers.recurrence import combine
+from parasolver_core.solution import SampleRecord, Status
+
+Failures = dict[int, tuple[Status, int, Array]]  # by row: status, node and last good state
+
+
+class WindowBatch(Run):
+    """The windows of the samples that still run.
+
+    Args:
+        shared: what all samples share.
+        fill: where nodes that enter begin.
+        samples: their places in the batch.
+        start: their ``x_T``, (B, size), in the working dtype.
+        slope: (N,) or (B, N), slopes dm/dx to begin with; None: the linearization's.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        fill: Fill,
+        samples: Indices,
+        start: Array,
+        slope: Float64 | None = None,
+    ) -> None:
+        self._given_dtype, start = start.dtype, host_view(start)
+        self._shared, self._form, self._fill, self._xp = shared, shared.form, fill, array_namespace(start)
+        count, finite = start.shape[0], self._xp.finfo(start.dtype)
+        self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
+        self.samples, self._places, self.ended = samples, np.arange(count), {}
+        self._kept: dict[int, list[Array]] | None = None
+        if shared.keep:
+            self._kept = {int(sample): [self._give(start[row, :])] for row, sample in enumerate(samples.tolist())}
+        self._windows = windows = Windows(shared, count, start.shape[1], float(finite.eps), slope)
+        self._buffers = Buffers(shared.form, start, fill.first(start, windows.slope_held))
+        opening = min(fill.opening(shared.recurrence), shared.width)
+        if shared.warmup_steps == 0 and opening > 1:  # nodes that are filled in with nothing evaluated yet
+            self._slide(windows.nothing(), opening)
+
+    @property
+    def nodes(self) -> Indices:
+        return self._windows.nodes[self._windows.inside]
+
+    @property
+    def owners(self) -> Indices:
+        return np.repeat(self.samples, self._windows.n)
+
+    @property
+    def inputs(self) -> Array:
+        return self._give(self._buffers.inputs(self._windows))
+
+    def compare(self, D: Array) -> Array:
+        D = self._taken(D)
+        return self._buffers.compare(D, self._windows, self._shared.recurrence.tells_size(self._windows.last))
+
+    def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
+        windows, found = self._windows, self._buffers.unpack(sums, self._windows)
+        found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
+        decision = windows.decide(found, usable)
+        for row in failed:
+            decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
+        records = self._records(decision)
+        lo, after = windows.lo, windows.lo + decision.accepted
+        # where a state may run out of range, the one before it is still wanted
+        risky = np.any(after == self._form.steps) or not found.squares.max() <= self._large
+        before = self._buffers.first_copy() if risky else None
+        self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1))
+        if before is not None:
+            over = np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist()
+            failed = {row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over} | failed
+        self._leave(failed)
+        return records
+
+    @property
+    def steps(self) -> Indices:
+        return self._windows.lo
+
+    @property
+    def errors(self) -> Float64:
+        return self._windows.error
+
+    def states(self) -> Array:
+        return self._give(self._buffers.first_copy())
+
+    def kept(self, sample: int) -> Sequence[Array]:
+        return () if self._kept is None else self._kept[sample]
+
+    def estimate(self, sample: int) -> Array:
+        row, form = int(np.flatnonzero(self.samples == sample)[0]), self._form
+        if not self._windows.begun:
+            return self._give(self._buffers.first[row, :])
+        last = int(self._windows.last[row])
+        xs, hs = self._buffers.history(row, last - int(self._windows.lo[row]))
+        for i in range(last, form.steps):  # with the last prediction held
+            terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)]
+            terms += [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
+            terms += [(float(form.c[i]), self._shared.noise.flat(i, sample))] if form.c[i] != 0 else []
+            xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
+        return self._give(xs[0])
+
+    def _records(self, decision: Decision) -> list[SampleRecord]:
+        windows = self._windows
+        return [
+            SampleRecord(int(sample), np.arange(lo, lo + n), int(accepted), move[:n], defect[:n], float(error))
+            for sample, lo, n, accepted, move, defect, error in zip(
+                self.samples,
+                windows.lo,
+                windows.n,
+                decision.accepted,
+                decision.move,
+                decision.defect,
+                windows.error,
+                strict=True,
+            )
+        ]
+
+    def _slide(self, decision: Decision, width: int | Indices) -> None:
+        """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes."""
+        form, windows, buffers = self._form, self._windows, self._buffers
+        first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
+        hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
+        node = np.minimum(lo[:, None] - form.past + np.arange(form.past + (hi - lo).max()), hi[:, None] - 1)
+        entering = self._fill.entering(last, max(int((node - last[:, None]).max()), 1), windows.slope_held)
+        again = buffers.states_behind(decision, first, self._draw)
+        self._keep_between(decision, again)
+        rows = self._fill.rows(self._places, last, entering.x.shape[1])
+        further = [] if rows is None else [rows]
+        if entering.noise:
+            further.append(self._draw(last, hi, entering.noise))
+        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further)
+        if again is not None:
+            buffers.put_states(again, node - first[:, None] - 1, decision.passed)
+        windows.slide(lo, hi, node, last)
+        if self._kept is not None:
+            start = buffers.first_copy()
+            for row in np.flatnonzero(decision.accepted).tolist():
+                self._kept[int(self.samples[row])].append(self._give(start[row, :]))
+
+    def _draw(self, first: Indices, end: Indices, count: int) -> Array:
+        """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""
+        c, wanted = np.append(self._form.c, np.zeros(count + 1)).tolist(), []
+        for sample, start, stop in zip(self.samples.tolist(), first.tolist(), end.tolist(), strict=True):
+            wanted += [(i, sample) if i < stop and c[i] != 0 else None for i in range(start, start + count)]
+        return self._xp.reshape(self._shared.noise.block(wanted), (len(first), count, -1))
+
+    def _keep_between(self, decision: Decision, again: Array | None) -> None:
+        """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
+        most = int(decision.accepted.max()) - 1
+        if self._kept is None or most < 1:
+            return
+        states = self._buffers.moved_states(decision, most) if again is None else again
+        for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
+            self._kept[sample] += [self._give(states[row, j, :]) for j in range(count - 1)]
+
+    def _salvage(self, D: Array, found: Sums) -> tuple[Sums, Indices, Failures]:
+        """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
+
+        They were asked at states that are guesses. A sample fails where its first node, whose input is final, does.
+
+        Returns:
+            Finite sums, how many leading nodes of each sample are usable, and the samples that fail.
+        """
+        windows = self._windows
+        usable = np.minimum(np.maximum(leading(found.fine), 1), windows.n)
+        inside = np.arange(windows.longest) < usable[:, None]
+        states_ok, outputs_ok = self._buffers.well(self._taken(D), windows)
+        failed: Failures = {}
+        for row in np.flatnonzero(~(states_ok & outputs_ok)).tolist():
+            status = Status.NONFINITE_MODEL if states_ok[row] else Status.NONFINITE_SOLVER
+            failed[row] = status, int(windows.lo[row]), copied(self._xp, self._buffers.first[row, :])
+            inside[row] = False
+        self._buffers.drop(inside)
+        return found.within(inside), usable, failed
+
+    def _leave(self, failed: Failures) -> None:
+        """Samples that are final, and those that failed, leave."""
+        windows, first = self._windows, self._buffers.first
+        done = np.flatnonzero(windows.lo == self._form.steps).tolist()
+        leaving = {row: (Status.CONVERGED, self._form.steps, first[row, :]) for row in done} | failed
+        if not leaving:
+            return
+        for row, (status, step, state) in leaving.items():
+            sample, own = int(self.samples[row]), self._give(copied(self._xp, state))
+            node = -1 if status is Status.CONVERGED else step
+            self.ended[sample] = Outcome(status, step, float(windows.error[row]), own, self.kept(sample), node)
+        stay = np.array([row for row in range(len(self.samples)) if row not in leaving], dtype=np.int64)
+        self.samples, self._places = self.samples[stay], self._places[stay]
+        windows.stay(stay)
+        self._buffers.stay(stay)
+
+    def _taken(self, D: Array) -> Array:
+        """The network's outputs as the windows' own arithmetic reads them."""
+        return host_view(self._shared.xp.astype(D, self._given_dtype, copy=False))
+
+    def _give(self, array: Array) -> Array:
+        """An array of the windows' as one of the user's library, in the same memory."""
+        return given_back(self._shared.xp, array)

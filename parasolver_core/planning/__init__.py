@@ -1,0 +1,1 @@
+"""The window that chooses itself, and the costs that it needs."""

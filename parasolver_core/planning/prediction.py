@@ -1,0 +1,199 @@
+"""A window that chooses itself: predicted rounds times measured costs.
+
+The rounds of the default method were measured on three networks (``benchmarks.planning``). A sliding window follows
+:func:`~parasolver_core.methods.expected.sliding_rounds` within some 20 %, n spread nodes
+
+    rounds = p + q log10(1 / tolerance) + r n / window
+
+within half to twice. The seconds are those of the network's calls, with fewer rows in the first round and in the last,
+and the solver's own time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from parasolver_core.methods.expected import FINEST, sliding_rounds
+from parasolver_core.methods.method import Method
+from parasolver_core.planning.costs import CostTable
+from parasolver_core.samplers.recurrence import Recurrence
+
+_SPREAD, _SPREAD_NOISY = (2.5, 4.0, 0.9), (8.0, 0.0, 0.4)  # p, q and r above
+_TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
+_FILLED = 0.85  # of the window, on average, with spread nodes
+_GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
+_SPLIT, _WIDER = 1.05, 1.01  # timings are no better: calls are not split for less, nor more nodes evaluated
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one choice is expected to cost.
+
+    Args:
+        window: nodes evaluated in one round; 1: sequentially.
+        max_rows: the most rows in one network call of one device.
+        devices: how many share the rows.
+        rounds, evaluations: evaluations count each sample of the batch.
+        network, own: seconds in the network, and in the solver.
+    """
+
+    window: int
+    max_rows: int
+    devices: int
+    rounds: float
+    evaluations: float
+    network: float
+    own: float
+
+    @property
+    def seconds(self) -> float:
+        """All that the user waits for."""
+        return self.network + self.own
+
+
+Choice = tuple[Prediction, Prediction]  # the best, and the best of the others to compare
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds.
+
+    Args:
+        network: of one call, by rows.
+        own: of the solver in one round, by its nodes; 1 is the sequential loop. None: nothing.
+    """
+
+    network: CostTable
+    own: CostTable | None = None
+
+    def of_round(self, rows: int, devices: int, max_rows: int) -> float:
+        """Seconds in the network, of a round of so many rows shared by devices."""
+        return self.network.in_calls(-(-rows // devices), max_rows)
+
+    def of_solver(self, rows: Sequence[int], window: int) -> float:
+        """Seconds in the solver, of rounds with so many nodes of each sample."""
+        return 0.0 if self.own is None else sum(self.own(max(one, min(window, 2))) for one in rows)
+
+
+def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
+    """How many rounds the default method takes, one sample; see the top of this file."""
+    if window > 1 and method.spreads(recurrence, window, tolerance):
+        tolerance = max(tolerance, FINEST)
+        p, q, r = _SPREAD_NOISY if recurrence.stochastic else _SPREAD
+        digits = math.log10(1 / min(tolerance, 1.0))
+        return min(p + q * digits + r * method.needed_nodes(recurrence, tolerance) / window, float(len(recurrence)))
+    return sliding_rounds(recurrence, window, tolerance)
+
+
+def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:
+    """The rows of each predicted round, one sample."""
+    n, rounds = len(recurrence), max(round(predicted_rounds(recurrence, method, window, tolerance)), 1)
+    if window == 1 or rounds == 1:
+        return [1] * rounds
+    if method.spreads(recurrence, window, tolerance):
+        needed = method.needed_nodes(recurrence, tolerance)
+        return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
+    first = min(window, recurrence.blind) if method.fill == "held" else 1
+    power = _TAPER_NOISY if recurrence.stochastic else 1.0
+    left = ((n - 1) * (1 - i / (rounds - 1)) ** power for i in range(rounds - 1))  # nodes, before each later round
+    return [first, *(max(min(window, round(one)), 1) for one in left)]
+
+
+def predict(
+    recurrence: Recurrence,
+    method: Method,
+    window: int,
+    tolerance: float,
+    costs: Costs,
+    *,
+    batch: int = 1,
+    devices: int = 1,
+    max_rows: int | None = None,
+    warmup_steps: int = 0,
+) -> Prediction:
+    """The cost of one window, with the row count a call that is best for it.
+
+    Args:
+        recurrence, method, window, tolerance: of the run.
+        costs: measured; those of one device.
+        batch: samples.
+        devices: how many share the rows of a round.
+        max_rows: the most rows in one call; None: the most that was measured.
+        warmup_steps: rounds of one node before the window opens.
+    """
+    nodes = predicted_rows(recurrence, method, window, tolerance)
+    if window > 1:
+        nodes = ([1] * warmup_steps + nodes)[: len(recurrence)]
+    rows = [batch * one for one in nodes]
+    limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
+    sizes = [size for size in costs.network.rows if size <= limit] or [limit]
+    seconds = {size: sum(costs.of_round(one, devices, size) for one in rows) for size in sizes}
+    best = max(size for size in sizes if seconds[size] <= _SPLIT * min(seconds.values()))
+    own = costs.of_solver(nodes, window)
+    return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], own)
+
+
+def candidates(steps: int) -> Iterator[int]:
+    """Windows worth looking at: 2, 3, 4, 6, 8, 12, ... and all steps."""
+    window = 2
+    while window < steps:
+        yield window
+        if window + window // 2 < steps and window > 1:
+            yield window + window // 2
+        window *= 2
+    if steps > 1:
+        yield steps
+
+
+def choose(
+    recurrence: Recurrence,
+    method: Method,
+    tolerance: float,
+    costs: Costs,
+    *,
+    batch: int = 1,
+    devices: int = 1,
+    max_rows: int | None = None,
+    warmup_steps: int = 0,
+    max_rounds: int | None = None,
+) -> Choice:
+    """The best choice and, to compare, the best of the others: sequential sampling or a window. Arguments as above.
+
+    Of those that are expected to end within ``max_rounds``; if none is, the one of the fewest rounds.
+    """
+    limits: dict[str, int | None] = {"batch": batch, "devices": devices, "max_rows": max_rows}
+
+    def cost(window: int) -> Prediction:
+        return predict(recurrence, method, window, tolerance, costs, warmup_steps=warmup_steps, **limits)  # type: ignore[arg-type]
+
+    def fits(one: Prediction) -> bool:
+        return max_rounds is None or one.rounds <= max_rounds
+
+    sequential = cost(1)
+    windows = [cost(window) for window in candidates(len(recurrence))]
+    if windows and not any(map(fits, windows)) and not fits(sequential):
+        return min(windows, key=lambda one: (one.rounds, one.seconds)), sequential
+    windows = [one for one in windows if fits(one)]
+    least = min((one.seconds for one in windows), default=math.inf)
+    parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
+    if fits(sequential) and not parallel.seconds < _GAIN * sequential.seconds:
+        return sequential, parallel
+    return parallel, sequential
+
+
+def explain(chosen: Prediction, other: Prediction, max_rounds: int | None = None) -> str:
+    """One sentence on a choice."""
+
+    def told(one: Prediction) -> str:
+        name = "sequentially" if one.window == 1 else f"with a window of {one.window}"
+        return f"{name}, {one.rounds:.0f} rounds in {seconds(one.seconds)}"
+
+    within = "" if max_rounds is None else f" within max_rounds={max_rounds}"
+    return f"Of the windows{within}, the fastest was predicted to be: {told(chosen)} (else {told(other)})."
+
+
+def seconds(value: float) -> str:
+    """Seconds for the reader."""
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"

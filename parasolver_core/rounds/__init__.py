@@ -1,0 +1,1 @@
+"""What one round does: compare outputs with belief, decide, move the states."""

@@ -1,0 +1,1 @@
+"""The loop of rounds: callbacks, interrupts, errors, deadlines and reports."""
