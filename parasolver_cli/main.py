@@ -213,9 +213,11 @@ def methods(as_json: given.Json = False) -> None:
 
 
 def _is_step_rule(thing: object) -> bool:
+    import inspect
+
     from parasolver_core import StepRule
 
-    return isinstance(thing, type) and issubclass(thing, StepRule) and thing is not StepRule
+    return isinstance(thing, type) and issubclass(thing, StepRule) and not inspect.isabstract(thing)
 
 
 def _summary(thing: type) -> str:

@@ -7,7 +7,7 @@ knows. ``solve`` is the front door.
 from parasolver_core.calibration import Calibration, calibrate
 from parasolver_core.denoiser.clipping import clip_sample
 from parasolver_core.denoiser.conformance import DenoiserReport, check_denoiser
-from parasolver_core.denoiser.contract import DenoiserFn, Rows
+from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser
 from parasolver_core.errors import (
     ConvergenceError,
     CoupledRowsError,
@@ -16,10 +16,12 @@ from parasolver_core.errors import (
     SolverError,
 )
 from parasolver_core.methods.method import Method
+from parasolver_core.planning.costs import CostTable
+from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
 from parasolver_core.rounds.linearization import Identity, Linearization, Secant
 from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.schedules import NoiseSchedule
-from parasolver_core.samplers.step_rules import DDIM, DDPM, DPMSolver, Euler, StepRule
+from parasolver_core.samplers.step_rules import DDIM, DDPM, DiffusionRule, DPMSolver, Euler, StepRule
 from parasolver_core.sampling import solve, solve_sequential
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Stats, Status
 from parasolver_core.solver.parallel import ParallelIntegralSolver
@@ -28,12 +30,15 @@ from parasolver_core.solver.sequential import SequentialSolver
 __all__ = [
     "DDIM",
     "DDPM",
+    "Acceptance",
     "Calibration",
     "ConvergenceError",
+    "CostTable",
     "CoupledRowsError",
     "DPMSolver",
     "DenoiserFn",
     "DenoiserReport",
+    "DiffusionRule",
     "Euler",
     "Identity",
     "Linearization",
@@ -43,11 +48,14 @@ __all__ = [
     "NondeterministicDenoiserError",
     "ParallelIntegralSolver",
     "Recurrence",
+    "RelativeMove",
     "RoundRecord",
+    "RoundView",
     "Rows",
     "SampleRecord",
     "Secant",
     "SequentialSolver",
+    "SharedDenoiser",
     "Solution",
     "SolverError",
     "Stats",

@@ -63,7 +63,7 @@ def table(step_rule: StepRule, timesteps: ArrayLike) -> Recurrence:
 
 
 @dataclass(frozen=True)
-class _DiffusionRule(StepRule):
+class DiffusionRule(StepRule):
     """What the diffusion samplers share: a schedule, what the network predicts, and a table for the clean sample.
 
     Args:
@@ -105,7 +105,7 @@ class _DiffusionRule(StepRule):
                 "timesteps: a sampler goes from noise to data, so the noise level must fall at every step; got "
                 f"{timesteps[i]} at index {i}, then {after}. {self.schedule.advice}"
             )
-        a, b, c = self._sample_form(alpha, sigma)
+        a, b, c = self.sample_form(alpha, sigma)
         return from_sample_form(
             timesteps,
             a,
@@ -117,12 +117,12 @@ class _DiffusionRule(StepRule):
         )
 
     @abstractmethod
-    def _sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
+    def sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
         """``(a, b, c)`` with the predicted clean sample as the network's output; a and b of equal width."""
 
 
 @dataclass(frozen=True)
-class DDIM(_DiffusionRule):
+class DDIM(DiffusionRule):
     r"""Denoising diffusion implicit models; ``eta=1`` is ancestral sampling.
 
     .. math::
@@ -146,14 +146,14 @@ class DDIM(_DiffusionRule):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected a value in [0, 1], got {self.eta}")
 
-    def _sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
+    def sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
         noise = self.eta * _ancestral_noise(alpha, sigma)
         a = np.sqrt(sigma[1:] ** 2 - noise**2) / sigma[:-1]
         return a[:, None], (alpha[1:] - alpha[:-1] * a)[:, None], noise
 
 
 @dataclass(frozen=True)
-class DDPM(_DiffusionRule):
+class DDPM(DiffusionRule):
     """Ancestral sampling of denoising diffusion models, also on a sub-grid of the training steps.
 
     The mean is the posterior mean, equation 7 of the paper, which is :class:`DDIM` with ``eta=1``. The last step,
@@ -174,8 +174,8 @@ class DDPM(_DiffusionRule):
         if self.variance_type not in ("fixed_small", "fixed_large"):
             raise ValueError(f'variance_type: expected "fixed_small" or "fixed_large", got {self.variance_type!r}')
 
-    def _sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
-        a, b, c = DDIM(self.schedule, eta=1.0)._sample_form(alpha, sigma)
+    def sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
+        a, b, c = DDIM(self.schedule, eta=1.0).sample_form(alpha, sigma)
         if self.variance_type == "fixed_large":
             c = np.sqrt(sigma[:-1] ** 2 - (alpha[:-1] / alpha[1:] * sigma[1:]) ** 2)
             c[-1] = 0.0
@@ -183,7 +183,7 @@ class DDPM(_DiffusionRule):
 
 
 @dataclass(frozen=True)
-class DPMSolver(_DiffusionRule):
+class DPMSolver(DiffusionRule):
     r"""DPM-Solver++ multistep: an exponential integrator for the predicted sample over the half log-SNR.
 
     With :math:`\lambda = \log(\alpha/\sigma)`, :math:`h = \lambda_{i+1} - \lambda_i` and finite differences
@@ -220,7 +220,7 @@ class DPMSolver(_DiffusionRule):
         if self.solver_type not in ("midpoint", "heun"):
             raise ValueError(f'solver_type: expected "midpoint" or "heun", got {self.solver_type!r}')
 
-    def _sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
+    def sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
         n = len(alpha) - 1
         with np.errstate(divide="ignore"):
             lam = np.log(alpha) - np.log(sigma)
@@ -247,7 +247,7 @@ class DPMSolver(_DiffusionRule):
 
 
 @dataclass(frozen=True)
-class Euler(_DiffusionRule):
+class Euler(DiffusionRule):
     """Euler's method on the probability flow ODE, for flow matching and for noise levels (EDM, k-diffusion).
 
     In the coordinates ``x / alpha`` over ``sigma / alpha`` Euler's method is DDIM (Song et al., 2021, equation 14), on
@@ -255,8 +255,8 @@ class Euler(_DiffusionRule):
     (Karras et al., 2022, algorithm 1 without its second stage). One table serves them all.
     """
 
-    def _sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
-        return DDIM(self.schedule)._sample_form(alpha, sigma)
+    def sample_form(self, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64, Float64]:
+        return DDIM(self.schedule).sample_form(alpha, sigma)
 
 
 def _ancestral_noise(alpha: Float64, sigma: Float64) -> Float64:

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from parasolver_core import Solution, Status, solve, solve_sequential
-from parasolver_core.methods.method import Anderson, Method
+from parasolver_core.methods.anderson import Anderson
+from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
 from tests.arrays import to_numpy
 from tests.fuzz import oracle
