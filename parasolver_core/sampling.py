@@ -47,6 +47,7 @@ def solve(
     buckets: Sequence[int] = (),
     state_device: Any = None,
     warmup_steps: int = 0,
+    subintervals: int | None = None,
     check: bool = True,
     start: Array | None = None,
     save: Save = "sample",
@@ -96,6 +97,10 @@ def solve(
             rows of a call are then on the network's device. For states so large that a window of them does not fit.
         warmup_steps: further sequential network calls after the first, before the window opens; no nodes are
             spread then.
+        subintervals: M, how many groups of steps the trajectory is divided into, from 1 to N; None: every step is by
+            itself. A node is then a subinterval, whose steps follow one another, so that a round takes as many network
+            calls as the longest has steps; ``stats.rounds`` counts them all. The states that travel are fewer, and no
+            nodes are spread. Published, for comparison (``num_time_subintervals``): mostly slower, see the theory page.
         check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
             other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
@@ -124,6 +129,7 @@ def solve(
     try:
         limits = {"max_rounds": max_rounds, "max_rows": max_rows, "buckets": buckets, "state_device": state_device}
         choices = {"tolerance": tolerance, "method": method, "warmup_steps": warmup_steps, "check": check}
+        choices |= {"subintervals": subintervals}
         run: dict[str, Any] = {"seed": seed, "noise": noise, "save": save, "start": start}
         problem = (denoiser, x_T, timesteps, step_rule)
         solver, run["start"], told = _solver(problem, window, costs, limits, choices, run)
@@ -162,6 +168,7 @@ def _solver(
     """The solver that :func:`solve` was asked for, the warm start if it has a use for it, and what to say of it."""
     told, step_rule, start, method = "", problem[3], run["start"], choices["method"]
     sequential = isinstance(method, str) and method == "sequential"
+    subintervals = choices["subintervals"]
     if costs is not None and not isinstance(window, str):
         raise ValueError(f'costs: expected only with window="auto", got them with window={window!r}')
     given = None if costs is None else CostTable.of(costs)
@@ -178,6 +185,9 @@ def _solver(
         raise ValueError(
             f'{name}: the plain loop of method="sequential" has no use for it; leave it out, or choose another method'
         )
+    if subintervals is not None and (sequential or isinstance(window, str)):
+        told = 'window="auto" does not know of them' if not sequential else "the plain loop has no use for them"
+        raise ValueError(f"subintervals: {told}; leave them out, or choose a window")
     if isinstance(window, str) and not sequential:
         chosen, told = choose_window(problem, parallel, given, run)
         limits["max_rows"] = chosen.max_rows

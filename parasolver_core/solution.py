@@ -70,6 +70,7 @@ class RoundRecord:
         samples: one record for each sample that took part.
         seconds_denoiser: seconds in the denoiser (on a device that works in the background: until it returned).
         seconds: seconds of the whole round.
+        turns: network calls made one after another: 1, or with subintervals as many as the longest has steps.
     """
 
     round: int
@@ -77,6 +78,7 @@ class RoundRecord:
     samples: tuple[SampleRecord, ...]
     seconds_denoiser: float
     seconds: float
+    turns: int = 1
 
     def __repr__(self) -> str:
         told = f"round={self.round}, evaluations={self.evaluations}, accepted={self.accepted}"
@@ -122,7 +124,7 @@ class Stats:
     def after(self, record: RoundRecord, calls: int, max_rows: int | None) -> Stats:
         """With one more round; new ones, so that what an interrupt leaves is never half of both."""
         return Stats(
-            rounds=self.rounds + 1,
+            rounds=self.rounds + record.turns,
             evaluations=self.evaluations + record.evaluations,
             calls=calls,
             max_rows=max_rows,

@@ -250,7 +250,7 @@ class RowCheck:
         xp = self._xp
         rows = xp.reshape(xp.stack([row.x] * count), (count, *self._event))
         nodes, samples = np.full(count, row.node, dtype=np.int64), np.full(count, row.sample, dtype=np.int64)
-        self._rows += count
+        self._rows += self._evaluate.rows(nodes)
         return self._host(xp.reshape(self._evaluate(rows, nodes, samples), (count, -1)))
 
     def _host(self, values: Array) -> Float64:

@@ -68,6 +68,14 @@ class Evaluator:
         """How many processes share the rows."""
         return self._denoiser.devices if isinstance(self._denoiser, SharedDenoiser) else 1
 
+    def turns(self, nodes: NDArray[np.int64]) -> int:
+        """How many network calls, one after another, rows at these nodes take, if each fits into one."""
+        return 1
+
+    def rows(self, nodes: NDArray[np.int64]) -> int:
+        """How many rows the network is given for rows at these nodes."""
+        return len(nodes)
+
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the processes that share the rows."""
         return self._denoiser.agree(values) if isinstance(self._denoiser, SharedDenoiser) else list(values)

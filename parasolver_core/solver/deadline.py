@@ -46,7 +46,7 @@ class Deadline:
             if early > 0:
                 return False
         if state.foresees:
-            self._before = state.estimate(), tuple(state.steps), len(state.recurrence)
+            self._before = state.estimate(), tuple(state.steps), state.length
         return False
 
     def told(self, solution: Solution) -> Solution:

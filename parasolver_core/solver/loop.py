@@ -63,8 +63,13 @@ class Solver(ABC):
         """A run that has not begun; no network call is made. Arguments as in :func:`solve`."""
 
     @abstractmethod
-    def _round(self, state: Any) -> tuple[int, list[SampleRecord]]:
-        """Advance by one round; the number of rows evaluated and a record of each sample that took part."""
+    def _round(self, state: Any) -> tuple[int, int, list[SampleRecord]]:
+        """Advance by one round.
+
+        Returns:
+            The network calls made one after another, the number of rows evaluated, and a record of each sample that
+            took part.
+        """
 
     def step(self, state: SolverState) -> None:
         """One round.
@@ -82,14 +87,15 @@ class Solver(ABC):
         if state.stats.rounds == 0:
             state.evaluator.begin(lambda: self.choices() | state.fingerprint())
         with no_grad(state.xp):
-            evaluations, records = self._round(state)
+            turns, evaluations, records = self._round(state)
         state.commit(
             RoundRecord(
-                round=state.stats.rounds + 1,
+                round=len(state.stats.history) + 1,
                 evaluations=evaluations,
                 samples=tuple(records),
                 seconds_denoiser=state.evaluator.seconds - before,
                 seconds=time.perf_counter() - started,
+                turns=turns,
             )
         )
 
@@ -181,7 +187,7 @@ class Solver(ABC):
         try:
             with Telling(denoiser):
                 state = self.init(denoiser, x_T, timesteps, seed=seed, noise=noise, save=save, start=start)
-                with Meter(progress, len(state.recurrence) * state.batch) as show:
+                with Meter(progress, state.length * state.batch) as show:
                     while not self.done(state) and not deadline.halts(state):
                         self.step(state)
                         show(sum(state.steps), state.stats.rounds)

@@ -51,13 +51,13 @@ def within_range(xp: Any, rows: Array) -> NDArray[np.bool_]:
 
 
 def message_of(status: Status, state: SolverState) -> str:
-    steps, rounds, total = min(state.steps), state.stats.rounds, len(state.recurrence)
+    steps, rounds, total = min(state.steps), state.stats.rounds, state.length
     if status in _NONFINITE:
         if not state.failures:
             return f"The sample overflows in {state.x_T.dtype}. Start from an x_T of a wider dtype."
         sample = min(state.failures)
         node, rounds = state.failures[sample]
-        where = f"sample {sample} at step {node} (timestep {state.recurrence.timesteps[node]}) in round {rounds}"
+        where = f"sample {sample} at step {node} (timestep {state.timesteps[node]}) in round {rounds}"
         if status is Status.NONFINITE_MODEL:
             return (
                 f"The denoiser gave NaN or infinity for {where}; nothing of it was accepted and the other samples "

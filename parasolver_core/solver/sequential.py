@@ -80,8 +80,8 @@ def _rows(states: Sequence[Array], sample: int) -> Sequence[Array]:
     return [state[sample, ...] for state in states]
 
 
-def sequential_round(state: SequentialState) -> tuple[int, list[SampleRecord]]:
-    """One step of all samples that are well: the number of rows evaluated, and a record of each."""
+def sequential_round(state: SequentialState) -> tuple[int, int, list[SampleRecord]]:
+    """One step of all samples that are well: the network calls, the number of rows evaluated, and a record of each."""
     xp, i, recurrence, alive = state.xp, state.step, state.recurrence, state.alive
     m = state.evaluator(state.xs[0], np.full(len(alive), i), np.asarray(alive))
     state.torn = True
@@ -105,7 +105,7 @@ def sequential_round(state: SequentialState) -> tuple[int, list[SampleRecord]]:
         state.end(failed, before)
     state.step += 1
     state.keep(state.xs[0])
-    return len(records), records
+    return 1, len(records), records
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ class SequentialSolver(Solver):
             raise ValueError("start: the plain loop has no use for a warm start; leave it out")
         return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self.evaluation, **options)
 
-    def _round(self, state: SequentialState) -> tuple[int, list[SampleRecord]]:
+    def _round(self, state: SequentialState) -> tuple[int, int, list[SampleRecord]]:
         return sequential_round(state)

@@ -82,10 +82,17 @@ class SolverState(ABC):
         self.recurrence: Recurrence = table(step_rule, timesteps)
         check_agreement(denoiser, step_rule)
         check_scale(self.x_T, step_rule.start_scale(self.recurrence.timesteps))
-        self.noise = NoiseSource(self.x_T, self.dtype, len(self.recurrence), seed, noise)
-        self.evaluator = Evaluator(denoiser, x_T, self.recurrence, self.noise, max_rows, buckets, state_device)
+        self.timesteps = self.recurrence.timesteps
+        self.length = len(self.timesteps)
+        self.noise = NoiseSource(self.x_T, self.dtype, self.length, seed, noise)
+        self.start = self.x_T  # what the runs begin with
+        self.evaluator = self._network(denoiser, x_T, (max_rows, buckets, state_device))
         self.halted: Status | None = None
         self.torn = False  # whether a round has begun to move states, and not ended
+
+    def _network(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
+        """What the rows of a round are given to."""
+        return Evaluator(denoiser, x_T, self.recurrence, self.noise, *options)
 
     @property
     def batch(self) -> int:
@@ -110,7 +117,7 @@ class SolverState(ABC):
     @property
     def states(self) -> Array:
         """The last final state of each sample, ``(batch, *event)``."""
-        return self._given_back(self._reached.states())
+        return self._given_back(self._state_of(self._reached.states()))
 
     @property
     def failures(self) -> Mapping[int, tuple[int, int]]:
@@ -144,7 +151,7 @@ class SolverState(ABC):
         missing = xp.full_like(xp.reshape(kept[0][0], event), float("nan"))
         rows = [
             xp.stack([xp.reshape(states[i], event) if i < len(states) else missing for states in kept])
-            for i in range(len(self.recurrence) + 1)
+            for i in range(self.length + 1)
         ]
         return narrow(xp, xp.stack(rows), self.x_T.dtype)
 
@@ -177,6 +184,10 @@ class SolverState(ABC):
             "x_T": hash_of(to_host(self.xp.astype(self.x_T, self.dtype))),
             "seed or noise": self.noise.fingerprint(noisy),
         }
+
+    def _state_of(self, values: Array) -> Array:
+        """The states in what the runs work on, ``(batch, *event)``."""
+        return values
 
     def _given_back(self, values: Array) -> Array:
         """A result in the dtype and on the device of ``x_T`` as it was given."""

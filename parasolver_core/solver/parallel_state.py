@@ -1,0 +1,147 @@
+"""A parallel run in progress: its samples are divided among runs, which move them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from parasolver_core.arrays import (
+    Array,
+    detach,
+    is_array,
+    to_host,
+)
+from parasolver_core.denoiser.checking import RowCheck, remembered
+from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.methods.method import Method
+from parasolver_core.methods.run import Outcome, Run
+from parasolver_core.rounds.shared import Shared
+from parasolver_core.samplers.held_form import HeldForm
+from parasolver_core.solution import SampleRecord, Stats, Status
+from parasolver_core.solver.state import Reached, SolverState, hash_of, stacked, unchanged
+from parasolver_core.validation import (
+    check_plain,
+)
+
+
+class ParallelState(SolverState):
+    """A parallel run: its samples are divided among runs, which move them; see :mod:`parasolver_core.methods.run`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        width: int,
+        warmup_steps: int,
+        tolerance: float,
+        start: Array | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._shared = Shared(
+            xp=self.xp,
+            recurrence=self.recurrence,
+            form=HeldForm(self.recurrence),
+            noise=self.noise,
+            linearization=method.linearization,
+            acceptance=method.acceptance,
+            fill=method.fill,
+            bound=method.acceptance.bounds(self.recurrence),
+            width=min(width, len(self.recurrence)),
+            warmup_steps=warmup_steps,
+            tolerance=tolerance,
+            keep=self.save == "trajectory",
+        )
+        self._start = None if start is None else self._check_guess(start)
+        flat = self.xp.reshape(self.xp.astype(self.start, self.dtype, copy=True), (self.batch, -1))
+        with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
+            self.runs: list[Run] = method.begin(self._shared, flat, self._start)
+        self._outcomes: dict[int, Outcome] = {}
+        self.check: RowCheck | None = None
+        self._reached = self._survey(Stats())
+
+    def check_rows(self, denoiser: DenoiserFn) -> None:
+        """Look at rows of this run alone, if the denoiser is not remembered for having passed."""
+        options = (denoiser, self.evaluator, self.start, self.dtype, self.recurrence, self._shared.tolerance)
+        self.check = RowCheck(*options) if not remembered(denoiser, self.batch) else None
+
+    def go_on(self, records: Sequence[SampleRecord]) -> None:
+        """After a round: samples that have ended leave, and so do those that another run takes on."""
+        for record in records:
+            first = self._node(self.steps[record.sample])
+            for step in range(first, first + record.accepted):
+                self.noise.forget(step, record.sample)
+        for run in self.runs:
+            self._outcomes |= run.ended
+        self.runs = [successor for run in self.runs for successor in run.successors()]
+
+    def _node(self, step: int) -> int:
+        """The node whose input is the state after so many steps."""
+        return step
+
+    def expected(self, sample: int, i: int) -> Array | None:
+        """The output expected at node i of a final sample, ``(*event)``, if it was interpolated; else None."""
+        outcome = self._outcomes.get(sample)
+        if outcome is None or outcome.expected is None:
+            return None
+        return self.xp.reshape(outcome.expected(i), self.x_T.shape[1:])
+
+    @property
+    def converged(self) -> bool:
+        """Whether all samples are final, before the round is committed."""
+        return not self.runs and all(one.status is Status.CONVERGED for one in self._outcomes.values())
+
+    def _check_guess(self, start: Array) -> Array:
+        """The warm start as (N + 1, batch, size)."""
+        check_plain("start", start)
+        expected = (len(self.recurrence) + 1, *self.x_T.shape)
+        if type(start) is not type(self.x_T) or tuple(start.shape) != expected:
+            got = type(start).__name__ + (f" of shape {tuple(start.shape)}" if is_array(start) else "")
+            raise ValueError(
+                f"start: expected a trajectory like x_T of shape (N + 1, batch, *event) = {expected}, got {got}"
+            )
+        if not bool(self.xp.all(self.xp.isfinite(start))):
+            raise ValueError("start: holds NaN or infinity; start from a trajectory that converged")
+        start = array_api_compat.to_device(detach(start), array_api_compat.device(self.x_T))
+        return self.xp.astype(self.xp.reshape(start, (expected[0], self.batch, -1)), self.dtype)
+
+    def _survey(self, stats: Stats) -> Reached:
+        steps, statuses, errors = [0] * self.batch, [Status.RUNNING] * self.batch, np.zeros(self.batch)
+        kept: list[Callable[[], Sequence[Array]]] = [tuple] * self.batch
+        finals: dict[int, Array] = {}
+        for sample, outcome in self._outcomes.items():
+            steps[sample], statuses[sample], errors[sample] = outcome.steps, outcome.status, outcome.error
+            kept[sample], finals[sample] = partial(unchanged, outcome.kept), outcome.state
+        for run in self.runs:
+            states = run.states()
+            for row, (sample, step, error) in enumerate(
+                zip(run.samples.tolist(), run.steps.tolist(), run.errors.tolist(), strict=True)
+            ):
+                steps[sample], errors[sample] = step, error
+                kept[sample], finals[sample] = partial(run.kept, sample), states[row, :]
+        failed = {sample: one.failed_node for sample, one in self._outcomes.items() if one.failed_node >= 0}
+        return Reached(
+            steps=tuple(steps),
+            statuses=tuple(statuses),
+            states=partial(stacked, self.xp, [finals[sample] for sample in range(self.batch)], self.start.shape),
+            kept=kept,
+            errors=errors,
+            failures=self._failures(failed, stats),
+            stats=stats,
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        start = "none" if self._start is None else hash_of(to_host(self._start))
+        return super().fingerprint() | {"warm start": start, "whether rows are checked": str(self.check is not None)}
+
+    def estimate(self) -> Array:
+        if self.torn:
+            return self.states
+        rows = {sample: outcome.state for sample, outcome in self._outcomes.items()}
+        rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
+        states = stacked(self.xp, [rows[sample] for sample in range(self.batch)], self.start.shape)
+        return self._given_back(self._state_of(states))
