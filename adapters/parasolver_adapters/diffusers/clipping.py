@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_adapters.bands import Path
-from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear
+from parasolver_adapters.bands import Path, as_rows, fit
+from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear, wavy
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import Recurrence
@@ -95,21 +95,48 @@ def switch_off(scheduler: Any) -> None:
 def clip_of(loop: Loop, recurrence: Recurrence, path: Path) -> Clip:
     """How ``loop``, which clips, relates to the table of the same loop without clipping.
 
-    ``w`` is fitted, and then checked to float32's precision, in which the scheduler computes ``p`` and ``q``, with
-    outputs that are larger than the states.
+    ``w`` is fitted, and then checked with outputs that are larger than the states.
     """
     if not np.all(np.isfinite([path.p, path.q])) or np.any(path.q == 0):
         raise _cannot_move(loop, "its predicted clean sample is not known at every step")
     scale = np.ones(len(recurrence)) if recurrence.input_scale is None else recurrence.input_scale
-    clip = Clip(_function(loop.scheduler), path.p, path.q, 1 / path.q, scale, recurrence.timesteps)
     try:
+        p, q = _before_thresholding(loop, path)
+        clip = Clip(_function(loop.scheduler), p, q, 1 / q, scale, recurrence.timesteps)
         network = _beyond_the_limits(clip)
         clip = replace(clip, w=_weights(loop, recurrence, clip, network))
-        check_replay(loop, recurrence, clip.correct, tolerance=1e-5, network=network)
+        check_replay(loop, recurrence, clip.correct, tolerance=1e-6, network=network)
     except UnsupportedSchedulerError as error:
         raise _cannot_move(loop, str(error)) from error
     _check_unique(clip)
     return clip
+
+
+def _before_thresholding(loop: Loop, path: Path) -> tuple[Float64, Float64]:
+    """``p`` and ``q`` of what the step hands to its thresholding, where it does.
+
+    ``add_noise``, from which the path has them for schedulers that do not return the clean sample, rounds sigma in
+    another place. That is 6e-8 of it, as the processor has it, but the first steps multiply by ``1 / alpha = 157``.
+    """
+    p, q, seen = path.p.copy(), path.q.copy(), []
+
+    def network(node: Node) -> torch.Tensor:
+        threshold = type(node.scheduler)._threshold_sample
+        seen.clear()
+
+        def listening(sample: torch.Tensor) -> torch.Tensor:
+            seen.append(sample)
+            return threshold(node.scheduler, sample)
+
+        node.scheduler._threshold_sample = listening
+        return wavy(node)
+
+    if loop.scheduler.config.get("thresholding"):
+        for node, m, _ in run_nonlinear(loop, network):
+            fitted = fit(as_rows([node.x, m]), as_rows([seen[0]])[0]) if seen else None
+            if fitted is not None:
+                p[node.index], q[node.index] = fitted
+    return p, q
 
 
 def _beyond_the_limits(clip: Clip) -> Network:
