@@ -3,23 +3,63 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
 def k_diffusion() -> Any:
-    """``k_diffusion.sampling``: its package, installed without dependencies, is not initialized; None without it."""
-    spec = importlib.util.find_spec("k_diffusion") if "k_diffusion" not in sys.modules else None
-    if spec is not None:
-        package = ModuleType("k_diffusion")
-        package.__path__ = list(spec.submodule_search_locations or ())
-        sys.modules["k_diffusion"] = package
-    return importlib.import_module("k_diffusion.sampling") if "k_diffusion" in sys.modules else None
+    """``k_diffusion.sampling``, or None without the package."""
+    return _module("k_diffusion", "sampling")
+
+
+def denoising_diffusion(module: str = "denoising_diffusion_pytorch") -> Any:
+    """A module of ``denoising_diffusion_pytorch``, or None without the package; ``Trainer`` is of no use in it."""
+    training = {"accelerate": {"Accelerator": object}, "ema_pytorch": {"EMA": object}}
+    return _module("denoising_diffusion_pytorch", module, training)
+
+
+def torchcfm() -> Any:
+    """``torchcfm.conditional_flow_matching``, or None without the package; with the one optimal transport it asks for.
+
+    Between as many points as there are on the other side, all of one weight, the exact plan is an assignment.
+    """
+
+    def plan(a: Any, b: Any, cost: Any, **options: Any) -> Any:
+        return np.eye(len(a))[linear_sum_assignment(cost)[1]] / len(a)
+
+    transport = {"emd": plan, "unif": lambda count: np.full(count, 1 / count)}
+    return _module("torchcfm", "conditional_flow_matching", {"ot": transport})
+
+
+def _module(package: str, name: str, stand_ins: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    """A module of a package that is installed without what it depends on.
+
+    Args:
+        package: which is not initialized itself, as that imports all of it.
+        name: of the module.
+        stand_ins: modules that it imports, unless they are installed, and what is in them.
+    """
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            return None
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
+    missing = {one: names for one, names in (stand_ins or {}).items() if importlib.util.find_spec(one) is None}
+    for one, names in missing.items():
+        sys.modules[one] = ModuleType(one)
+        vars(sys.modules[one]).update(names)
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    finally:
+        for one in missing:  # others ask whether they are installed
+            del sys.modules[one]
 
 
 def edm_sampler(
