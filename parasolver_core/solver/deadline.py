@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import array_api_compat
@@ -21,9 +23,10 @@ _ROUNDS_LEFT = 3  # from so many on, any round may turn out to be the last
 class Deadline:
     """Halts a run before the round that would end too late if it took as long as the one before.
 
-    The first round is always made. How far the estimate is off is told by what the last round, or the last two or
-    three, have changed of it: twice that, times the steps that are not final over those that have become so. It is a
-    guess, and mostly too large: after the first round it says no more than that nothing is known.
+    The first round is always made. How far the estimate is off is guessed: twice the larger of what the last two rounds
+    have changed of it, times the rounds that are left at the pace of those so far; as many again where no step is final
+    yet. After the first round it says no more than that nothing is known. ``python -m benchmarks.deadlines`` holds it
+    against the true error.
 
     Args:
         seconds: from now on; None: no limit.
@@ -31,7 +34,8 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self._end = math.inf if seconds is None else time.perf_counter() + seconds
-        self._before: tuple[Array, tuple[int, ...], int] | None = None  # estimate, final steps of each sample, steps
+        self._estimates: deque[Array] = deque(maxlen=2)  # before the last two rounds
+        self._total = 0  # steps
 
     def halts(self, state: SolverState) -> bool:
         """Before each round: whether the run is over, and if so halt it."""
@@ -46,7 +50,8 @@ class Deadline:
             if early > 0:
                 return False
         if state.foresees:
-            self._before = state.estimate(), tuple(state.steps), state.length
+            self._estimates.append(state.estimate())
+            self._total = state.length
         return False
 
     def told(self, solution: Solution) -> Solution:
@@ -58,12 +63,12 @@ class Deadline:
         return replace(solution, error_estimate=error)
 
     def _error(self, solution: Solution) -> Any:
-        if self._before is None:
+        if not self._estimates:
             return np.inf
-        estimate, before, total = self._before
-        steps = np.array(solution.steps)
-        rounds = np.maximum((total - steps) / np.maximum(steps - before, 1), 1)  # like the last ones, to the end
-        return 2 * rounds * _apart(solution.sample, estimate)
+        rounds, steps = solution.stats.rounds, np.array(solution.steps)
+        left = np.where(steps > 0, rounds * (self._total - steps) / np.maximum(steps, 1), rounds)
+        changes = [_apart(after, before) for before, after in pairwise([*self._estimates, solution.sample])]
+        return 2 * np.maximum(left, 1) * np.max(changes, axis=0)
 
 
 def _apart(one: Array, other: Array) -> NDArray[np.float64]:

@@ -145,5 +145,5 @@ def test_what_cannot_be_is_refused() -> None:
         parallel_denoising_diffusion(module.GaussianDiffusion(Net(self_condition=True), image_size=8).eval())
     with pytest.raises(ValueError, match=r"diffusion: it is in training mode, got .training=True; call .eval\(\)"):
         parallel_denoising_diffusion(module.GaussianDiffusion(Net(), image_size=8))
-    with pytest.raises(TypeError, match="diffusion: expected a GaussianDiffusion or Elucidated.*, got Linear"):
+    with pytest.raises(TypeError, match=r"diffusion: expected a GaussianDiffusion or Elucidated.*, got Linear"):
         parallel_denoising_diffusion(nn.Linear(1, 1))

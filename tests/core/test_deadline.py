@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,28 @@ def test_the_error_of_the_estimate_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         assert np.all(error <= found.error_estimate)
         told.append(float(np.max(found.error_estimate)))
     assert told[0] > 10 * told[-1]
+
+
+def test_a_quiet_round_does_not_hide_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the larger of the last two changes, times the rounds left at the pace so far."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    deadline, steps = Deadline(4.5), np.array([0, 10, 30])
+    estimates = [np.array([[3.0, 3.2, 3.6, 4.0, 4.0][k]] * 3)[:, None] for k in range(5)]
+    for k in range(5):
+        history = [SimpleNamespace(seconds=1.0)] * k
+        state = SimpleNamespace(
+            stats=SimpleNamespace(history=history),
+            evaluator=SimpleNamespace(agree=lambda values: values),
+            recurrence=range(50),
+            estimate=lambda k=k: estimates[k],
+            halt=lambda status: None,
+        )
+        assert deadline.halts(state) == (k == 4)  # type: ignore[arg-type]
+        now[0] += 1.0
+    found = SimpleNamespace(steps=steps, sample=estimates[4], stats=SimpleNamespace(rounds=4))
+    told = deadline._error(found)  # type: ignore[arg-type]
+    np.testing.assert_allclose(told, 2 * 0.4 / 4 * np.array([4, 16, 8 / 3]), rtol=1e-12)
 
 
 def test_the_first_round_is_always_made() -> None:
