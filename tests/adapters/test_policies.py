@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,19 +182,6 @@ def test_a_policy_of_lerobot_is_used_as_before(warm_start: bool) -> None:
     del policy.diffusion.conditional_sample
     torch.manual_seed(2)
     assert torch.equal(policy.predict(OBSTACLES), want)
-
-
-def test_the_example_in_closed_loop() -> None:
-    names = runpy.run_path(str(Path(__file__).parents[2] / "examples/policy_closed_loop.py"))
-    scheduler, outcomes = DDIMScheduler(**names["TRAINED"], clip_sample=False), []
-    for options in ({"method": "sequential"}, {"window": 8}):
-        plan = ActionSampler(load_policy(), scheduler, 20, shift=0, **options)
-        outcomes.append(names["episode"](plan, 0))
-    (safe, _, calls), (same, seconds, rounds) = outcomes
-    assert safe == same
-    assert calls == [20] * 16
-    assert len(seconds) == 16
-    assert sum(rounds[1:]) < 15 * 8
 
 
 @pytest.mark.parametrize(
