@@ -95,6 +95,21 @@ def flow_denoiser(denoiser: Denoiser, problem: Problem) -> Denoiser:
     return velocity
 
 
+def epsilon_denoiser(problem: Problem) -> Denoiser:
+    """The problem's network as one that predicts the noise, whatever it predicts."""
+    denoiser = problem.make()
+    alpha = torch.tensor(problem.schedule.alphas_cumprod).sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    p, q = predicted_sample_coefficients(problem.prediction_type, alpha.numpy(), sigma.numpy())
+    of_state, of_output = (1 - alpha * torch.from_numpy(p)) / sigma, -alpha * torch.from_numpy(q) / sigma
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        a, b = (one[t.long()].view(-1, *[1] * (x.ndim - 1)).to(x) for one in (of_state, of_output))
+        return a * x + b * denoiser(x, t)
+
+    return network
+
+
 MIXTURE_SCHEDULE = NoiseSchedule.scaled_linear()
 
 

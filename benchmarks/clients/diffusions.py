@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.clients.table import BATCH, Client, Run, seeded
 from benchmarks.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.problems import PROBLEMS, Problem, epsilon_denoiser
 from benchmarks.published import denoising_diffusion
 from parasolver_adapters.denoising_diffusion import parallel_denoising_diffusion
 from parasolver_adapters.gaussian_diffusion import parallel_gaussian_diffusion
@@ -22,7 +22,7 @@ from parasolver_core import DDIM, solve, solve_sequential
 
 def loops_of_guided_diffusion() -> Iterator[Client]:
     problem = PROBLEMS["policy"]
-    network, bar = problem.make(), problem.schedule.alphas_cumprod
+    network, bar = epsilon_denoiser(problem), problem.schedule.alphas_cumprod
     for loop, steps, window in (("ddim_sample_loop", 50, 16), ("p_sample_loop", 250, 32), ("p_sample_loop", 1000, 100)):
         diffusion = SpacedDiffusion(
             np.linspace(0, len(bar) - 1, steps).round().astype(int).tolist(),
@@ -92,7 +92,7 @@ def loops_of_denoising_diffusion() -> Iterator[Client]:
 def replicas_in_one_process() -> Iterator[Client]:
     problem = PROBLEMS["policy"]
     network, x = problem.make(), problem.starts(BATCH)
-    run = x, problem.schedule.timesteps(50), DDIM(problem.schedule)
+    run = x, problem.schedule.timesteps(50), DDIM(problem.schedule, prediction_type="v_prediction")
 
     def ours(tolerance: float) -> Run:
         denoiser = MultiDeviceDenoiser([network, copy.copy(network)])

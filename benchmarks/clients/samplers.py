@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clients.table import BATCH, Client, Run, seeded
-from benchmarks.problems import PROBLEMS, Problem, flow_denoiser
+from benchmarks.problems import PROBLEMS, Problem, epsilon_denoiser, flow_denoiser
 from benchmarks.published import edm_sampler, k_diffusion
 from parasolver_adapters.samplers import parallel, sample_flow, step_rule_from_sampler
 from parasolver_core import NoiseSchedule
@@ -18,7 +18,7 @@ from parasolver_core import NoiseSchedule
 
 def clean_samples(problem: Problem) -> Callable[..., Tensor]:
     """The problem's network in the manner of k-diffusion: ``denoised = model(x, sigma)``."""
-    network = problem.make()
+    network = epsilon_denoiser(problem)
     alphas = torch.tensor(problem.schedule.alphas_cumprod)
     levels = (1 / alphas - 1).sqrt()
 
