@@ -8,8 +8,8 @@ BENCH ?= overhead
 SEED ?= 0
 SECONDS ?= 1200
 BIN := $(VENV)/bin
-# Tests and benchmarks compare with it; its samplers need nothing of what its training does.
-PUBLISHED := k-diffusion
+# Tests and benchmarks compare with them; their samplers need nothing of what their training does.
+PUBLISHED := k-diffusion denoising-diffusion-pytorch torchcfm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -6,7 +6,7 @@ sense of :mod:`parasolver_adapters.samplers`, and the loop around it is a sample
 
 Example::
 
-    diffusion = parallel_denoising_diffusion(GaussianDiffusion(unet, image_size=64), window=16)
+    diffusion = parallel_denoising_diffusion(GaussianDiffusion(unet, image_size=64).eval(), window=16)
     images = diffusion.sample(batch_size=4)
     print(diffusion.solution.message)
 """

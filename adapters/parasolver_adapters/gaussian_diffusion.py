@@ -73,6 +73,11 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
             f"diffusion: expected a GaussianDiffusion of guided-diffusion or its forks, got {type(diffusion).__name__} "
             f"without {missing[0]}"
         )
+    if "model" not in inspect.signature(diffusion.p_sample).parameters:
+        raise TypeError(
+            f"diffusion: p_sample of {type(diffusion).__name__} takes no model; of denoising-diffusion-pytorch? Take "
+            "parasolver_adapters.denoising_diffusion.parallel_denoising_diffusion"
+        )
     choices, own = Choices.checked(window, **options), copy.copy(diffusion)
     own.solution = None
     if not choices.sequential:

@@ -75,6 +75,7 @@ def loops_of_denoising_diffusion() -> Iterator[Client]:
             objective="pred_noise",
             beta_schedule="linear",
             ddim_sampling_eta=eta,
+            auto_normalize=False,  # distances are those of pictures in [-1, 1], as of all clients
         ).eval()
 
         def plain(diffusion: Any = diffusion) -> Tensor:

@@ -1,6 +1,7 @@
 """The GaussianDiffusion object of guided-diffusion and its forks, in parallel through its own loops."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,9 @@ def test_bad_arguments_and_networks() -> None:
         TypeError, match=r"diffusion: expected a GaussianDiffusion .* got Network without alphas_cumprod"
     ):
         parallel_gaussian_diffusion(Network(3))
+    keeps_its_model = SimpleNamespace(alphas_cumprod=[1.0], p_sample=lambda x, t: x)
+    with pytest.raises(TypeError, match=r"p_sample of SimpleNamespace takes no model; .* parallel_denoising_diffusion"):
+        parallel_gaussian_diffusion(keeps_its_model)
     with pytest.raises(ValueError, match="window: expected an integer of at least 1"):
         parallel_gaussian_diffusion(diffusion(20), 0)
     with pytest.raises(NonFiniteError, match="gave NaN or infinity") as caught:
