@@ -191,7 +191,7 @@ def test_bad_arguments_and_networks() -> None:
     ):
         parallel_gaussian_diffusion(Network(3))
     keeps_its_model = SimpleNamespace(alphas_cumprod=[1.0], p_sample=lambda x, t: x)
-    with pytest.raises(TypeError, match=r"p_sample of SimpleNamespace takes no model; .* parallel_denoising_diffusion"):
+    with pytest.raises(TypeError, match=r"p_sample of SimpleNamespace takes no model; .*parallel_denoising_diffusion"):
         parallel_gaussian_diffusion(keeps_its_model)
     with pytest.raises(ValueError, match="window: expected an integer of at least 1"):
         parallel_gaussian_diffusion(diffusion(20), 0)
