@@ -44,7 +44,7 @@ def loops_of_guided_diffusion() -> Iterator[Client]:
 
 
 class Network(torch.nn.Module):
-    """The problem's network in the manner of denoising-diffusion-pytorch, pictures in and out."""
+    """The problem's network in the manner of denoising-diffusion-pytorch: of pictures with one channel."""
 
     channels = out_dim = 1
     self_condition = False
@@ -54,12 +54,12 @@ class Network(torch.nn.Module):
         self._network = problem.make()
 
     def forward(self, x: Tensor, t: Tensor, x_self_cond: None = None) -> Tensor:
-        return self._network(x, t)
+        return self._network(x[:, 0], t)[:, None]
 
 
 def loops_of_denoising_diffusion() -> Iterator[Client]:
-    """Its GaussianDiffusion, which clips."""
-    package, problem = denoising_diffusion(), PROBLEMS["clothes"]
+    """Its GaussianDiffusion, with the network's own schedule; it clips."""
+    package, problem = denoising_diffusion(), PROBLEMS["policy"]
     if package is None:
         return
     for name, steps, eta, window in (
@@ -69,13 +69,13 @@ def loops_of_denoising_diffusion() -> Iterator[Client]:
     ):
         diffusion = package.GaussianDiffusion(
             Network(problem),
-            image_size=problem.shape[1:],
+            image_size=problem.shape,
             timesteps=1000,
             sampling_timesteps=steps,
-            objective="pred_noise",
-            beta_schedule="linear",
+            objective="pred_v",
+            beta_schedule="cosine",
             ddim_sampling_eta=eta,
-            auto_normalize=False,  # distances are those of pictures in [-1, 1], as of all clients
+            auto_normalize=False,  # distances are those of states, as of all clients
         ).eval()
 
         def plain(diffusion: Any = diffusion) -> Tensor:

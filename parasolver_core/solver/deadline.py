@@ -48,6 +48,7 @@ class Deadline:
                 state.halt(Status.MAX_SECONDS)
                 return True
             if early > 0:
+                self._estimates.clear()
                 return False
         if state.foresees:
             self._estimates.append(state.estimate())

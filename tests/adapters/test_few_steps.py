@@ -57,6 +57,28 @@ def test_the_same_signature_and_the_same_states_in_fewer_calls(method: str, step
     assert torch.equal(found.states[0], Y0)
 
 
+@pytest.mark.parametrize("t", [[0.0, 1.0], [0.0, 0.5, 1.0], [1.0, 0.0]])
+def test_what_callers_of_torchdiffeq_give_besides(t: list[float]) -> None:
+    times, own = torch.tensor(t), {"method": "euler", "rtol": 1e-5, "atol": 1e-5, "options": {"step_size": 0.02}}
+    want = torchdiffeq.odeint(speech, Y0, times.double(), **own)
+    got = odeint(speech, Y0, times.double(), few_steps="parallel", **own)
+    assert got.shape == want.shape
+    assert distance(got, want) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_size": 0.3}, r"options: expected a step_size that divides .*, got 0.3 for intervals of 1 to 1"),
+        ({"step_size": 2.0}, "options: expected a step_size that divides"),
+        ({"interp": "cubic"}, r"options: of torchdiffeq's only 'step_size' is known, got \['interp'\]"),
+    ],
+)
+def test_options_that_name_no_steps(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        odeint(speech, Y0, torch.tensor([0.0, 1.0]), method="euler", options=options)
+
+
 def test_without_being_asked_for_it_says_that_steps_are_made_one_after_another() -> None:
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
     with pytest.warns(SequentialFallbackWarning, match="32 steps were made one after another.*few_steps='parallel'"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -38,11 +38,24 @@ class SequentialFallbackWarning(UserWarning):
     """Steps were made one after another, since integrating them in parallel does not pay."""
 
 
-def odeint(f: Callable[..., Any], y0: Array, t: ArrayLike, **options: Any) -> Array:
+def odeint(
+    f: Callable[..., Any],
+    y0: Array,
+    t: ArrayLike,
+    *,
+    rtol: Any = None,
+    atol: Any = None,
+    options: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> Array:
     """The solution of ``y' = f(t, y)`` at all times, ``(N + 1, *state)``: the states of :func:`integrate`.
 
     Args:
-        f, y0, t, options: as in :func:`integrate`.
+        f, y0, t, choices: as in :func:`integrate`.
+
+    Other arguments:
+        rtol, atol: for callers of torchdiffeq, whose methods of fixed steps have no use for them either.
+        options: likewise; ``{"step_size": h}`` makes steps of h between two times of t.
 
     Example::
 
@@ -50,7 +63,25 @@ def odeint(f: Callable[..., Any], y0: Array, t: ArrayLike, **options: Any) -> Ar
         y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
         y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, t)
     """
-    return integrate(f, y0, t, **options).states
+    if options:
+        choices["substeps"] = _substeps(t, options)
+    return integrate(f, y0, t, **choices).states
+
+
+def _substeps(t: ArrayLike, options: Mapping[str, Any]) -> int:
+    """How many steps of ``options["step_size"]`` lie between two times."""
+    if options.keys() != {"step_size"}:
+        raise ValueError(
+            f"options: of torchdiffeq's only 'step_size' is known, got {sorted(options)}; steps are those of t"
+        )
+    step, widths = float(options["step_size"]), np.abs(np.diff(check_times(t)))
+    count = round(float(widths.max(initial=step)) / step)
+    if count < 1 or not np.allclose(widths, count * step, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"options: expected a step_size that divides all intervals of t into equally many steps, got {step:g} for "
+            f"intervals of {widths.min():g} to {widths.max():g}; let t name the steps"
+        )
+    return count
 
 
 def integrate(
