@@ -68,9 +68,8 @@ def row(name: str, found: list[tuple[int, float]]) -> str:
 
 def main(only: Annotated[str, typer.Option(help="a part of the names of the networks")] = "") -> None:
     """Print the table: first what was told from the second round on, and then after the first."""
-    print(
-        "| network | halts | 5 % | half | 95 % | largest | above 1 | after one round |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| network | halts | 5 % | half | 95 % | largest | above 1 | after one round |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in SAMPLES:
         if only in name:
             problem = PROBLEMS[name]
