@@ -12,6 +12,7 @@ NEEDS = {
     "arguments": ("torch", "torch"),
     "bands": ("torch", "torch"),
     "checkpoints": ("torch", "torch"),
+    "denoising_diffusion": ("torch", "torch"),
     "diffusers": ("diffusers", "torch", "diffusers"),
     "distributed": ("torch", "torch"),
     "dit": ("timm", "torch"),  # timm itself only where a network is made
@@ -22,7 +23,7 @@ NEEDS = {
     "gaussian_diffusion": ("torch", "torch"),
     "guided_diffusion": ("torch", "torch"),
     "multi_device": ("torch", "torch"),
-    "policies": ("torch", "torch"),
+    "policies": ("diffusers", "torch", "diffusers"),
     "samplers": ("torch", "torch"),
     "stepwise": ("torch", "torch"),
     "structures": ("torch", "torch"),
