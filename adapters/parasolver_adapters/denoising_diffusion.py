@@ -43,7 +43,7 @@ def parallel_denoising_diffusion(diffusion: Any, window: int | Literal["auto"] =
         window: as in :func:`parasolver_core.solve`; 1 leaves the loops as they are.
 
     Other arguments:
-        options: of :func:`parasolver_adapters.samplers.parallel`: ``tolerance``, ``replicas``, ``fallback``, ...
+        options: of :func:`parasolver_adapters.samplers.parallel` but ``replicas``: ``tolerance``, ``fallback``, ...
 
     Raises:
         TypeError: it is no such object.
@@ -99,7 +99,7 @@ class _Part:
         returned = self.asked(x, t, *args, **kwargs)
         clean = self.clean_in(returned)
         for got, want in zip(self.returned(clean, x, t), returned, strict=False):
-            if not float((got - want).norm()) <= _OFF * float(want.norm()):
+            if float((got - want).norm()) > _OFF * float(want.norm()):  # NaN is for the solver to tell
                 raise UnsupportedSamplerError(
                     f"diffusion: {self.name} of {type(self._diffusion).__name__} gives its step more than the clean "
                     "sample (a learned variance, or noise from before clipping); sample sequentially"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks import published
 from parasolver_adapters.denoising_diffusion import parallel_denoising_diffusion
 from parasolver_adapters.samplers import UnsupportedSamplerError
+from parasolver_core import NonFiniteError
 from tests.adapters.weights import relative
 
 
@@ -136,6 +137,13 @@ def learned_variance() -> Any:
 def test_steps_that_read_more_than_the_clean_sample_are_refused(make: Any) -> None:
     diffusion = make()
     with pytest.raises(UnsupportedSamplerError, match="gives its step more than the clean sample"):
+        parallel_denoising_diffusion(diffusion, 8).sample(2)
+
+
+def test_a_network_that_gives_nan_is_named() -> None:
+    diffusion = gaussian()
+    diffusion.model.size.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="gave NaN or infinity"):
         parallel_denoising_diffusion(diffusion, 8).sample(2)
 
 
