@@ -75,7 +75,7 @@ def test_a_quiet_round_does_not_hide_the_one_before(monkeypatch: pytest.MonkeyPa
         state = SimpleNamespace(
             stats=SimpleNamespace(history=history),
             evaluator=SimpleNamespace(agree=lambda values: values),
-            recurrence=range(50),
+            length=50,
             foresees=True,
             estimate=lambda k=k: estimates[k],
             halt=lambda status: None,
