@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, repeat
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parasolver_core import DDPM, Recurrence, Rows, clip_sample
+from parasolver_core.arrays import DeviceTable, take_rows, uploaded
 from parasolver_core.samplers.schedules import DiscreteSchedule
 from parasolver_core.validation import check_count
 
@@ -148,7 +150,6 @@ class EpsilonModel:
     classifier: ClassifierGuidance | None = None
     clip_denoised: bool = False
 
-    takes_rows: ClassVar[bool] = True
     prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
@@ -164,6 +165,11 @@ class EpsilonModel:
                 f"guidance_scale: got {self.guidance_scale}, which needs a network with labels and a null_label that "
                 "it was trained with"
             )
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the samples have labels of their own, so that it must know whose each row is."""
+        return self.labels is not None and not isinstance(self.labels, (int, np.integer))
 
     def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
         """``eps`` of each row, like ``x``.
@@ -217,19 +223,19 @@ class EpsilonModel:
         return torch.cat([changed, labelled[:, first:]], dim=1)
 
     def _labels_of(self, x: Tensor, rows: Rows | None) -> Tensor:
-        labels = np.atleast_1d(np.asarray(self.labels, dtype=np.int64))
-        if isinstance(self.labels, (int, np.integer)):
-            labels = np.repeat(labels, len(x))
-        elif rows is not None:
-            if rows.samples.max() >= len(labels):
+        classes = self._classes.like(x, torch.int64)
+        if not self.takes_rows:
+            return classes.expand(len(x))
+        if rows is not None:
+            if rows.samples.max() >= len(classes):
                 raise ValueError(
-                    f"labels: expected one for each sample, got {len(labels)} for a batch of at least "
+                    f"labels: expected one for each sample, got {len(classes)} for a batch of at least "
                     f"{rows.samples.max() + 1}"
                 )
-            labels = labels[rows.samples]
-        elif len(labels) != len(x):
-            raise ValueError(f"labels: got {len(labels)} for {len(x)} rows; {NEEDS_ROWS}")
-        return torch.as_tensor(labels, device=x.device)
+            return take_rows(classes, rows.samples)
+        if len(classes) != len(x):
+            raise ValueError(f"labels: got {len(classes)} for {len(x)} rows; {NEEDS_ROWS}")
+        return classes
 
     def _check_labels(self) -> None:
         labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels))
@@ -243,10 +249,16 @@ class EpsilonModel:
     def _uses_of_labels(self) -> dict[str, bool]:
         return {"the network": self.num_classes is not None, "classifier guidance": self.classifier is not None}
 
+    @cached_property
+    def _classes(self) -> DeviceTable:
+        return DeviceTable(np.atleast_1d(np.asarray(self.labels, dtype=np.int64)))
+
+    @cached_property
+    def _sigmas(self) -> DeviceTable:
+        return DeviceTable(self.schedule.levels(np.arange(self.schedule.train_steps))[1][:-1])
+
     def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
-        _, sigma = self.schedule.levels(np.arange(self.schedule.train_steps))
-        table = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        return table[t].view(-1, *[1] * (x.ndim - 1))
+        return self._sigmas.like(x)[t].view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +311,7 @@ class LearnedVariance:
         assert v is not None
         z = torch.stack([rows.noise(step, sample) for step, sample in zip(rows.steps, rows.samples, strict=True)])
         z = z.to(x.device)
-        table = torch.as_tensor(self._table(rows.recurrence)[:, rows.steps], dtype=z.dtype, device=z.device)
+        table = uploaded(torch, self._table(rows.recurrence)[:, rows.steps], z.device, z.dtype)
         b, c, log_small, log_large, noisy = table.view(5, -1, *[1] * (x.ndim - 1))
         weight = (v.to(z.dtype) + 1) / 2
         log_variance = weight * log_large + (1 - weight) * log_small

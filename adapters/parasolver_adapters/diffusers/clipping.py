@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from parasolver_adapters.bands import Path
 from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
+from parasolver_core.arrays import DeviceTable
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import Recurrence
 
@@ -64,6 +66,15 @@ class ClippingDenoiser:
     denoiser: DenoiserFn
     clip: Clip
 
+    @cached_property
+    def _grid(self) -> DeviceTable:
+        return DeviceTable(self.clip.timesteps)
+
+    @cached_property
+    def _table(self) -> DeviceTable:
+        clip = self.clip
+        return DeviceTable(np.stack([clip.p / clip.scale, clip.q, clip.w]))
+
     @property
     def takes_rows(self) -> bool:
         return takes_rows(self.denoiser)
@@ -74,10 +85,8 @@ class ClippingDenoiser:
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, /, *rows: Rows) -> torch.Tensor:
         clip, m = self.clip, self.denoiser(x, t, *rows)
-        grid = torch.as_tensor(clip.timesteps, dtype=t.dtype, device=x.device)
-        node = (t[:, None] == grid).to(torch.int8).argmax(dim=1)
-        tables = torch.as_tensor(np.stack([clip.p / clip.scale, clip.q, clip.w]), dtype=x.dtype, device=x.device)
-        p, q, w = tables[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
+        node = (t[:, None] == self._grid.like(t)).to(torch.int8).argmax(dim=1)
+        p, q, w = self._table.like(x)[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
         h = p * x + q * m
         return m + w * (clip.function(h) - h)
 
