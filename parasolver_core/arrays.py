@@ -20,6 +20,21 @@ R = TypeVar("R")
 _SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
 
 
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
+
+    A network that was compiled by itself stays compiled inside.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
+        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return called
+
+
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows."""
     return bool(array_api_compat.is_array_api_obj(value))
@@ -186,6 +201,8 @@ class DeviceTable:
         values: the numbers, as an array in any shape.
     """
 
+    __slots__ = ("_there", "_values")  # what it has made is no part of what it is, for a key of a network's costs
+
     def __init__(self, values: NDArray[Any]) -> None:
         self._values = values
         self._there: dict[Any, Array] = {}
@@ -201,6 +218,7 @@ class DeviceTable:
             self._there[key] = self._made(x, dtype)
         return self._there[key]
 
+    @outside_graphs
     def _made(self, x: Array, dtype: Any) -> Array:
         return uploaded(array_api_compat.array_namespace(x), self._values, array_api_compat.device(x), dtype)
 
@@ -233,21 +251,6 @@ def working_dtype(xp: Any, dtype: Any) -> Any:
 def no_grad(xp: Any) -> Any:
     """A context in which the library records no gradients; does nothing where there are none."""
     return xp.no_grad() if array_api_compat.is_torch_namespace(xp) else nullcontext()
-
-
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
-
-    A network that was compiled by itself stays compiled inside.
-    """
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
-        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
-
-    called._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return called
 
 
 def fetch(xp: Any, packed: list[Array]) -> list[NDArray[np.float64]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, repeat
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -23,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parasolver_core import DDPM, Recurrence, Rows, clip_sample
+from parasolver_core import DDPM, Recurrence, Rows
 from parasolver_core.arrays import DeviceTable, take_rows, uploaded
+from parasolver_core.denoiser.clipping import Clipping
 from parasolver_core.samplers.schedules import DiscreteSchedule
 from parasolver_core.validation import check_count
 
@@ -149,6 +149,9 @@ class EpsilonModel:
     guided_channels: int | None = None
     classifier: ClassifierGuidance | None = None
     clip_denoised: bool = False
+    _classes: DeviceTable = field(init=False, repr=False)
+    _sigmas: DeviceTable = field(init=False, repr=False)
+    _clipping: Clipping = field(init=False, repr=False)
 
     prediction_type: ClassVar[str] = "epsilon"
 
@@ -159,6 +162,11 @@ class EpsilonModel:
         if not needed and self.labels is not None:
             raise ValueError(f"labels: this network takes none, got {self.labels!r}")
         self._check_labels()
+        labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels, dtype=np.int64))
+        object.__setattr__(self, "_classes", DeviceTable(labels))
+        object.__setattr__(self, "_clipping", Clipping(self.schedule, "epsilon"))
+        levels = self.schedule.levels(np.arange(self.schedule.train_steps))
+        object.__setattr__(self, "_sigmas", DeviceTable(levels[1]))
         check_scale("guidance_scale", self.guidance_scale)
         if self._guided and (self.num_classes is None or self.null_label is None):
             raise ValueError(
@@ -195,7 +203,7 @@ class EpsilonModel:
             )
         eps, v = output[:, :channels], output[:, channels:] if self.learn_sigma else None
         if self.clip_denoised:
-            eps = clip_sample(lambda x, t: eps, self.schedule)(x, t)
+            eps = self._clipping(x, t, eps)
         return eps, v
 
     def guidance(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor | None:
@@ -248,14 +256,6 @@ class EpsilonModel:
 
     def _uses_of_labels(self) -> dict[str, bool]:
         return {"the network": self.num_classes is not None, "classifier guidance": self.classifier is not None}
-
-    @cached_property
-    def _classes(self) -> DeviceTable:
-        return DeviceTable(np.atleast_1d(np.asarray(self.labels, dtype=np.int64)))
-
-    @cached_property
-    def _sigmas(self) -> DeviceTable:
-        return DeviceTable(self.schedule.levels(np.arange(self.schedule.train_steps))[1][:-1])
 
     def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
         return self._sigmas.like(x)[t].view(-1, *[1] * (x.ndim - 1))

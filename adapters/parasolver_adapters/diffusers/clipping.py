@@ -10,8 +10,7 @@ so that the recurrence stays a table. ``w`` depends on what else the step makes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,15 +64,13 @@ class ClippingDenoiser:
 
     denoiser: DenoiserFn
     clip: Clip
+    _grid: DeviceTable = field(init=False, repr=False)
+    _table: DeviceTable = field(init=False, repr=False)
 
-    @cached_property
-    def _grid(self) -> DeviceTable:
-        return DeviceTable(self.clip.timesteps)
-
-    @cached_property
-    def _table(self) -> DeviceTable:
+    def __post_init__(self) -> None:
         clip = self.clip
-        return DeviceTable(np.stack([clip.p / clip.scale, clip.q, clip.w]))
+        object.__setattr__(self, "_grid", DeviceTable(clip.timesteps))
+        object.__setattr__(self, "_table", DeviceTable(np.stack([clip.p / clip.scale, clip.q, clip.w])))
 
     @property
     def takes_rows(self) -> bool:
