@@ -7,6 +7,7 @@ the picture is not the network's. The loops are bare, so that the baseline is th
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -244,7 +245,8 @@ def _judged(name: str, found: dict[str, Any], truth: Tensor, problem: Problem, l
     sample = found.pop("sample")
     if not name.endswith("loop"):
         error = distance(sample, truth)
-        return {"ok": error <= TOLERANCE, "error of the sample": error, **found}
+        within = error <= TOLERANCE
+        return {"ok": bool(math.isfinite(error)), "error of the sample": error, "within tolerance": within, **found}
     if problem.sampler == "DDPM" or loops.times != 1:
         return {"ok": bool(torch.isfinite(sample).all())}
     error = distance(sample, truth)
