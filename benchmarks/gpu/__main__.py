@@ -27,7 +27,7 @@ PARTS = {
     "trained": 120.0,
 }
 PROMISES = ("right", "libraries", "pipelines")
-HANGS = 10.0  # seconds beyond its time after which a part is ended
+HANGS = 25.0  # seconds beyond its time after which a part is ended
 
 
 def main(

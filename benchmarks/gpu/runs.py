@@ -72,6 +72,10 @@ class Problem:
         return {"seed": 0} if self.sampler == "DDPM" else {}
 
 
+def in_small(lab: Lab, steps: int) -> int:
+    return min(steps, 16) if lab.tiny else steps
+
+
 def start(lab: Lab, *event: int) -> Tensor:
     return torch.randn(1, *event, generator=torch.Generator().manual_seed(0)).to(lab.device)
 
@@ -85,6 +89,7 @@ def policy(lab: Lab, sampler: str, steps: int) -> Problem:
         return network(x, t, obstacle.expand(len(x), -1))
 
     name, windows = f"policy, trained, {sampler}-{steps}", (8, 16, 32) if sampler == "DDPM" else (16, 50)
+    steps = in_small(lab, steps)
     return Problem(name, told, told, POLICY_SCHEDULE, "v_prediction", start(lab, 16, 2), steps, windows, sampler)
 
 
@@ -96,8 +101,8 @@ def trained(lab: Lab, kind: str) -> Problem:
         if kind == "embedded"
         else emoji_denoiser(lab.device)
     )
-    name = f"{kind} model, trained, DDIM-50"
-    return Problem(name, network, network, EMBEDDED_SCHEDULE, "epsilon", start(lab, *event), 50, windows)
+    name, steps = f"{kind} model, trained, DDIM-50", in_small(lab, 50)
+    return Problem(name, network, network, EMBEDDED_SCHEDULE, "epsilon", start(lab, *event), steps, windows)
 
 
 def carried(lab: Lab, name: str, sampler: str, steps: int, windows: tuple[int, ...]) -> Problem:
@@ -113,7 +118,7 @@ def carried(lab: Lab, name: str, sampler: str, steps: int, windows: tuple[int, .
         idle = torch.nan_to_num(made.nodes(x, t).float(), 0.0, 0.0, 0.0).clamp(-1, 1).flatten(1)[: len(x)]
         return score(x, t) + 0.0 * idle.mean(dim=1).reshape(-1, *[1] * (x.ndim - 1))
 
-    about = f"{name} beside an exact score, {sampler}-{steps}"
+    about, steps = f"{name} beside an exact score, {sampler}-{steps}", in_small(lab, steps)
     return Problem(about, network, score, schedule, "epsilon", start(lab, *made.event), steps, windows, sampler)
 
 
@@ -193,7 +198,7 @@ def ways(lab: Lab, problem: Problem, loops: Loops) -> dict[str, Way]:
     found: dict[str, Way] = {"plain loop": loops.plain, "captured loop": loops.captured}
     rows = sorted({1, *(one // 4 for one in problem.windows), *(one // 2 for one in problem.windows), *problem.windows})
     graphed = GraphedDenoiser(problem.network, rows=[one for one in rows if one > 0])
-    for window in problem.windows[-1:] if lab.tiny else problem.windows:
+    for window in problem.windows[:1] if lab.tiny else problem.windows:
         found[f"window {window}, graphs"] = lambda w=window: parallel(graphed, w)
         found[f"window {window}"] = lambda w=window: parallel(problem.network, w)
     if problem.steps <= LONG:  # measuring for it takes half a sequential run

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from benchmarks.gpu.device import Lab
-from benchmarks.gpu.runs import Problem, raced
+from benchmarks.gpu.runs import Problem, in_small, raced
 from benchmarks.problems import emoji_denoiser
 from benchmarks.training import add_noise, learning_rate_factor, loss_weight, update_ema
 from parasolver_adapters.embedded import SCHEDULE
@@ -100,6 +100,7 @@ def run(lab: Lab) -> None:
 
     for sampler, steps, windows in (("DDIM", 50, (8, 16)), ("DDPM", 250, (32,))):
         name = f"32x32 colour pictures, {sampler}-{steps}"
-        problem = Problem(name, network, network, SCHEDULE, "v_prediction", x_T, steps, windows, sampler)
+        shown = in_small(lab, steps)
+        problem = Problem(name, network, network, SCHEDULE, "v_prediction", x_T, shown, windows, sampler)
         with torch.no_grad():
             raced(lab, PART, problem, lab.left / (2 if sampler == "DDIM" else 1))

@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, to_host, working_dtype
+from parasolver_core.arrays import Array, copied, to_host, working_dtype
 from parasolver_core.denoiser.calls import out_of_memory
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.errors import CoupledRowsError, NondeterministicDenoiserError
@@ -120,7 +120,13 @@ class RowCheck:
             inner = range(0 if first else 1, len(own))  # not the first row of the call
             if len(own) * D.shape[1] > _SMALL:
                 inner = [min(max(self._wanted(self._accepted, len(own)), inner[0]), inner[-1])]
-            self._now = [self._copy(inputs[last][i, :], D, int(own[i]), samples[last], first + i) for i in inner]
+            states = inputs[last][inner[0] : inner[-1] + 1, :]
+            predictions = D[first + inner[0] : first + inner[-1] + 1, :]
+            states, predictions = (copied(self._xp, one) for one in (states, predictions))
+            self._now = [
+                Row(states[k, :], predictions[k, :], int(own[i]), samples[last], first + i, count)
+                for k, i in enumerate(inner)
+            ]
         self._rounds += 1
 
     def look(self, records: Sequence[SampleRecord]) -> int:

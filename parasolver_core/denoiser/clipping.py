@@ -9,7 +9,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, DeviceTable, take_at, to_host
+from parasolver_core.arrays import Array, DeviceTable, take_at, to_host, uploaded
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import predicted_sample_coefficients
 from parasolver_core.samplers.schedules import DiscreteSchedule, NoiseSchedule, check_prediction_type
@@ -45,7 +45,7 @@ class Clipping:
         if self._tables and xp.isdtype(t.dtype, "integral"):
             return [take_at(table.like(x), t) for table in self._tables]
         where = array_api_compat.device(x)
-        return [xp.asarray(one, dtype=x.dtype, device=where) for one in self._coefficients_at(to_host(t))]
+        return [uploaded(xp, one, where, x.dtype) for one in self._coefficients_at(to_host(t))]
 
     def _coefficients_at(self, t: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         alpha, sigma = (level[:-1] for level in self._schedule.levels(t))

@@ -19,7 +19,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, given_back, host_view, matmul, take_rows, vecdot
+from parasolver_core.arrays import Array, given_back, host_view, matmul, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, Levels, interpolation
 from parasolver_core.methods.refinement import Aims, Refinement, Verdict
 from parasolver_core.methods.run import Outcome, Run
@@ -29,6 +29,8 @@ from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
 from parasolver_core.solution import SampleRecord, Status
+
+_DRAWN = 2**24  # numbers of noise that are drawn at once
 
 
 class SpreadNodes(Run):
@@ -333,7 +335,7 @@ class SpreadNodes(Run):
             h = xp.matmul(self._put(weights[i : i + 1]), self._S[row, n:, :])[0, :]
             outputs.insert(0, combine(recurrence.believed(i, h, states[-1])))
             del outputs[recurrence.memory :]
-            z = self._read_noise(i, int(self.samples[row])) if recurrence.c[i] != 0 else None
+            z = self._read_noise([(i, int(self.samples[row]))])[0, :] if recurrence.c[i] != 0 else None
             states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return [*states, final]
 
@@ -369,24 +371,41 @@ class SpreadNodes(Run):
         form = self._form
         states = [self._xp.zeros_like(self._start)]
         yield states[0]
-        for i in range(form.steps):
+        for i, z in enumerate(self._draws()):
             new = states[0] * float(form.a[i, 0])
             for k in range(1, min(len(states), form.reads[0])):
                 new = new + states[k] * float(form.a[i, k])
-            if form.c[i] != 0:
-                new = new + self._xp.stack([self._read_noise(i, s) for s in self.samples.tolist()]) * float(form.c[i])
+            if z is not None:
+                new = new + z * float(form.c[i])
             states = [new, *states[: form.reads[0] - 1]]
             yield new
 
-    def _read_noise(self, step: int, sample: int) -> Array:
-        """z of a step, which is read once a level."""
-        z = self._shared.noise.flat(step, sample)
-        self._shared.noise.release(step, sample)
+    def _draws(self) -> Iterator[Array | None]:
+        """z of each step, (B, size), or None where it adds none. Drawn for many steps at once, as memory allows."""
+        (count, size), samples, c = self._start.shape, self.samples.tolist(), self._form.c
+        most = max(_DRAWN // (count * size), 1)
+        for first in range(0, len(c), most):
+            steps = np.arange(first, min(first + most, len(c)))
+            noisy = steps[c[steps] != 0].tolist()
+            z = self._read_noise([(i, s) for i in noisy for s in samples]) if noisy else None
+            row = 0
+            for i in steps.tolist():
+                if c[i] == 0:
+                    yield None
+                    continue
+                yield z[row : row + count, :]  # type: ignore[index]
+                row += count
+
+    def _read_noise(self, wanted: Sequence[tuple[int, int]]) -> Array:
+        """z of these (step, sample), (rows, size), which are read once a level."""
+        z = self._shared.noise.block(wanted)
+        for at in wanted:
+            self._shared.noise.release(*at)
         return z
 
     def _put(self, table: Float64) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
-        return self._xp.asarray(table.astype(self._dtype), device=self._like["device"])
+        return uploaded(self._xp, table.astype(self._dtype), self._like["device"])
 
 
 def _norms(T: Float64, gram: Float64) -> Float64:
