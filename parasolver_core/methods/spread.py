@@ -12,7 +12,7 @@ Samples that have the same nodes are one run, and move together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -26,11 +26,10 @@ from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
 from parasolver_core.solution import SampleRecord, Status
-
-_DRAWN = 2**24  # numbers of noise that are drawn at once
 
 
 class SpreadNodes(Run):
@@ -335,7 +334,7 @@ class SpreadNodes(Run):
             h = xp.matmul(self._put(weights[i : i + 1]), self._S[row, n:, :])[0, :]
             outputs.insert(0, combine(recurrence.believed(i, h, states[-1])))
             del outputs[recurrence.memory :]
-            z = self._read_noise([(i, int(self.samples[row]))])[0, :] if recurrence.c[i] != 0 else None
+            z = self._read_noise(i, int(self.samples[row])) if recurrence.c[i] != 0 else None
             states.append(recurrence.advance(i, states[: -recurrence.memory - 1 : -1], outputs, z))
         return [*states, final]
 
@@ -363,44 +362,14 @@ class SpreadNodes(Run):
         if not self._form.noisy:
             return free, end
         wanted = {*level.nodes.tolist(), self._form.steps}
-        rows = [row for i, row in enumerate(self._made_of_noise()) if i in wanted]
+        states = states_of_noise(self._form, self._shared.noise, self.samples, start)
+        rows = [row for i, row in enumerate(states) if i in wanted]
         return free + self._xp.stack(rows[:-1], axis=1), end + rows[-1]
 
-    def _made_of_noise(self) -> Iterator[Array]:
-        """The N + 1 states if ``x_T`` and all predictions were 0. A state at a time: all of them may not fit."""
-        form = self._form
-        states = [self._xp.zeros_like(self._start)]
-        yield states[0]
-        for i, z in enumerate(self._draws()):
-            new = states[0] * float(form.a[i, 0])
-            for k in range(1, min(len(states), form.reads[0])):
-                new = new + states[k] * float(form.a[i, k])
-            if z is not None:
-                new = new + z * float(form.c[i])
-            states = [new, *states[: form.reads[0] - 1]]
-            yield new
-
-    def _draws(self) -> Iterator[Array | None]:
-        """z of each step, (B, size), or None where it adds none. Drawn for many steps at once, as memory allows."""
-        (count, size), samples, c = self._start.shape, self.samples.tolist(), self._form.c
-        most = max(_DRAWN // (count * size), 1)
-        for first in range(0, len(c), most):
-            steps = np.arange(first, min(first + most, len(c)))
-            noisy = steps[c[steps] != 0].tolist()
-            z = self._read_noise([(i, s) for i in noisy for s in samples]) if noisy else None
-            row = 0
-            for i in steps.tolist():
-                if c[i] == 0:
-                    yield None
-                    continue
-                yield z[row : row + count, :]  # type: ignore[index]
-                row += count
-
-    def _read_noise(self, wanted: Sequence[tuple[int, int]]) -> Array:
-        """z of these (step, sample), (rows, size), which are read once a level."""
-        z = self._shared.noise.block(wanted)
-        for at in wanted:
-            self._shared.noise.release(*at)
+    def _read_noise(self, step: int, sample: int) -> Array:
+        """z of a step, which is read once a level."""
+        z = self._shared.noise.flat(step, sample)
+        self._shared.noise.release(step, sample)
         return z
 
     def _put(self, table: Float64) -> Array:
