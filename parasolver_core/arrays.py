@@ -204,7 +204,7 @@ class DeviceTable:
     __slots__ = ("_there", "_values")  # what it has made is no part of what it is, for a key of a network's costs
 
     def __init__(self, values: NDArray[Any]) -> None:
-        self._values = values
+        self._values = np.array(values)  # PyTorch warns of arrays that cannot be written to
         self._there: dict[Any, Array] = {}
 
     def __len__(self) -> int:

@@ -52,7 +52,7 @@ def train(lab: Lab, data: Tensor, seconds: float) -> tuple[UNet2DModel, dict[str
     """The network with averaged weights, which predicts v, and how training went."""
     torch.manual_seed(0)
     model = untrained(lab)
-    table = torch.from_numpy(SCHEDULE.alphas_cumprod).float().to(lab.device)
+    table = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32, device=lab.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     averaged = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     started, step, batch = time.monotonic(), 0, 4 if lab.tiny else BATCH
