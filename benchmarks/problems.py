@@ -51,11 +51,11 @@ class Problem:
         return torch.stack(rows).to(self.dtype)
 
 
-def emoji_denoiser() -> Denoiser:
+def emoji_denoiser(device: torch.device | str = "cpu") -> Denoiser:
     """The U-Net trained by ``benchmarks.train_emoji``, without a class."""
     model = NoiseUNet2DModel(**EMOJI_CONFIG)
     model.load_state_dict(load(resources.files("benchmarks").joinpath("weights/emoji.safetensors").read_bytes()))
-    model.eval().requires_grad_(False)
+    torch.nn.Module.to(model, device=device).eval().requires_grad_(False)
     no_class = EMOJI_CONFIG["num_class_embeds"] - 1
     return lambda x, t: model(x, t, class_labels=torch.full_like(t, no_class)).sample
 

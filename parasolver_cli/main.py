@@ -177,19 +177,32 @@ def plan(
     tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
     devices: Annotated[str, typer.Option(help="Numbers of devices to compare.")] = "1,2,4,8",
+    device: Annotated[str | None, typer.Option(help="A card whose costs are known: h100.")] = None,
+    network: Annotated[str | None, typer.Option(help="With --device: a part of the name of a network.")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="With --device: its calls as CUDA graphs.")] = False,
     as_json: given.Json = False,
 ) -> None:
     """Predict whether sampling in parallel pays, and with which window, on 1, 2, 4 and 8 devices."""
+    from parasolver_cli.cards import card_costs
     from parasolver_cli.plan import SAMPLERS, Settings, parse_costs, run
+    from parasolver_core.planning.prediction import Costs
 
     given.check_choice("--sampler", sampler, SAMPLERS)
+    if device is None and (network is not None or graphs):
+        raise typer.BadParameter("needs --device", param_hint="--graphs" if network is None else "--network")
+    if device is not None and costs is not None:
+        raise typer.BadParameter("give either costs or a card whose costs are known", param_hint="--device")
+    source = "as given"
     try:
-        table = None if costs is None else parse_costs(costs)
+        table = None if costs is None else Costs(parse_costs(costs))
+        if device is not None:
+            known = card_costs(device, network, graphs)
+            table, source = known.costs, known.source
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--costs") from error
+        raise typer.BadParameter(str(error), param_hint="--costs" if device is None else "--device") from error
     counts = given.read_counts(devices)
     with reported("nothing was kept"):
-        run(Settings(sampler, steps, tolerance, batch, counts, table), as_json)
+        run(Settings(sampler, steps, tolerance, batch, counts, table, source), as_json)
 
 
 @app.command()

@@ -28,7 +28,8 @@ class Settings:
     tolerance: float
     batch: int
     devices: tuple[int, ...]
-    costs: CostTable | None
+    costs: Costs | None
+    source: str = "as given"
 
 
 def parse_costs(text: str) -> CostTable:
@@ -61,7 +62,7 @@ def run(settings: Settings, as_json: bool = False) -> list[Prediction]:
         with console.status("Timing the embedded model"):
             costs, source = _embedded(settings), "the embedded model, measured here"
     else:
-        costs, source = Costs(settings.costs), "as given"
+        costs, source = settings.costs, settings.source
     windows = [_predict(settings, recurrence, costs, window) for window in (1, *_WINDOWS) if window <= settings.steps]
     method = get_method("secant")
     chosen = [
@@ -96,6 +97,7 @@ def _record(
     """All figures of the tables, ready for JSON."""
     network = dict(zip(map(str, costs.network.rows), costs.network.seconds, strict=True))
     given = asdict(settings) | {"costs": None if settings.costs is None else network}
+    del given["source"]
     return {
         "version": __version__,
         "settings": given,

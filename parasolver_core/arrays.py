@@ -20,6 +20,21 @@ R = TypeVar("R")
 _SINGLE, _TF32, _BFLOAT16 = 24, 11, 8  # significant bits
 
 
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
+
+    A network that was compiled by itself stays compiled inside.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
+        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return called
+
+
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of a library that array-api-compat knows."""
     return bool(array_api_compat.is_array_api_obj(value))
@@ -158,8 +173,54 @@ def take_rows(rows: Array, index: NDArray[np.int64]) -> Array:
 
 def put_index(rows: Array, index: NDArray[np.int64]) -> Array:
     """An index on the device of the rows."""
-    xp: Any = array_api_compat.array_namespace(rows)
-    return xp.asarray(index, device=array_api_compat.device(rows))
+    return uploaded(array_api_compat.array_namespace(rows), index, array_api_compat.device(rows))
+
+
+def uploaded(xp: Any, values: NDArray[Any], where: Any, dtype: Any = None) -> Array:
+    """Host numbers as an array on a device, which the host does not wait for.
+
+    PyTorch copies pageable memory only once a card has done all that it was given before; pinned memory it does not
+    wait for, and does not use again before the copy is done.
+    """
+    if not (array_api_compat.is_torch_namespace(xp) and _is_card(where)):
+        return xp.asarray(values, dtype=dtype, device=where)
+    here = xp.asarray(values, dtype=dtype, device="cpu")
+    return here.pin_memory().to(where, non_blocking=True)
+
+
+def _is_card(device: Any) -> bool:
+    return device.type == "cuda"
+
+
+class DeviceTable:
+    """Numbers of the host, brought to each device and dtype that asks for them once.
+
+    So a call that reads them does not wait, and can be captured as a CUDA graph.
+
+    Args:
+        values: the numbers, as an array in any shape.
+    """
+
+    __slots__ = ("_there", "_values")  # what it has made is no part of what it is, for a key of a network's costs
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values = np.array(values)  # PyTorch warns of arrays that cannot be written to
+        self._there: dict[Any, Array] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def like(self, x: Array, dtype: Any = None) -> Array:
+        """On the device of ``x``, in its dtype or another; not to be changed."""
+        dtype = x.dtype if dtype is None else dtype
+        key = type(x), dtype, array_api_compat.device(x)
+        if key not in self._there:
+            self._there[key] = self._made(x, dtype)
+        return self._there[key]
+
+    @outside_graphs
+    def _made(self, x: Array, dtype: Any) -> Array:
+        return uploaded(array_api_compat.array_namespace(x), self._values, array_api_compat.device(x), dtype)
 
 
 def take_at(rows: Array, index: Array) -> Array:
@@ -190,21 +251,6 @@ def working_dtype(xp: Any, dtype: Any) -> Any:
 def no_grad(xp: Any) -> Any:
     """A context in which the library records no gradients; does nothing where there are none."""
     return xp.no_grad() if array_api_compat.is_torch_namespace(xp) else nullcontext()
-
-
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which ``torch.compile`` leaves out of its graphs where it meets it, with all that it calls.
-
-    A network that was compiled by itself stays compiled inside.
-    """
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        dynamo = sys.modules.get("torch._dynamo")  # not there: nothing is being compiled
-        return function(*args, **kwargs) if dynamo is None else dynamo.disable(function)(*args, **kwargs)
-
-    called._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return called
 
 
 def fetch(xp: Any, packed: list[Array]) -> list[NDArray[np.float64]]:

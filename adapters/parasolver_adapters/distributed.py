@@ -258,8 +258,7 @@ def process_group(timeout: float = 600.0) -> Iterator[torch.device]:
     NCCL and the GPU of the local rank where there are GPUs, else gloo and the CPU.
 
     Args:
-        timeout: seconds to wait for the other processes to start, and for any collective. Longer than the denoiser's:
-            NCCL ends a process whose collective takes longer than this, with no error that could be caught.
+        timeout: seconds to wait for the other processes to start, and for any collective; longer than the denoiser's.
 
     Raises:
         RuntimeError: the process was not started by torchrun.
@@ -272,10 +271,20 @@ def process_group(timeout: float = 600.0) -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    if on_gpu:
+        # a process that is lost is told to the others as an exception; NCCL's watchdog would end them
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        dist.init_process_group("nccl", timeout=limit, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
     try:
         yield device
     finally:
-        for group in lost_groups():
-            group.abort()  # who has lost a process does not wait for what it has begun
-        dist.destroy_process_group()
+        lost = lost_groups()
+        if lost and on_gpu:  # destroying would wait for the lost process, in every group that it was in
+            dist.distributed_c10d._abort_process_group()
+        else:
+            for group in lost:
+                group.abort()  # who has lost a process does not wait for what it has begun
+            dist.destroy_process_group()

@@ -22,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parasolver_core import DDPM, Recurrence, Rows, clip_sample
+from parasolver_core import DDPM, Recurrence, Rows
+from parasolver_core.arrays import DeviceTable, take_rows, uploaded
+from parasolver_core.denoiser.clipping import Clipping
 from parasolver_core.samplers.schedules import DiscreteSchedule
 from parasolver_core.validation import check_count
 
@@ -147,8 +149,10 @@ class EpsilonModel:
     guided_channels: int | None = None
     classifier: ClassifierGuidance | None = None
     clip_denoised: bool = False
+    _classes: DeviceTable = field(init=False, repr=False)
+    _sigmas: DeviceTable = field(init=False, repr=False)
+    _clipping: Clipping = field(init=False, repr=False)
 
-    takes_rows: ClassVar[bool] = True
     prediction_type: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
@@ -158,12 +162,22 @@ class EpsilonModel:
         if not needed and self.labels is not None:
             raise ValueError(f"labels: this network takes none, got {self.labels!r}")
         self._check_labels()
+        labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels, dtype=np.int64))
+        object.__setattr__(self, "_classes", DeviceTable(labels))
+        object.__setattr__(self, "_clipping", Clipping(self.schedule, "epsilon"))
+        levels = self.schedule.levels(np.arange(self.schedule.train_steps))
+        object.__setattr__(self, "_sigmas", DeviceTable(levels[1]))
         check_scale("guidance_scale", self.guidance_scale)
         if self._guided and (self.num_classes is None or self.null_label is None):
             raise ValueError(
                 f"guidance_scale: got {self.guidance_scale}, which needs a network with labels and a null_label that "
                 "it was trained with"
             )
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the samples have labels of their own, so that it must know whose each row is."""
+        return self.labels is not None and not isinstance(self.labels, (int, np.integer))
 
     def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
         """``eps`` of each row, like ``x``.
@@ -189,7 +203,7 @@ class EpsilonModel:
             )
         eps, v = output[:, :channels], output[:, channels:] if self.learn_sigma else None
         if self.clip_denoised:
-            eps = clip_sample(lambda x, t: eps, self.schedule)(x, t)
+            eps = self._clipping(x, t, eps)
         return eps, v
 
     def guidance(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor | None:
@@ -217,19 +231,19 @@ class EpsilonModel:
         return torch.cat([changed, labelled[:, first:]], dim=1)
 
     def _labels_of(self, x: Tensor, rows: Rows | None) -> Tensor:
-        labels = np.atleast_1d(np.asarray(self.labels, dtype=np.int64))
-        if isinstance(self.labels, (int, np.integer)):
-            labels = np.repeat(labels, len(x))
-        elif rows is not None:
-            if rows.samples.max() >= len(labels):
+        classes = self._classes.like(x, torch.int64)
+        if not self.takes_rows:
+            return classes.expand(len(x))
+        if rows is not None:
+            if rows.samples.max() >= len(classes):
                 raise ValueError(
-                    f"labels: expected one for each sample, got {len(labels)} for a batch of at least "
+                    f"labels: expected one for each sample, got {len(classes)} for a batch of at least "
                     f"{rows.samples.max() + 1}"
                 )
-            labels = labels[rows.samples]
-        elif len(labels) != len(x):
-            raise ValueError(f"labels: got {len(labels)} for {len(x)} rows; {NEEDS_ROWS}")
-        return torch.as_tensor(labels, device=x.device)
+            return take_rows(classes, rows.samples)
+        if len(classes) != len(x):
+            raise ValueError(f"labels: got {len(classes)} for {len(x)} rows; {NEEDS_ROWS}")
+        return classes
 
     def _check_labels(self) -> None:
         labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels))
@@ -244,9 +258,7 @@ class EpsilonModel:
         return {"the network": self.num_classes is not None, "classifier guidance": self.classifier is not None}
 
     def _sigma(self, x: Tensor, t: Tensor) -> Tensor:
-        _, sigma = self.schedule.levels(np.arange(self.schedule.train_steps))
-        table = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        return table[t].view(-1, *[1] * (x.ndim - 1))
+        return self._sigmas.like(x)[t].view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +311,7 @@ class LearnedVariance:
         assert v is not None
         z = torch.stack([rows.noise(step, sample) for step, sample in zip(rows.steps, rows.samples, strict=True)])
         z = z.to(x.device)
-        table = torch.as_tensor(self._table(rows.recurrence)[:, rows.steps], dtype=z.dtype, device=z.device)
+        table = uploaded(torch, self._table(rows.recurrence)[:, rows.steps], z.device, z.dtype)
         b, c, log_small, log_large, noisy = table.view(5, -1, *[1] * (x.ndim - 1))
         weight = (v.to(z.dtype) + 1) / 2
         log_variance = weight * log_large + (1 - weight) * log_small

@@ -1,29 +1,37 @@
 """What the processes of a group tell each other: a packet from each at once, which begins alike whatever it is about.
 
-All that a process waits for goes through :meth:`Exchange.meet`. The first part of a packet has the same length in every
-call, so processes that have come apart, one of them still in a run that another has left, meet once more and learn it.
+All that a process waits for goes through :meth:`Exchange.meet`. The first part of a packet is as long as the longest
+packet so far, which all processes have seen, so a round is one collective; and processes that have come apart, one of
+them still in a run that another has left, meet once more and learn it.
+
+On cards (NCCL) packets stay there: only their headers come to the host.
 """
 
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
+from parasolver_core.arrays import uploaded
 from parasolver_core.errors import SolverError
 
-_FIRST = 2**12  # bytes of the first part: small states fit, and a round costs one collective
+_FIRST = 2**12  # bytes of a run's first packets; later ones are as long as the longest
 _NUMBERS = struct.Struct("=qqqqq")
 _SKETCH = 16  # numbers of the input of a call, by which processes that work on different states are told
 _HEADER = 64 + 4 * _SKETCH
 _ROOM = _FIRST - _HEADER
+_LOOK = 2e-5  # seconds between two looks at whether a card's packets have arrived
 _APART = 1e-3  # of the input's size: rounding differs on other hardware, other noise or other latents by far more
 
 
@@ -97,9 +105,9 @@ class Header:
             Kind.LEFT: f"left run {self.run} after network call {self.call}",
         }[self.kind]
 
-    def packed(self) -> Tensor:
+    def packed(self) -> NDArray[np.uint8]:
         numbers = _NUMBERS.pack(self.kind, self.run, self.call, self.rows, self.length).ljust(64, b"\0")
-        return torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
+        return np.frombuffer(bytearray(numbers), dtype=np.uint8)
 
     @classmethod
     def read(cls, packet: Tensor) -> Header:
@@ -115,6 +123,7 @@ class Exchange:
         self._group = ref(group)  # a table of all exchanges holds them by their groups
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.run, self.lost = 0, ""
+        self._room = _ROOM  # bytes of content that the first part has room for; the same in all processes
 
     def meet(self, told: Header, content: Tensor, timeout: float) -> list[Tensor]:
         """Every process's content, by rank.
@@ -134,22 +143,25 @@ class Exchange:
         self.lost = f"rank {self.rank} was interrupted while it talked to the others"
         if told.kind in _ERRORS:
             content = content[:_ROOM]
-        first = torch.zeros(_FIRST, dtype=torch.uint8, device=content.device)
-        first[:64] = Header(told.kind, told.run, told.call, told.rows, len(content)).packed()
+        room, device = self._room, content.device
+        first = torch.zeros(_HEADER + room, dtype=torch.uint8, device=device)
+        header = Header(told.kind, told.run, told.call, told.rows, len(content)).packed()
+        first[:64] = uploaded(torch, header, device)
         if told.sketch is not None:
             first[64:_HEADER] = told.sketch.view(torch.uint8)
-        first[_HEADER : _HEADER + min(len(content), _ROOM)] = content[:_ROOM]
+        first[_HEADER : _HEADER + min(len(content), room)] = content[:room]
         packets = self._gather(first, told, timeout)
-        host = packets.cpu()  # waits for the device
-        headers = [Header.read(packet) for packet in host]
-        wrong = self._wrong(headers, host)
+        headers = [Header.read(packet) for packet in packets[:, :_HEADER].cpu()]
+        wrong = self._wrong(headers, packets)
         most = max(header.length for header in headers)
         received = packets[:, _HEADER : _HEADER + most]
-        if wrong is None and most > _ROOM:
-            rest = torch.zeros(most - _ROOM, dtype=torch.uint8, device=content.device)
-            rest[: max(len(content) - _ROOM, 0)] = content[_ROOM:]
+        if wrong is None and most > room:
+            rest = torch.zeros(most - room, dtype=torch.uint8, device=device)
+            rest[: max(len(content) - room, 0)] = content[room:]
             received = torch.cat([received, self._gather(rest, told, timeout)], dim=1)
         self.lost, self.run = "", max(header.run for header in headers)
+        if wrong is None:  # as all processes find
+            self._room = _ROOM if told.kind is Kind.END else max(room, most)
         if wrong is not None and told.kind is not Kind.LEFT:
             raise wrong
         return [one[: header.length] for one, header in zip(received, headers, strict=True)]
@@ -160,7 +172,7 @@ class Exchange:
         if failed:
             texts = []
             for rank in failed:
-                text = packets[rank, _HEADER:][: headers[rank].length].numpy().tobytes().decode(errors="replace")
+                text = packets[rank, _HEADER:][: headers[rank].length].cpu().numpy().tobytes().decode(errors="replace")
                 texts.append(f"rank {rank} of {self.size} {headers[rank]}: {text}")
             return WorkerError("; ".join(texts), failed[0])
         if len({one.place for one in headers}) > 1:
@@ -187,12 +199,14 @@ class Exchange:
         assert group is not None  # who meets has it
         packet = packet.to(where)
         gathered = torch.empty(self.size * packet.numel(), dtype=torch.uint8, device=where)
-        limit = timedelta(seconds=timeout)
         options = dist.distributed_c10d.AllgatherOptions()
-        if dist.get_backend(group) != "nccl":  # which would end the process, with no error to catch
-            options.timeout = limit  # else the group's own, and nobody could leave the group before
         try:
-            group.allgather([list(gathered.view(self.size, -1).unbind())], [packet], options).wait(limit)
+            if dist.get_backend(group) == "nccl":
+                group._allgather_base(gathered, packet, options).wait()  # the stream does, and not the host
+                _wait_for_card(timeout)
+            else:
+                options.timeout = timedelta(seconds=timeout)  # else the group's own, and nobody could leave it before
+                group._allgather_base(gathered, packet, options).wait(options.timeout)
         except RuntimeError as error:
             self.lost = f"it lost a process before: {str(error).split('. ')[0].strip()}"
             raise WorkerLostError(
@@ -207,6 +221,20 @@ class Exchange:
         if dist.get_backend(self._group()) == "nccl":
             return device if device is not None and device.type == "cuda" else torch.device("cuda")
         return torch.device("cpu")
+
+
+def _wait_for_card(timeout: float) -> None:
+    """Until the card has done all that it was given. NCCL's own wait with a limit looks every few milliseconds only.
+
+    Raises:
+        RuntimeError: it has not within so many seconds, as when another process never comes.
+    """
+    done, until = torch.cuda.Event(), time.monotonic() + timeout
+    done.record()
+    while not done.query():
+        if time.monotonic() > until:
+            raise RuntimeError("NCCL: the time is over")
+        time.sleep(_LOOK)
 
 
 _EXCHANGES: WeakKeyDictionary[dist.ProcessGroup, Exchange] = WeakKeyDictionary()

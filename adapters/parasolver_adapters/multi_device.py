@@ -110,7 +110,7 @@ class MultiDeviceDenoiser(SharedDenoiser):
         """A replica's rows, on the device of ``x``; in the replica's thread."""
         device = self._where[i] or x.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_device, _entered(modes):
+        with _entered(modes), on_device:  # the caller's stream makes its card the current one
             return self._local[i](x.to(device), t.to(device), rows).to(x.device)
 
     def _place(self, i: int) -> str:
@@ -143,6 +143,9 @@ def _modes(device: torch.device) -> list[Any]:
     """What a thread has to be told of the one that starts it: contexts, each to be made when it is entered."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     modes: list[Any] = [lambda: torch.inference_mode(inference), lambda: torch.set_grad_enabled(grad)]
+    if device.type == "cuda":  # copies from one card to another run on streams of both, and wait for each other there
+        stream = torch.cuda.current_stream(device)
+        modes.append(lambda: torch.cuda.stream(stream))
     for kind in {device.type, "cpu"} - {"meta"}:
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

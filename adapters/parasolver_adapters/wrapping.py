@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parasolver_adapters.epsilon_models import NEEDS_ROWS, check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
+from parasolver_core.arrays import DeviceTable, uploaded
 from parasolver_core.samplers.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule, PredictionType
 
 Convention = Literal["timestep", "unit", "sigma"]
@@ -66,8 +68,6 @@ class ModelDenoiser:
     dtype: torch.dtype | None = field(default=None, kw_only=True)
     _time: TimeFn = field(init=False, repr=False)
 
-    takes_rows: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise TypeError(f"model: expected model(x, t, **conditions), got {type(self.model).__name__}")
@@ -88,6 +88,11 @@ class ModelDenoiser:
         object.__setattr__(self, "schedule", _predicting(self.schedule, self.prediction_type))
         object.__setattr__(self, "_time", _time_function(self.schedule, self.time))
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether samples have conditions of their own, so that it must know whose each row is."""
+        return _of_samples(self.conditions) or _of_samples(self.null_conditions)
+
     def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
         """The prediction for each row, like ``x``.
 
@@ -96,7 +101,7 @@ class ModelDenoiser:
             t: (rows,), as the schedule counts.
             rows: which sample each row belongs to; not needed where conditions are for all samples.
         """
-        samples = None if rows is None else torch.as_tensor(rows.samples, device=x.device)
+        samples = None if rows is None or not self.takes_rows else _Samples(rows.samples, x.device)
         given = x if self.dtype is None else x.to(self.dtype)
         times = self._time(t)
         conditions = _of_rows(self.conditions, samples, len(x), "conditions")
@@ -149,8 +154,8 @@ def _time_function(schedule: NoiseSchedule, convention: Convention | TimeFn | No
     if isinstance(schedule, DiscreteSchedule) and convention in ("unit", "sigma"):
         alpha, sigma = (level[:-1] for level in schedule.levels(np.arange(schedule.train_steps)))
         table = np.linspace(0.0, 1.0, schedule.train_steps) if convention == "unit" else sigma / alpha
-        values = torch.as_tensor(table, dtype=torch.float32, device="cpu")
-        return lambda t: values.to(t.device)[t]
+        values = DeviceTable(table)
+        return lambda t: values.like(t, torch.float32)[t]
     if isinstance(schedule, FlowSchedule) and convention == "timestep":
         return lambda t: _TRAIN_STEPS * t
     raise ValueError(
@@ -165,7 +170,27 @@ def _checked_times(times: Any, t: Tensor) -> Tensor:
     return times
 
 
-def _of_rows(value: Any, samples: Tensor | None, rows: int, name: str) -> Any:
+class _Samples:
+    """Which sample each row of a call belongs to, on the host and on the devices of conditions."""
+
+    def __init__(self, numbers: NDArray[np.int64], device: torch.device) -> None:
+        self.largest = int(numbers.max())
+        self._there = uploaded(torch, numbers, device)
+
+    def on(self, device: torch.device) -> Tensor:
+        return self._there.to(device)
+
+
+def _of_samples(value: Any) -> bool:
+    """Whether some condition has one for each sample along its first axis."""
+    if isinstance(value, Mapping):
+        return any(map(_of_samples, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_of_samples, value))
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1
+
+
+def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
     """Conditions of the samples as conditions of rows."""
     if isinstance(value, Mapping):
         return {key: _of_rows(one, samples, rows, f"{name}[{key!r}]") for key, one in value.items()}
@@ -180,12 +205,12 @@ def _of_rows(value: Any, samples: Tensor | None, rows: int, name: str) -> Any:
         if len(value) != rows:
             raise ValueError(f"{name}: got {len(value)} for {rows} rows; {NEEDS_ROWS}")
         return value
-    if int(samples.max()) >= len(value):
+    if samples.largest >= len(value):
         raise ValueError(
             f"{name}: expected one for each sample, or a first axis of 1, got {len(value)} for a batch of at least "
-            f"{int(samples.max()) + 1}"
+            f"{samples.largest + 1}"
         )
-    return value[samples.to(value.device)]
+    return value[samples.on(value.device)]
 
 
 def _joined(given: Any, null: Any, name: str) -> Any:

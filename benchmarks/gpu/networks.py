@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from benchmarks.gpu.lookalikes import OBSERVATION, AudioDiT, RobotUNet
 from parasolver_adapters.dit import PRESETS as DIT_PRESETS
 from parasolver_adapters.dit import DiT, DiTConfig
 from parasolver_adapters.guided_diffusion import PRESETS as ADM_PRESETS
@@ -166,10 +167,25 @@ def flux_like(pixels: int) -> Make:
     return make
 
 
+def robot(device: torch.device, tiny: bool) -> Network:
+    widths = (32, 64, 128) if tiny else (512, 1024, 2048)
+    module, dtype = built(lambda: RobotUNet(widths), device, torch.bfloat16)
+    observation = torch.randn(1, OBSERVATION, device=device, dtype=dtype)
+    return Network(module, lambda x, t: module(x.to(dtype), t, observation), (16, 2), 1)
+
+
+def audio(device: torch.device, tiny: bool) -> Network:
+    size, frames = ((64, 2, 4), 50) if tiny else ((1024, 22, 16), 1000)
+    module, dtype = built(lambda: AudioDiT(*size), device, torch.bfloat16)
+    return Network(module, lambda x, t: module(x.to(dtype), t), (frames, 100), 2)
+
+
 NETWORKS: dict[str, Make] = {
     "DiT-XL/2, 256 pixels, guidance": dit(256),
+    "robot 1-D U-Net": robot,
     "SD 1.5, 512 pixels, guidance": stable_diffusion(64, 768),
     "church DDPM, 256 pixels": church,
+    "audio DiT, 0.3 B, guidance": audio,
     "SDXL, 1024 pixels, guidance": sdxl,
     "ADM, 256 pixels": adm,
     "Flux-like, 512 pixels": flux_like(512),

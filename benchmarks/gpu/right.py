@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import Lab, distance
+from benchmarks.gpu.rounds import cheap_network
 from benchmarks.policy import SCHEDULE, demonstrations, load_policy
 from benchmarks.problems import Denoiser
-from parasolver_core import DDIM, DDPM, NonFiniteError, StepRule, solve, solve_sequential
+from parasolver_adapters.graphs import GraphCaptureWarning, GraphedDenoiser
+from parasolver_core import DDIM, DDPM, NoiseSchedule, NonFiniteError, StepRule, solve, solve_sequential
 
 PART = "right"
+LINEAR = NoiseSchedule.linear()
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of tolerance=0: the network's own rounding
 STEPS = 50
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """TF32 products allowed within the block, or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Case:
@@ -53,12 +70,42 @@ class Case:
 
     def precision(self, allowed: bool) -> dict[str, Any]:
         """With TF32 products allowed to the network, or not."""
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        try:
+        with tf32(allowed):
             return self.promises(self.network(), self.x_T, 1e-2 if allowed else BOUNDS[torch.float32])
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def own_products(self, allowed: bool) -> dict[str, Any]:
+        """A network without a product of matrices: what TF32 changes is the solver's own, and must be nothing."""
+        network = cheap_network(self.lab.device)
+        event = (4, 8, 8) if self.lab.tiny else (4, 64, 64)
+        x_T = torch.randn(2, *event, generator=torch.Generator().manual_seed(0)).to(self.lab.device)
+        problem = (network, x_T, LINEAR.timesteps(24 if self.lab.tiny else 250), DDIM(LINEAR))
+        truth = solve_sequential(*problem).sample
+        with tf32(False):
+            usual = solve(*problem, window=16, tolerance=1e-3, check=False)
+        with tf32(allowed):
+            found = solve(*problem, window=16, tolerance=1e-3, check=False)
+        error, rounds = distance(found.sample, truth), found.stats.rounds
+        return {"ok": error <= 1e-3 and rounds <= usual.stats.rounds + 1, "error": error, "rounds": rounds}
+
+    def graphed(self) -> dict[str, Any]:
+        """The network as graphs: captured on a card, and the promises as before."""
+        network = GraphedDenoiser(self.network(), rows=(2, 8, 16, 34))
+        values = self.promises(network, self.x_T, BOUNDS[torch.float32])
+        return values | {"ok": values["ok"] and not network.failure, "failure": network.failure}
+
+    def not_captured(self) -> dict[str, Any]:
+        """A network that waits for the host is called plainly, with a warning on a card."""
+        inner = self.network()
+
+        def waiting(x: Tensor, t: Tensor) -> Tensor:
+            return inner(x, t) * (1.0 + 0.0 * float(x.abs().max()))
+
+        network = GraphedDenoiser(waiting, rows=(2, 8, 16, 34))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            values = self.promises(network, self.x_T, BOUNDS[torch.float32])
+        warned = any(issubclass(one.category, GraphCaptureWarning) for one in told)
+        return values | {"ok": values["ok"] and warned == self.lab.cuda, "failure": network.failure}
 
     def not_finite(self) -> dict[str, Any]:
         """A network that gives NaN near the end has to end the run, with a finite state to go on from."""
@@ -107,10 +154,14 @@ def run(lab: Lab) -> None:
     exact = BOUNDS[torch.float32]
     lab.measure(PART, "policy, DDPM", lambda: case.promises(case.network(), case.x_T, exact, noisy))
     for allowed in (False, True):
-        lab.measure(PART, f"policy, TF32 {'allowed' if allowed else 'off'}", lambda a=allowed: case.precision(a))
+        with_tf32 = f"TF32 {'allowed' if allowed else 'off'}"
+        lab.measure(PART, f"policy, {with_tf32}", lambda a=allowed: case.precision(a))
+        lab.measure(PART, f"the solver's own products, {with_tf32}", lambda a=allowed: case.own_products(a))
     network = case.network()
     lab.measure(PART, "states on the CPU", lambda: case.promises(network, case.x_T, exact, state_device="cpu"))
     lab.measure(PART, "buckets", lambda: case.promises(network, case.x_T, exact, buckets=(2, 8, 16, 34)))
+    lab.measure(PART, "network as graphs", case.graphed)
+    lab.measure(PART, "network that cannot be captured", case.not_captured)
     lab.measure(PART, "NaN from the network", case.not_finite)
     lab.measure(PART, "out of memory", case.out_of_memory)
     lab.measure(PART, 'window="auto"', case.chosen_window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from benchmarks.gpu.device import Lab
 from benchmarks.problems import Denoiser
-from parasolver_core import DDIM, NoiseSchedule, ParallelIntegralSolver
+from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, ParallelIntegralSolver
 
 PART = "rounds"
+CUDA = torch.autograd.DeviceType.CUDA
 SCHEDULE = NoiseSchedule.linear()
 EVENTS = ((16, 2), (4, 64, 64), (4, 128, 128))
 WINDOWS = (8, 16, 64)
-BATCHES = (1, 4, 16)
+BATCHES = (4, 16)
 ROUNDS = 16  # at most, of a run
 FIRST, WATCHED = 3, 3  # rounds before, and under, the profiler
 
@@ -33,27 +35,62 @@ def cheap_network(device: torch.device) -> Denoiser:
     return network
 
 
+@dataclass(frozen=True)
+class Job:
+    """A kind of run whose rounds are looked at.
+
+    Args:
+        event: shape of a sample.
+        window, batch: as in ``solve``.
+        sampler: "DDIM" or "DDPM".
+        spread: the steps of a run with nodes spread over the trajectory; 0: the window slides.
+    """
+
+    event: tuple[int, ...]
+    window: int
+    batch: int = 1
+    sampler: str = "DDIM"
+    spread: int = 0
+
+    @property
+    def name(self) -> str:
+        kind = f"spread over {self.spread} steps" if self.spread else "sliding"
+        return f"{'x'.join(map(str, self.event))}, window {self.window}, batch {self.batch}, {self.sampler}, {kind}"
+
+
+JOBS = [
+    *(Job(event, window) for event in EVENTS for window in WINDOWS),
+    Job((4, 64, 64), 32, sampler="DDPM"),
+    Job((3, 256, 256), 32, sampler="DDPM"),
+    Job((4, 64, 64), 32, spread=1000),
+    Job((16, 2), 64, spread=1000),
+    *(Job(event, window, batch) for batch in BATCHES for event in EVENTS for window in WINDOWS),
+]
+TINY = [Job((16, 2), 8), Job((16, 2), 8, sampler="DDPM"), Job((16, 2), 16, spread=200)]
+
+
 class Watched:
-    """A run by hand of a window that slides.
+    """A run by hand.
 
     Args:
         lab: where.
-        event: shape of a sample.
-        window, batch: as in ``solve``.
+        job: which.
     """
 
-    def __init__(self, lab: Lab, event: tuple[int, ...], window: int, batch: int) -> None:
-        self.lab, self.window = lab, window
+    def __init__(self, lab: Lab, job: Job) -> None:
+        self.lab, self.job = lab, job
         self.network = cheap_network(lab.device)
-        self.x_T = torch.randn(batch, *event, generator=torch.Generator().manual_seed(0)).to(lab.device)
+        self.x_T = torch.randn(job.batch, *job.event, generator=torch.Generator().manual_seed(0)).to(lab.device)
 
     def milliseconds(self) -> float:
         """Median over the rounds of a second run."""
         return [statistics.median(self._rounds()) for _ in range(2)][-1]
 
     def _rounds(self, watch: Any = None) -> list[float]:
-        solver = ParallelIntegralSolver(DDIM(SCHEDULE), self.window)
-        state = solver.init(self.network, self.x_T, SCHEDULE.timesteps(4 * self.window))
+        job, rule = self.job, DDIM(SCHEDULE) if self.job.sampler == "DDIM" else DDPM(SCHEDULE)
+        method = Method(spread=job.spread > 0)
+        solver = ParallelIntegralSolver(rule, job.window, method=method, check=False)
+        state = solver.init(self.network, self.x_T, SCHEDULE.timesteps(job.spread or 4 * job.window))
         times: list[float] = []
         while not solver.done(state) and len(times) < ROUNDS:
             if watch is not None and len(times) == FIRST:
@@ -67,7 +104,7 @@ class Watched:
         return times
 
     def counts(self) -> dict[str, float]:
-        """A round's kernels, copies and waits, from the profiler; nothing on a CPU."""
+        """A round's kernels, copies, waits and milliseconds of a busy card, from the profiler; nothing on a CPU."""
         if not self.lab.cuda:
             return {}
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -75,12 +112,14 @@ class Watched:
         rounds = len(self._rounds(watch)) - FIRST
         watch.stop()
         seen = Counter(_kind(event.name, event.device_type) for event in watch.events())
-        return {name: round(count / rounds, 1) for name, count in seen.items() if name}
+        counts = {name: round(count / rounds, 1) for name, count in seen.items() if name}
+        busy = sum(one.time_range.elapsed_us() for one in watch.events() if one.device_type == CUDA)
+        return {**counts, "busy": busy / 1e3 / rounds}
 
     def found(self) -> dict[str, Any]:
         """A line of results."""
         together = self.milliseconds()
-        rows = self.window * len(self.x_T)
+        rows = self.job.window * len(self.x_T)
         x = torch.randn(rows, *self.x_T.shape[1:], device=self.lab.device)
         t = torch.randint(0, SCHEDULE.train_steps, (rows,), device=self.lab.device)
         network = self.lab.milliseconds(lambda: self.network(x, t), seconds=0.05)
@@ -89,7 +128,7 @@ class Watched:
 
 def _kind(name: str, device: Any) -> str:
     """What an event of the profiler is counted as."""
-    if device != torch.autograd.DeviceType.CUDA:
+    if device != CUDA:
         # every wait for a copy to or from pageable memory is one of these too
         return "waits" if name.startswith("cuda") and name.endswith("Synchronize") else ""
     if name.startswith("Memcpy HtoD"):
@@ -100,10 +139,7 @@ def _kind(name: str, device: Any) -> str:
 
 
 def run(lab: Lab) -> None:
-    """All shapes, windows and batches; in small, one of them."""
-    for batch in BATCHES[: 1 if lab.tiny else None]:
-        for event in EVENTS[: 1 if lab.tiny else None]:
-            for window in WINDOWS[: 1 if lab.tiny else None]:
-                name = f"{'x'.join(map(str, event))}, window {window}, batch {batch}"
-                with torch.no_grad():
-                    lab.measure(PART, name, Watched(lab, event, window, batch).found)
+    """All jobs, as far as the time reaches."""
+    with torch.no_grad():
+        for job in TINY if lab.tiny else JOBS:
+            lab.measure(PART, job.name, Watched(lab, job).found)

@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, to_host, working_dtype
+from parasolver_core.arrays import Array, copied, to_host, working_dtype
 from parasolver_core.denoiser.calls import out_of_memory
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.errors import CoupledRowsError, NondeterministicDenoiserError
@@ -108,11 +108,11 @@ class RowCheck:
         """
         count, self._now = D.shape[0], []
         if inputs[-1] is self._start:
-            self._again = self._copy(inputs[-1][0, :], D, 0, 0, count - 1)
+            (self._again,) = self._copies(inputs[-1], D, count - 1, [0], 0)
             inputs, nodes, owners = inputs[:-1], nodes[:-1], owners[:-1]
         inputs, nodes, samples = _by_sample(inputs, nodes, owners)
         if self._rounds == 0:
-            self._first = self._copy(inputs[0][0, :], D, int(nodes[0][0]), samples[0], 0)
+            (self._first,) = self._copies(inputs[0][:1, :], D, 0, nodes[0][:1], samples[0])
         several = [k for k, own in enumerate(nodes) if len(own) > 1]
         if several:
             last = several[-1]
@@ -120,7 +120,8 @@ class RowCheck:
             inner = range(0 if first else 1, len(own))  # not the first row of the call
             if len(own) * D.shape[1] > _SMALL:
                 inner = [min(max(self._wanted(self._accepted, len(own)), inner[0]), inner[-1])]
-            self._now = [self._copy(inputs[last][i, :], D, int(own[i]), samples[last], first + i) for i in inner]
+            part = slice(inner[0], inner[-1] + 1)
+            self._now = self._copies(inputs[last][part, :], D, first + inner[0], own[part], samples[last])
         self._rounds += 1
 
     def look(self, records: Sequence[SampleRecord]) -> int:
@@ -160,9 +161,11 @@ class RowCheck:
         """Which of a sample's nodes to look at: the last accepted; spread nodes, which end together, in turns."""
         return accepted - 1 if 0 < accepted <= count else int((self._rounds * _GOLDEN) % 1 * count)
 
-    def _copy(self, x: Array, D: Array, node: int, sample: int, place: int) -> Row:
-        x, prediction = (self._xp.asarray(row, copy=True) for row in (x, D[place, :]))
-        return Row(x, prediction, node, sample, place, D.shape[0])
+    def _copies(self, x: Array, D: Array, first: int, nodes: Sequence[int] | Indices, sample: int) -> list[Row]:
+        """Rows x of the call, (k, size), from place ``first`` on, in memory of their own."""
+        x, predictions = (copied(self._xp, one) for one in (x, D[first : first + len(nodes), :]))
+        count = D.shape[0]
+        return [Row(x[k, :], predictions[k, :], int(i), sample, first + k, count) for k, i in enumerate(nodes)]
 
     def _keep(self, records: dict[int, SampleRecord]) -> None:
         """Of the rows accepted behind a window's first, keep those after which the next round surprised most.

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, DeviceTable, take_at, to_host, uploaded
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import predicted_sample_coefficients
-from parasolver_core.samplers.schedules import NoiseSchedule, check_prediction_type
+from parasolver_core.samplers.schedules import DiscreteSchedule, NoiseSchedule, check_prediction_type
+
+
+class Clipping:
+    """Predictions that go with clean samples clipped to ``[-clip_range, clip_range]``.
+
+    Args:
+        schedule: the path that relates a prediction to the clean sample.
+        prediction_type: what is predicted.
+        clip_range: the largest absolute value kept.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str, clip_range: float = 1.0) -> None:
+        check_prediction_type("prediction_type", prediction_type)
+        self._schedule, self._kind, self._range = schedule, prediction_type, clip_range
+        self._tables: tuple[DeviceTable, ...] = ()
+        if isinstance(schedule, DiscreteSchedule):  # looked up on the device, which nobody waits for
+            coefficients = self._coefficients_at(np.arange(schedule.train_steps))
+            self._tables = tuple(map(DeviceTable, coefficients))
+
+    def __call__(self, x: Array, t: Array, prediction: Array) -> Array:
+        """For rows ``x`` (rows, *event), their times t (rows,) and what is predicted, like ``x``."""
+        xp = array_api_compat.array_namespace(x)
+        p, q = (xp.reshape(one, (-1,) + (1,) * (x.ndim - 1)) for one in self._coefficients(x, t))
+        sample = xp.clip(p * x + q * prediction, -self._range, self._range)
+        return (sample - p * x) / q
+
+    def _coefficients(self, x: Array, t: Array) -> list[Array]:
+        """``(p, q)`` of the clean sample ``p x + q m`` of each row, (rows,), like ``x``."""
+        xp: Any = array_api_compat.array_namespace(x)
+        if self._tables and xp.isdtype(t.dtype, "integral"):
+            return [take_at(table.like(x), t) for table in self._tables]
+        where = array_api_compat.device(x)
+        return [uploaded(xp, one, where, x.dtype) for one in self._coefficients_at(to_host(t))]
+
+    def _coefficients_at(self, t: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        alpha, sigma = (level[:-1] for level in self._schedule.levels(t))
+        return predicted_sample_coefficients(self._kind, alpha, sigma)
 
 
 @dataclass(frozen=True)
@@ -21,9 +60,10 @@ class ClippedDenoiser:
     schedule: NoiseSchedule
     prediction_type: str
     clip_range: float = 1.0
+    _clipping: Clipping = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_prediction_type("prediction_type", self.prediction_type)
+        object.__setattr__(self, "_clipping", Clipping(self.schedule, self.prediction_type, self.clip_range))
         inner = predicted_by(self.denoiser)
         if inner is not None and inner != self.prediction_type:
             raise ValueError(
@@ -36,15 +76,7 @@ class ClippedDenoiser:
         return takes_rows(self.denoiser)
 
     def __call__(self, x: Array, t: Array, /, *rows: Rows) -> Array:
-        xp = array_api_compat.array_namespace(x)
-        host_t = np.asarray(array_api_compat.to_device(t, "cpu"))
-        alpha, sigma = (level[:-1] for level in self.schedule.levels(host_t))
-        p, q = (
-            xp.reshape(xp.asarray(c, dtype=x.dtype, device=array_api_compat.device(x)), (-1,) + (1,) * (x.ndim - 1))
-            for c in predicted_sample_coefficients(self.prediction_type, alpha, sigma)
-        )
-        sample = xp.clip(p * x + q * self.denoiser(x, t, *rows), -self.clip_range, self.clip_range)
-        return (sample - p * x) / q
+        return self._clipping(x, t, self.denoiser(x, t, *rows))
 
 
 def clip_sample(

@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, take_rows
+from parasolver_core.arrays import Array, take_rows, uploaded
 from parasolver_core.denoiser.calls import BatchedCall
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser
 from parasolver_core.samplers.recurrence import Recurrence
@@ -112,7 +112,7 @@ class Evaluator:
     def _scaled(self, rows: Array, nodes: NDArray[np.int64]) -> Array:
         if self._scale is None:
             return rows
-        scale = self._xp.asarray(self._scale[nodes], dtype=rows.dtype, device=array_api_compat.device(rows))
+        scale = uploaded(self._xp, self._scale[nodes], array_api_compat.device(rows), rows.dtype)
         return rows * self._xp.reshape(scale, (-1,) + (1,) * len(self._event))
 
     def _describe(self, nodes: NDArray[np.int64]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, finite_rows, matmul, vecdot
+from parasolver_core.arrays import Array, finite_rows, matmul, uploaded, vecdot
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.run import Alone, Run
 from parasolver_core.rounds.acceptance import Acceptance, StepVariance
@@ -247,7 +247,7 @@ class AndersonWindow:
         return recurrence.advance(self.lo, [self._X[0, :]], [self._xp.astype(D[0, :], self._X.dtype)], z)
 
     def _asarray(self, table: Float64) -> Array:
-        return self._xp.asarray(table, dtype=self._X.dtype, device=device(self._X))
+        return uploaded(self._xp, table, device(self._X), self._X.dtype)
 
     def _column(self, values: Float64) -> Array:
         return self._asarray(values[:, None])

@@ -12,20 +12,21 @@ Samples that have the same nodes are one run, and move together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, given_back, host_view, matmul, take_rows, vecdot
+from parasolver_core.arrays import Array, given_back, host_view, matmul, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, Levels, interpolation
 from parasolver_core.methods.refinement import Aims, Refinement, Verdict
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
 from parasolver_core.solution import SampleRecord, Status
@@ -361,22 +362,9 @@ class SpreadNodes(Run):
         if not self._form.noisy:
             return free, end
         wanted = {*level.nodes.tolist(), self._form.steps}
-        rows = [row for i, row in enumerate(self._made_of_noise()) if i in wanted]
+        states = states_of_noise(self._form, self._shared.noise, self.samples, start)
+        rows = [row for i, row in enumerate(states) if i in wanted]
         return free + self._xp.stack(rows[:-1], axis=1), end + rows[-1]
-
-    def _made_of_noise(self) -> Iterator[Array]:
-        """The N + 1 states if ``x_T`` and all predictions were 0. A state at a time: all of them may not fit."""
-        form = self._form
-        states = [self._xp.zeros_like(self._start)]
-        yield states[0]
-        for i in range(form.steps):
-            new = states[0] * float(form.a[i, 0])
-            for k in range(1, min(len(states), form.reads[0])):
-                new = new + states[k] * float(form.a[i, k])
-            if form.c[i] != 0:
-                new = new + self._xp.stack([self._read_noise(i, s) for s in self.samples.tolist()]) * float(form.c[i])
-            states = [new, *states[: form.reads[0] - 1]]
-            yield new
 
     def _read_noise(self, step: int, sample: int) -> Array:
         """z of a step, which is read once a level."""
@@ -386,7 +374,7 @@ class SpreadNodes(Run):
 
     def _put(self, table: Float64) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
-        return self._xp.asarray(table.astype(self._dtype), device=self._like["device"])
+        return uploaded(self._xp, table.astype(self._dtype), self._like["device"])
 
 
 def _norms(T: Float64, gram: Float64) -> Float64:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from parasolver_core.arrays import Array, take_rows
+from parasolver_core.arrays import Array, take_rows, uploaded
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 from parasolver_core.samplers.recurrence import Recurrence
 
@@ -137,7 +137,7 @@ class Along(Fill):
 
     def first(self, x: Array, slope: Float64) -> Array:
         xp: Any = array_namespace(x)
-        g = xp.asarray(slope[:, :1], dtype=x.dtype, device=device(x))
+        g = uploaded(xp, slope[:, :1], device(x), x.dtype)
         return self._predictions[:, 0, :] + g * (x - self._states[:, 0, :])
 
     def entering(self, last: Indices, count: int, slope: Float64) -> Entering:

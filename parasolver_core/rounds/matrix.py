@@ -25,6 +25,7 @@ from parasolver_core.arrays import (
     put_index,
     take_at,
     take_rows,
+    uploaded,
     vecdot,
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
@@ -248,4 +249,4 @@ class Buffers:
 
     def _put(self, table: Float64) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
-        return self._xp.asarray(table.astype(self._dtype), device=self._device)
+        return uploaded(self._xp, table.astype(self._dtype), self._device)

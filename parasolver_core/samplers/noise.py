@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host
+from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host, uploaded
 from parasolver_core.validation import check_plain, check_width
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
 
+_MANY, _MOST_THREADS = 2**18, 16  # numbers from which on several threads draw, and how many
 _STREAM = 0x5041524153  # separates this use of a seed from others, for example the user's own draw of x_T
 
 
@@ -71,14 +74,30 @@ class NoiseSource:
         """The draws of these (step, sample) as rows, (len(wanted), size); zeros for None; one upload."""
         if self._noise is None:
             drawn = np.zeros((len(wanted), self._size), dtype=_host_dtype(self._xp, self._dtype))
-            for row, at in enumerate(wanted):
-                if at is not None:
-                    drawn[row] = self._keyed(*at)
+            self._draw_into(drawn, [(row, *at) for row, at in enumerate(wanted) if at is not None])
             on_host = isinstance(self._host, np.ndarray)
-            return drawn if on_host else self._xp.asarray(drawn, device=self._device)
+            return drawn if on_host else uploaded(self._xp, drawn, self._device)
         known = [None if at is None else self.flat(*at) for at in wanted]
         rows = [self._nothing if row is None else row for row in known]
         return array_api_compat.array_namespace(rows[0]).stack(rows)
+
+    def _draw_into(self, rows: np.ndarray, wanted: list[tuple[int, int, int]]) -> None:
+        """Draws of the (row, step, sample), by several threads where they are many: NumPy lets others run meanwhile."""
+        threads = min(os.cpu_count() or 1, len(wanted), _MOST_THREADS)
+        if threads == 1 or len(wanted) * self._size < _MANY:
+            for row, step, sample in wanted:
+                rows[row] = self._keyed(step, sample)
+            return
+
+        def draw(own: list[tuple[int, int, int]]) -> None:
+            streams: dict[int, _Stream] = {}
+            for row, step, sample in own:
+                seed, stream = self._keys[sample]
+                streams.setdefault(seed, _Stream(seed))
+                rows[row] = streams[seed].draw(stream, step, (self._size,))
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="parasolver-noise") as pool:
+            list(pool.map(draw, [wanted[first::threads] for first in range(threads)]))
 
     @cached_property
     def _nothing(self) -> Array:
@@ -129,7 +148,7 @@ class NoiseSource:
         if type(z) is type(self._like):
             z = array_api_compat.to_device(self._xp.astype(z, self._dtype), self._device)
         else:
-            z = self._xp.asarray(_own(z), dtype=self._dtype, device=self._device)
+            z = uploaded(self._xp, _own(z), self._device, self._dtype)
         return host_view(self._xp.reshape(z, (-1,)))
 
     def _asked(self, step: int, sample: int) -> Array:

@@ -15,6 +15,7 @@ from parasolver_core.arrays import (
     Array,
     copied,
     finite_rows,
+    given_back,
 )
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.solution import SampleRecord, Stats, Status
@@ -87,7 +88,9 @@ def sequential_round(state: SequentialState) -> tuple[int, int, list[SampleRecor
     state.torn = True
     memory = recurrence.memory
     state.ms = [xp.astype(m, state.dtype, copy=True), *state.ms[: memory - 1]]
-    z = xp.stack([state.noise(i, sample) for sample in alive]) if recurrence.c[i] != 0 else None
+    z = None
+    if recurrence.c[i] != 0:
+        z = xp.reshape(given_back(xp, state.noise.block([(i, sample) for sample in alive])), state.xs[0].shape)
     with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
         x = recurrence.advance(i, state.xs, state.ms, z)
     before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]

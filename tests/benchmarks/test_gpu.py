@@ -13,7 +13,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("typer")
 import torch
 
-from benchmarks.gpu import costs, networks, right, rounds, runs
+from benchmarks.gpu import costs, libraries, networks, pipelines, right, rounds, runs, scores, trained
+from benchmarks.gpu.__main__ import main, run_apart
 from benchmarks.gpu.device import Lab
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
@@ -33,6 +34,7 @@ def test_the_promises_are_checked(tmp_path: Path) -> None:
     assert all(one["ok"] for one in found.values()), found
     assert found["out of memory"]["max_rows"] == 5
     assert found["policy, DDPM"]["alone"] < 1e-4
+    assert found["the solver's own products, TF32 allowed"]["error"] < 1e-3
 
 
 def test_a_broken_promise_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +45,56 @@ def test_a_broken_promise_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert wrong == ["policy, torch.float16", "NaN from the network"]
 
 
-def test_rounds_and_runs_in_small(tmp_path: Path) -> None:
+def test_libraries_and_pipelines_in_small(tmp_path: Path) -> None:
+    libraries.run(lab(tmp_path))
+    pipelines.run(lab(tmp_path))
+    found = {one["name"]: one for one in lines(tmp_path)}
+    assert all(one["ok"] for one in found.values()), found
+    assert found["torch, float64, DDPM"]["numpy"] < 1e-9
+    assert found["DDPMScheduler, generator of the host, torch.float32"]["same"]
+
+
+def test_rounds_in_small(tmp_path: Path) -> None:
     rounds.run(lab(tmp_path))
-    runs.run(lab(tmp_path))
     found = lines(tmp_path)
-    assert [one["part"] for one in found] == ["rounds", "runs", "runs"]
-    assert all(one["ok"] for one in found), found
-    assert found[0]["own"] > 0
-    assert found[1]["rounds"] < 10
+    assert [one["ok"] for one in found] == [True] * 3
+    assert all(one["ms"] > one["network"] > 0 for one in found)
+    assert rounds._kind("cudaStreamSynchronize", torch.autograd.DeviceType.CPU) == "waits"
+    assert rounds._kind("Memcpy HtoD (Pageable -> Device)", torch.autograd.DeviceType.CUDA) == "copies to the card"
+    assert rounds._kind("void at::native::elementwise", torch.autograd.DeviceType.CUDA) == "kernels"
+
+
+@pytest.mark.parametrize("case", [0, 2], ids=["trained", "beside an exact score"])
+def test_a_race_in_small(case: int, tmp_path: Path) -> None:
+    place = lab(tmp_path)
+    with torch.no_grad():
+        problem = runs.CASES[case][0](place)
+        runs.raced(place, "runs", problem, 60.0)
+    found = {one["way"]: one for one in lines(tmp_path)}
+    assert all(one["ok"] for one in found.values()), found
+    assert {"plain loop", "captured loop", 'window "auto"'} < set(found)
+    parallel = next(one for way, one in found.items() if way.endswith("graphs"))
+    assert parallel["rounds"] < problem.steps
+    assert parallel["error of the sample"] < 0.05
+    assert parallel["times the plain loop"] == pytest.approx(found["plain loop"]["seconds"] / parallel["seconds"])
+
+
+def test_a_network_is_trained_and_raced(tmp_path: Path) -> None:
+    trained.run(lab(tmp_path))
+    training, *races = lines(tmp_path)
+    assert training["ok"]
+    assert (training["steps"], training["pictures"]) == (2, 8)
+    assert 0 < training["loss"] < 10
+    assert all(one["ok"] for one in races), races
+
+
+def test_an_exact_score_is_that_of_its_pictures() -> None:
+    data = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
+    score, t = scores.Score(data, rounds.SCHEDULE), torch.tensor([500])
+    kept = float(rounds.SCHEDULE.alphas_cumprod[500])
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    total = kept * scores.BLUR**2 + 1 - kept  # one blurred picture: a normal distribution
+    assert torch.allclose(score(x, t), (1 - kept) ** 0.5 * (x - kept**0.5 * data) / total)
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
@@ -74,8 +118,29 @@ def test_costs_stop_where_the_time_does(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines(tmp_path)[-1] == {"part": "costs", "name": "late", "ok": False, "error": "no time left"}
 
 
+def test_a_compiled_call_is_timed(tmp_path: Path) -> None:
+    with torch.no_grad():
+        found = costs.compiled(lab(tmp_path), "robot 1-D U-Net", 1)
+    assert found["ok"]
+    assert found["compiled"] > 0
+    late = costs.compiled(Lab(torch.device("cpu"), tmp_path / "results.jsonl", False, time.monotonic()), "any", 1)
+    assert not late["ok"]
+
+
+def test_the_command_keeps_its_results_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    main(out=None, tiny=True, seconds=300.0, part=["rounds"])  # of a busy machine
+    machine, *found = lines(tmp_path)
+    assert (machine["part"], machine["tiny"]) == ("machine", True)
+    assert [one["part"] for one in found] == ["rounds"] * 3
+    run_apart("no such part", "cpu", tmp_path / "results.jsonl", True, time.monotonic() + 30)
+    last = lines(tmp_path)[-1]
+    assert (last["name"], last["ok"], last["error"]) == ("the whole part", False, "exit status 1")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_promises_are_kept_on_a_card(tmp_path: Path) -> None:
-    right.run(lab(tmp_path, "cuda"))
+    for part in (right, libraries, pipelines):
+        part.run(lab(tmp_path, "cuda"))
     assert [one["name"] for one in lines(tmp_path) if not one["ok"]] == []

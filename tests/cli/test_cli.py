@@ -94,6 +94,11 @@ def test_tolerance_as_a_share_or_in_per_cent(given: object, share: float) -> Non
         (["--devices", "1,0"], "expected counts such as 1,2,4,8, got 1,0"),
         (["--devices", "²"], "expected counts such as 1,2,4,8, got ²"),  # a digit, but no number
         (["--costs", "1"], "expected rows:seconds"),
+        (["--device", "a100"], "expected one of h100, got a100"),
+        (["--device", "h100", "--network", "guidance"], "'guidance' is a part of several of the networks known"),
+        (["--device", "h100", "--network", "unheard"], "'unheard' is none of the networks known: DiT-XL/2"),
+        (["--device", "h100", "--costs", "1:0.1"], "give either costs or a card"),
+        (["--graphs"], "needs --device"),
         (["--costs", "1:nan"], "costs: expected finite seconds"),
         (["--costs", "1:0.1,1:0.2"], "the same rows twice"),
     ],
@@ -242,3 +247,48 @@ def test_the_version_needs_no_extra(tmp_path: Path) -> None:
     ended = without(tmp_path, ["typer", "rich"], "--version")
     assert ended.stdout == f"parasolver {__version__}\n"
     assert ended.returncode == 0
+
+
+def test_plan_of_a_card_says_whether_it_was_measured() -> None:
+    text = " ".join(run("plan", "--device", "h100", "--network", "robot", "--graphs", "--steps", "100").split())
+    assert "robot 1-D U-Net, expected of, and not measured on, an NVIDIA H100 80GB HBM3" in text
+    told = json.loads(run("plan", "--device", "H100", "--network", "sdxl", "--json", only="stdout"))
+    assert told["costs"]["seconds_by_rows"]["1"] == 0.042
+    assert told["best"][0]["window"] == 1  # one node fills the card
+    plain = json.loads(run("plan", "--device", "h100", "--json", only="stdout"))
+    assert plain["costs"]["source"].startswith("DiT-XL/2, 256 pixels")
+
+
+def test_a_card_that_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.gpu import table
+    from parasolver_cli import cards
+
+    lines = [
+        {"part": "machine", "name": "NVIDIA H200", "ok": True, "tiny": False},
+        {"part": "costs", "name": "ceilings", "ok": True, "TB/s": 4.3},
+        {"part": "costs", "name": "a network", "ok": True, "k": 1, "plain": 8.0, "captured": 2.0},
+        {"part": "costs", "name": "a network", "ok": True, "k": 8, "plain": 150.0},
+        {"part": "rounds", "name": "4x64x64, window 16, batch 1, DDIM, sliding", "ok": True, "own": 0.3},
+        {"part": "costs", "name": "a network", "ok": False, "k": 16, "error": "left out"},
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page, known = tmp_path / "gpu.md", tmp_path / "cards.json"
+    page.write_text(f"before\n{table.BEGIN}old\n{table.END}after\n")
+    known.write_text(json.dumps(table.expected()))
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr(table, "CARDS", known)
+    table.main(tmp_path)
+    assert "| a network | 8 / 2 |  |  |  | 150 / 150 |" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert "Expected" not in page.read_text()
+    monkeypatch.setattr(cards.resources, "files", lambda _: tmp_path)
+    found = cards.card_costs("h200", None, graphs=True)
+    assert (found.costs.network(1), found.costs.network(8), found.measured) == (0.002, 0.15, True)
+    assert found.costs.own is not None
+    assert found.costs.own(16) == 0.0003
+    with pytest.raises(ValueError, match="expected one of h200"):
+        cards.card_costs("h100", None, graphs=True)
+    (tmp_path / "results.jsonl").write_text(json.dumps({"part": "machine", "name": "cpu", "ok": True, "tiny": True}))
+    with pytest.raises(ValueError, match="in small on a CPU"):
+        table.main(tmp_path)

@@ -12,7 +12,7 @@ from parasolver_adapters.diffusers.capture import Reference
 from parasolver_adapters.diffusers.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.standins import dense
-from parasolver_core import SolverError
+from parasolver_core import Rows, SolverError
 
 Forward = Callable[..., Any]
 
@@ -111,7 +111,9 @@ class Networks:
 
 
 class RecordedDenoiser:
-    """``denoiser(x, nodes) -> m`` of the recorded steps; a row of x is the state of the whole batch at one node.
+    """``denoiser(x, nodes, rows) -> m`` of the recorded steps; a row of x is the state of the whole batch at one node.
+
+    It takes the rows for the nodes' numbers, which are wanted on the host: those on the device would be waited for.
 
     Args:
         programs: one for each node but the first.
@@ -120,6 +122,8 @@ class RecordedDenoiser:
         correct: ``correct(node, state, x, m)``: the output that the recurrence is to be given in place of m; x is the
             state as the loop has changed it, or None.
     """
+
+    takes_rows = True
 
     def __init__(
         self,
@@ -131,8 +135,8 @@ class RecordedDenoiser:
         self._programs, self._first, self._networks, self._correct = programs, first, networks, correct
         self.outputs: dict[int, torch.Tensor] = {}  # of each node, as the pipeline would give it to its scheduler
 
-    def __call__(self, x: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        numbers = nodes.tolist()
+    def __call__(self, x: torch.Tensor, nodes: torch.Tensor, rows: Rows | None = None, /) -> torch.Tensor:
+        numbers = nodes.tolist() if rows is None else rows.steps.tolist()
         runs = {row: self._programs[node - 1].run(x[row]) for row, node in enumerate(numbers) if node > 0}
         results: list[Any] = [(None, self._first) for row in range(len(numbers))]
         waiting: dict[int, Any] = dict.fromkeys(runs)
@@ -144,11 +148,11 @@ class RecordedDenoiser:
                 except StopIteration as end:
                     results[row] = end.value
             waiting = dict(zip(requests, self._networks.together(list(requests.values())), strict=True))
-        rows = []
+        corrected = []
         for row, (node, (own, m)) in enumerate(zip(numbers, results, strict=True)):
             self.outputs[node] = m
-            rows.append(self._correct(node, x[row], own, m.to(x.dtype)))
-        return torch.stack(rows)
+            corrected.append(self._correct(node, x[row], own, m.to(x.dtype)))
+        return torch.stack(corrected)
 
 
 def _split(call: Call, output: Any, count: int) -> Sequence[Any]:

@@ -10,7 +10,7 @@ so that the recurrence stays a table. ``w`` depends on what else the step makes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from parasolver_adapters.bands import Path, as_rows, fit
 from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear, wavy
 from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
+from parasolver_core.arrays import DeviceTable
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import Recurrence
 
@@ -63,6 +64,13 @@ class ClippingDenoiser:
 
     denoiser: DenoiserFn
     clip: Clip
+    _grid: DeviceTable = field(init=False, repr=False)
+    _table: DeviceTable = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        clip = self.clip
+        object.__setattr__(self, "_grid", DeviceTable(clip.timesteps))
+        object.__setattr__(self, "_table", DeviceTable(np.stack([clip.p / clip.scale, clip.q, clip.w])))
 
     @property
     def takes_rows(self) -> bool:
@@ -74,10 +82,8 @@ class ClippingDenoiser:
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, /, *rows: Rows) -> torch.Tensor:
         clip, m = self.clip, self.denoiser(x, t, *rows)
-        grid = torch.as_tensor(clip.timesteps, dtype=t.dtype, device=x.device)
-        node = (t[:, None] == grid).to(torch.int8).argmax(dim=1)
-        tables = torch.as_tensor(np.stack([clip.p / clip.scale, clip.q, clip.w]), dtype=x.dtype, device=x.device)
-        p, q, w = tables[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
+        node = (t[:, None] == self._grid.like(t)).to(torch.int8).argmax(dim=1)
+        p, q, w = self._table.like(x)[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
         h = p * x + q * m
         return m + w * (clip.function(h) - h)
 

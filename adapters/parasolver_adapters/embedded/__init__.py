@@ -31,6 +31,7 @@ from torch import Tensor
 
 from parasolver_adapters.epsilon_models import EpsilonModel
 from parasolver_core import NoiseSchedule, Rows
+from parasolver_core.arrays import DeviceTable
 
 SAMPLE_SHAPE = (1, 28, 28)
 CLASS_NAMES = (
@@ -50,7 +51,7 @@ NO_CLASS = len(CLASS_NAMES)
 
 SCHEDULE = NoiseSchedule.linear(beta_start=1e-4, beta_end=0.02, train_steps=1000)
 """The noise schedule that the model was trained with."""
-_LEVELS = torch.tensor(np.sqrt([SCHEDULE.alphas_cumprod, 1.0 - SCHEDULE.alphas_cumprod]), device="cpu")
+_LEVELS = DeviceTable(np.sqrt([SCHEDULE.alphas_cumprod, 1.0 - SCHEDULE.alphas_cumprod]))
 
 
 class NoiseUNet2DModel(UNet2DModel):
@@ -87,7 +88,7 @@ class NoiseUNet2DModel(UNet2DModel):
             class_labels = torch.full((len(sample),), NO_CLASS, device=sample.device)
         v = super().forward(sample, timestep, class_labels, return_dict=False)[0]
         t = torch.as_tensor(timestep, dtype=torch.int64, device=sample.device).view(-1, 1, 1, 1)
-        signal, noise = _LEVELS.to(v.dtype).to(sample.device)[:, t]  # not every device has float64
+        signal, noise = _LEVELS.like(v)[:, t]
         eps = signal * v + noise * sample
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 

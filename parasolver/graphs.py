@@ -1,0 +1,11 @@
+"""Networks as CUDA graphs; see :mod:`parasolver_adapters.graphs`."""
+
+from parasolver_adapters.graphs import (
+    GraphCaptureWarning,
+    GraphedDenoiser,
+)
+
+__all__ = [
+    "GraphCaptureWarning",
+    "GraphedDenoiser",
+]

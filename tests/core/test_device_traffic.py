@@ -1,0 +1,151 @@
+"""What a round asks of a device: a fixed number of operations and uploads, and one wait, for any window and batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, ParallelIntegralSolver, arrays, solve, solve_sequential
+from parasolver_core.samplers.noise import NoiseSource, draw
+from tests.away import Away, away
+
+SCHEDULE = NoiseSchedule.linear()
+VIEWS = "view reshape select slice unsqueeze squeeze transpose permute expand detach alias _unsafe_view unbind split t"
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero"}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations on the emulated device, copies to it and from it, and other waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        there = [isinstance(one, Away) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        name = func._schema.name.partition("::")[2]
+        arrives = isinstance(result, Away)
+        if name in ("_to_copy", "copy_") and len({*there, arrives}) > 1:
+            self.seen["to the device" if arrives else "to the host"] += 1
+            self.seen["blocking"] += arrives and not (kwargs or {}).get("non_blocking", False)
+        elif any(there) and name in WAITS:
+            self.seen["to the host"] += 1
+        elif (any(there) or arrives) and name not in VIEWS.split():
+            self.seen["operations"] += 1
+        return result
+
+
+def network(x: Any, t: Any) -> Any:
+    return 0.3 * torch.sin(x)
+
+
+def traffic_of(
+    rule: Any, window: int, batch: int, steps: int, spread: bool = False, check: bool = True
+) -> Counter[str]:
+    """Of the fifth round."""
+    with away() as device:
+        x_T = torch.randn(batch, 64, generator=torch.Generator().manual_seed(0)).to(device)
+        solver = ParallelIntegralSolver(rule(SCHEDULE), window, method=Method(spread=spread), check=check)
+        state = solver.init(lambda x, t: network(x, t), x_T, SCHEDULE.timesteps(steps))
+        for _ in range(4):
+            solver.step(state)
+        assert not solver.done(state)
+        with Traffic() as traffic:
+            solver.step(state)
+    return traffic.seen
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("rule", [DDIM, DDPM])
+def test_a_round_costs_the_same_for_any_window_and_batch(rule: Any, check: bool) -> None:
+    small = traffic_of(rule, 4, 1, 64, check=check)
+    assert small["to the host"] == 1
+    assert small["to the device"] <= (5 if rule is DDIM else 6)
+    assert small["operations"] <= 26
+    for window, batch in ((32, 1), (4, 16), (32, 16)):
+        assert traffic_of(rule, window, batch, 8 * window, check=check) == small
+
+
+def test_a_round_of_spread_nodes_waits_once() -> None:
+    seen = traffic_of(DDPM, 32, 4, 500, spread=True)
+    assert seen["to the host"] == 1
+    assert seen["to the device"] <= 20
+
+
+@pytest.mark.parametrize("rule", [DDIM, DDPM])
+def test_a_step_of_the_plain_loop_waits_once(rule: Any) -> None:
+    with away() as device:
+        x_T = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(device)
+        seen = []
+        for steps in (20, 40):
+            with Traffic() as traffic:
+                solve_sequential(network, x_T, SCHEDULE.timesteps(steps), rule(SCHEDULE))
+            seen.append(traffic.seen)
+    more = {name: (seen[1][name] - seen[0][name]) / 20 for name in ("to the host", "to the device", "operations")}
+    assert more["to the host"] == 1
+    assert more["to the device"] == (1 if rule is DDIM else 2)
+    assert more["operations"] < 20
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The emulated device taken for a card; the sizes of what was pinned."""
+    sizes: list[int] = []
+    monkeypatch.setattr(arrays, "_is_card", lambda device: device.type == "meta")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (sizes.append(self.numel()), self)[1])
+    return sizes
+
+
+@pytest.mark.parametrize("rule", [DDIM, DDPM])
+def test_nothing_that_a_round_sends_to_a_card_is_waited_for(rule: Any, pinned: list[int]) -> None:
+    seen = traffic_of(rule, 8, 2, 64)
+    assert seen["blocking"] == 0
+    assert seen["to the device"] >= 5
+    assert len(pinned) >= seen["to the device"]
+
+
+def test_pinned_memory_changes_nothing(pinned: list[int]) -> None:
+    x_T = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    problem = SCHEDULE.timesteps(30), DDPM(SCHEDULE)
+    with away() as device:
+        got = solve(network, x_T.to(device), *problem, window=8).sample.cpu()
+    assert pinned
+    want = solve_sequential(network, x_T, *problem).sample
+    assert float((got - want).norm() / want.norm()) < 1e-2
+
+
+def test_a_table_is_brought_to_a_device_once() -> None:
+    table = arrays.DeviceTable(np.arange(5.0))
+    with away() as device:
+        x = torch.zeros(1).to(device)
+        with Traffic() as traffic:
+            first, second = table.like(x), table.like(x)
+            whole = table.like(x, torch.int64)
+        assert first is second
+        assert traffic.seen["to the device"] == 2
+        assert whole.tolist() == [0, 1, 2, 3, 4]
+    assert table.like(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("seed", [3, [5, 5, 9]])
+def test_noise_drawn_by_several_threads_is_the_same(seed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasolver_core.samplers import noise
+
+    monkeypatch.setattr(noise, "_MANY", 1)
+    monkeypatch.setattr(noise.os, "cpu_count", lambda: 4)
+    source = NoiseSource(np.zeros((3, 7)), np.float64, 10, seed, None)
+    wanted = [(step, sample) for step in range(5) for sample in range(3)]
+    got = source.block([*wanted, None])
+    keys = [(3, sample) for sample in range(3)] if seed == 3 else [(5, 0), (5, 0), (9, 0)]
+    want = [draw(*keys[sample], step, (7,)) for step, sample in wanted]
+    assert np.array_equal(got[:-1], want)
+    assert not got[-1].any()
