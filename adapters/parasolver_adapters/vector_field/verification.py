@@ -216,7 +216,10 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
     grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit)
     if not grown <= limit:
         allowed = f"; tolerance={grown:.1g} allows it" if grown < _HOPELESS else ""
-        return f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much{allowed}"
+        return (
+            f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much"
+            + allowed
+        )
     return ""
 
 
