@@ -1,8 +1,13 @@
 """The script that changes the code: each change is one, and is code."""
 
 import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 from tests.mutants import ROOT, closest, mutated, sites
+from tests.reached import function_at
 
 
 def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
@@ -16,8 +21,21 @@ def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
 
 
 def test_the_tests_closest_to_a_module_come_first() -> None:
-    file = sites("core")[0][0].with_name("acceptance.py")
-    assert closest(file, thorough=False)[:2] == ["tests/core/test_custom_rules.py", "tests/core/test_promises.py"]
-    assert len(closest(file, thorough=True)) > len(closest(file, thorough=False))
+    file = next(one[0] for one in sites("core") if one[0].name == "acceptance.py")
+    assert closest(file)[:2] == ["tests/core/test_custom_rules.py", "tests/core/test_promises.py"]
     for part in ("core", "adapters"):
-        assert all(closest(one, thorough=True) for one in {one[0] for one in sites(part)})
+        assert all(closest(one) for one in {one[0] for one in sites(part)})
+
+
+def test_a_change_belongs_to_the_innermost_function() -> None:
+    tree = ast.parse("class A:\n  def f(self):\n    def g(): return 1\n    return 2\n  n = 3\nm = 4\n")
+    numbers = {node.value: node for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert [function_at(tree, numbers[k]) for k in (1, 2, 3, 4)] == ["A.f.<locals>.g", "A.f", "", ""]
+
+
+def test_a_recording_names_what_a_test_calls(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    subprocess.run([sys.executable, "-m", "tests.reached", "tests/core/test_sizes.py", str(kept)], cwd=ROOT, check=True)
+    known = json.loads(kept.read_text())
+    assert all(one["seconds"] > 0 for one in known.values())
+    assert all(any(name.endswith(":RelativeMove.accept") for name in one["functions"]) for one in known.values())
