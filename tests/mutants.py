@@ -40,16 +40,6 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.MatMult: ast.Mult,
 }  # fmt: skip
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
-CLOSEST = {  # by the file's name, beside the test files that name its module
-    "solver": ["promises", "interrupts", "bad_input"], "state": ["promises", "memory"],
-    "window": ["promises", "correction"],
-    "acceptance": ["custom_rules", "promises"], "correction": ["correction", "rows"], "hierarchy": ["hierarchy"],
-    "recurrence": ["oracles", "influence"], "step_rules": ["oracles", "step_rules_diffusers"], "noise": ["promises"],
-    "denoiser": ["memory", "rows", "bad_input"], "anderson": ["published"], "methods": ["published", "hierarchy"],
-    "linearization": ["promises"], "costs": ["planning"], "arrays": ["promises", "memory"], "validation": ["bad_input"],
-    "exchange": ["distributed"], "sharing": ["shared_pipelines"],
-}  # fmt: skip
-
 PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
 LIBRARIES = ("numpy", "torch", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
 _FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
@@ -142,15 +132,14 @@ def mutated(file: Path, number: int) -> tuple[str, str]:
 
 
 def closest(file: Path) -> list[str]:
-    """The test files of a module, the closest first: those named, those that name it, then all others of its part."""
+    """The test files that may call a module, those first that name it; the smallest of each kind first."""
     folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
-    named = [one for name in CLOSEST.get(file.stem, [file.stem]) for one in tests if one.stem == f"test_{name}"]
-    naming = [one for one in tests if module in one.read_text() or file.stem in one.stem]
-    package = module.rpartition(".")[0]
-    naming += tests if folder == "core" else [one for one in tests if f"{package} import" in one.read_text()]
-    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(named + naming)]
+    texts = {one: one.read_text() for one in tests}
+    naming = [one for one in tests if module in texts[one] or file.stem in one.stem]
+    others = [one for one in tests if folder == "core" or f"{module.rpartition('.')[0]} import" in texts[one]]
+    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
 
 
 def able(site: Site, thorough: bool) -> list[str]:

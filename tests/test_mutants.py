@@ -20,9 +20,9 @@ def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
         compile(text, "acceptance.py", "exec")
 
 
-def test_the_tests_closest_to_a_module_come_first() -> None:
-    file = next(one[0] for one in sites("core") if one[0].name == "acceptance.py")
-    assert closest(file)[:2] == ["tests/core/test_custom_rules.py", "tests/core/test_promises.py"]
+def test_the_tests_that_name_a_module_come_first() -> None:
+    file = next(one[0] for one in sites("adapters") if one[0].name == "verification.py")
+    assert closest(file)[0] == "tests/adapters/test_vector_field_rounding.py"
     for part in ("core", "adapters"):
         assert all(closest(one) for one in {one[0] for one in sites(part)})
 
@@ -33,9 +33,23 @@ def test_a_change_belongs_to_the_innermost_function() -> None:
     assert [function_at(tree, numbers[k]) for k in (1, 2, 3, 4)] == ["A.f.<locals>.g", "A.f", "", ""]
 
 
-def test_a_recording_names_what_a_test_calls(tmp_path: Path) -> None:
-    kept = tmp_path / "kept.json"
-    subprocess.run([sys.executable, "-m", "tests.reached", "tests/core/test_sizes.py", str(kept)], cwd=ROOT, check=True)
-    known = json.loads(kept.read_text())
-    assert all(one["seconds"] > 0 for one in known.values())
-    assert all(any(name.endswith(":RelativeMove.accept") for name in one["functions"]) for one in known.values())
+TESTS = """
+from parasolver_core import NoiseSchedule
+
+def test_right():
+    assert len(NoiseSchedule.linear().timesteps(3)) == 3
+
+def test_wrong():
+    assert len(NoiseSchedule.linear().timesteps(3)) == 4
+"""
+
+
+def test_a_recording_names_what_a_test_that_passes_calls(tmp_path: Path) -> None:
+    (tmp_path / "test_schedule.py").write_text(TESTS)
+    command = [sys.executable, "-m", "tests.reached", str(tmp_path / "test_schedule.py"), str(tmp_path / "kept.json")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    ((name, known),) = json.loads((tmp_path / "kept.json").read_text()).items()
+    assert name.endswith("::test_right")
+    assert 0 < known["seconds"] < 20
+    assert "parasolver_core/samplers/schedules.py:NoiseSchedule.linear" in known["functions"]
+    assert not any("solve" in name.partition(":")[2] for name in known["functions"])
