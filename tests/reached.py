@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".mutants_cache"
 _SECONDS = 20.0  # longer tests are left out: there are many changes
+_EACH = 3  # of a test with many parameters: the first, the last and one between
 _CODE = tuple(str(ROOT / part) for part in ("parasolver_core", "adapters/parasolver_adapters"))
 
 
@@ -31,6 +32,17 @@ class Recorder:
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
         self._names: dict[CodeType, str | None] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        groups: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        last = _EACH - 1
+        items[:] = [
+            one
+            for group in groups.values()
+            for one in (group if len(group) <= _EACH else [group[k * (len(group) - 1) // last] for k in range(_EACH)])
+        ]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
