@@ -2,13 +2,15 @@
 
 ``python -m tests.mutants --seed 0 --count 200 --seconds 3600`` works in a temporary copy of the project, and lists the
 changes after which all tests that were run still pass. Look at each: it changes nothing that matters, or a test is
-missing. Changes of docstrings, messages, annotations and logging are not made.
+missing. Changes of docstrings, messages, annotations and logging are not made. A first run takes minutes longer: it
+records which test calls which function. What was noticed is remembered, so a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -18,10 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.reached import FOLDER, function_at, record, tests_of
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = ("__init__.py", "introspection.py", "progress.py", "errors.py")
@@ -35,19 +40,12 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.MatMult: ast.Mult,
 }  # fmt: skip
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
-CLOSEST = {  # by the file's name, beside the test files that name its module
-    "solver": ["promises", "interrupts", "bad_input"], "state": ["promises", "memory"],
-    "window": ["promises", "correction"],
-    "acceptance": ["custom_rules", "promises"], "correction": ["correction", "rows"], "hierarchy": ["hierarchy"],
-    "recurrence": ["oracles", "influence"], "step_rules": ["oracles", "step_rules_diffusers"], "noise": ["promises"],
-    "denoiser": ["memory", "rows", "bad_input"], "anderson": ["published"], "methods": ["published", "hierarchy"],
-    "linearization": ["promises"], "costs": ["planning"], "arrays": ["promises", "memory"], "validation": ["bad_input"],
-    "exchange": ["distributed"], "sharing": ["shared_pipelines"],
-}  # fmt: skip
-
 PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
 LIBRARIES = ("numpy", "torch", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
 _FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+KEPT = FOLDER / "noticed.txt"
+_BUDGET = 8.0  # seconds of tests for one change
+_CONTROL = 20  # one change in so many is followed by the same tests without it
 _UNUSABLE = "the tests fail, or take too long, without a change"
 Change = Callable[[], str]
 Site = tuple[Path, int, int]
@@ -133,26 +131,57 @@ def mutated(file: Path, number: int) -> tuple[str, str]:
     return ast.unparse(ast.fix_missing_locations(tree)), f"{before[:80]}  ->  {told}"
 
 
-def closest(file: Path, thorough: bool) -> list[str]:
-    """The test files to run, the closest first: those named, those that import the module, if thorough all others."""
+def closest(file: Path) -> list[str]:
+    """The test files that may call a module, those first that name it; the smallest of each kind first."""
     folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
-    named = [one for name in CLOSEST.get(file.stem, [file.stem]) for one in tests if one.stem == f"test_{name}"]
-    naming = [one for one in tests if module in one.read_text() or file.stem in one.stem]
-    package = module.rpartition(".")[0]
-    if thorough or not named + naming:
-        naming += tests if folder == "core" else [one for one in tests if f"{package} import" in one.read_text()]
-    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(named + naming)]
+    texts = {one: one.read_text() for one in tests}
+    naming = [one for one in tests if module in texts[one] or file.stem in one.stem]
+    others = [one for one in tests if folder == "core" or f"{module.rpartition('.')[0]} import" in texts[one]]
+    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
+
+
+def able(site: Site, thorough: bool) -> list[str]:
+    """The tests that call the function of a change, or anything of its file if it is in none.
+
+    In turn from each test file, the closest one first and the quickest test of each first, for some seconds.
+    """
+    file, _, number = site
+    tree = ast.parse((ROOT / file).read_text())
+    node, _ = list(changes(tree, _skipped(tree)))[number]
+    name = f"{file}:{function_at(tree, node)}"
+    whole = name.endswith(":")
+    queues = []
+    for one in closest(file):
+        calls = tests_of(ROOT / one).items()
+        own = [
+            (told["seconds"], test) for test, told in calls if any(_calls(f, name, whole) for f in told["functions"])
+        ]
+        queues.append(sorted(own))
+    turns = [one for turn in zip_longest(*queues) for one in turn if one is not None]
+    until, chosen = accumulate(seconds for seconds, _ in turns), []
+    for (_, test), spent in zip(turns, until, strict=True):
+        if chosen and spent > _BUDGET and not thorough:
+            break
+        chosen.append(test)
+    return chosen
+
+
+def _calls(function: str, name: str, whole: bool) -> bool:
+    return function.startswith(name) if whole else function == name
 
 
 def survives(copy: Path, site: Site, limit: float, thorough: bool) -> str | None:
     """What the change was, if all tests near it still pass; None if one fails."""
     file, _, number = site
     text, told = mutated(file, number)
+    tests = able(site, thorough)
+    if not tests:
+        return f"{told}  (no test calls it)"
     whole = (ROOT / file).read_text()
     (copy / file).write_text(text)
-    failed = fails(copy, closest(file, thorough), limit)
+    failed = fails(copy, tests, limit)
     (copy / file).write_text(whole)
     if failed is None:
         return f"{told}  (time ran out, undecided)"
@@ -160,7 +189,7 @@ def survives(copy: Path, site: Site, limit: float, thorough: bool) -> str | None
 
 
 def fails(copy: Path, files: list[str], limit: float) -> bool | None:
-    """Whether a test of these files fails; None where time ran out."""
+    """Whether a test among these fails; None where time ran out."""
     tests = _FORK.Process(target=_run_tests, args=(copy, files))
     tests.start()
     tests.join(limit)
@@ -189,17 +218,43 @@ def work(own: list[Site], each: float, thorough: bool, end: float, results: Any)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache"))
-        known: dict[Path, bool | None] = {}
-        for site in own:
+        for number, site in enumerate(own):
             if time.monotonic() > end:
                 break
-            if site[0] not in known:  # else every change would count as noticed
-                known[site[0]] = fails(copy, closest(site[0], thorough), each)
-            if known[site[0]] is not False:
-                results.put((f"{site[0]}:{site[1]}", f"{_UNUSABLE} (undecided)"))
-                continue
-            results.put((f"{site[0]}:{site[1]}", survives(copy, site, each, thorough)))
+            told = survives(copy, site, each, thorough)
+            if told is None and number % _CONTROL == 0 and fails(copy, able(site, thorough), each) is not False:
+                told = f"{_UNUSABLE} (undecided)"  # else every change would count as noticed
+            results.put((site, told))
     results.put(None)
+
+
+def _key(site: Site) -> str:
+    """The change, as long as its file stays what it is."""
+    text = hashlib.sha256((ROOT / site[0]).read_bytes()).hexdigest()[:12]
+    return f"{site[0]} {text} {site[2]}"
+
+
+def noticed_before() -> set[str]:
+    """Changes that an earlier run found noticed; what was not is tried again, since tests may have been added."""
+    return set(KEPT.read_text().splitlines()) if KEPT.exists() else set()
+
+
+def share_out(sample: list[Site], given: argparse.Namespace, end: float) -> Iterator[tuple[Site, str | None]]:
+    """The changes and what became of them, as the workers find out."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    results = _FORK.Queue()
+    parts = [sample[start :: given.workers] for start in range(given.workers)]
+    workers = [_FORK.Process(target=work, args=(part, given.each, given.thorough, end, results)) for part in parts]
+    for worker in workers:
+        worker.start()
+    left = len(workers)
+    while left:
+        result = results.get()
+        if result is None:
+            left -= 1
+        else:
+            yield result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -209,29 +264,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="no new change after so many seconds")
     parser.add_argument("--workers", type=int, default=2, help="how many copies of the project work at once")
     parser.add_argument("--each", type=float, default=180, help="seconds for the tests of one change")
-    parser.add_argument("--thorough", action="store_true", help="what the closest tests do not notice: all others too")
+    parser.add_argument("--thorough", action="store_true", help="all tests that call the changed function")
     parser.add_argument("--part", choices=[*PARTS, "both"], default="both")
     parser.add_argument("--file", default="", help="only files whose name contains this")
     given = parser.parse_args(argv)
     known = [one for part in PARTS if given.part in (part, "both") for one in sites(part) if given.file in one[0].name]
     sample = random.Random(given.seed).sample(known, min(given.count, len(known)))
-    for library in LIBRARIES:
-        importlib.import_module(library)
-    results, end = _FORK.Queue(), time.monotonic() + given.seconds
-    parts = [sample[start :: given.workers] for start in range(given.workers)]
-    workers = [_FORK.Process(target=work, args=(part, given.each, given.thorough, end, results)) for part in parts]
-    for worker in workers:
-        worker.start()
-    counts, left = {"noticed": 0, "survived": 0, "undecided": 0}, len(workers)
-    while left:
-        result = results.get()
-        if result is None:
-            left -= 1
-            continue
-        place, told = result
+    end, before = time.monotonic() + given.seconds, noticed_before()
+    record(sorted({ROOT / one for site in sample for one in closest(site[0])}), end)
+    again = [one for one in sample if _key(one) not in before]
+    counts = {"noticed": len(sample) - len(again), "survived": 0, "undecided": 0}
+    for site, told in share_out(again, given, end):
         counts["noticed" if told is None else "undecided" if told.endswith("undecided)") else "survived"] += 1
         if told is not None:
-            print(f"{place}: {told}", flush=True)
+            print(f"{site[0]}:{site[1]}: {told}", flush=True)
+        else:
+            with KEPT.open("a") as kept:
+                kept.write(f"{_key(site)}\n")
     decided = max(counts["noticed"] + counts["survived"], 1)
     print(f"{counts['noticed'] / decided:.0%} noticed; {counts}, of {len(known)} changes that could be made")
     return 0

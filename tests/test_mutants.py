@@ -1,8 +1,13 @@
 """The script that changes the code: each change is one, and is code."""
 
 import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 from tests.mutants import ROOT, closest, mutated, sites
+from tests.reached import function_at
 
 
 def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
@@ -15,9 +20,36 @@ def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
         compile(text, "acceptance.py", "exec")
 
 
-def test_the_tests_closest_to_a_module_come_first() -> None:
-    file = sites("core")[0][0].with_name("acceptance.py")
-    assert closest(file, thorough=False)[:2] == ["tests/core/test_custom_rules.py", "tests/core/test_promises.py"]
-    assert len(closest(file, thorough=True)) > len(closest(file, thorough=False))
+def test_the_tests_that_name_a_module_come_first() -> None:
+    file = next(one[0] for one in sites("adapters") if one[0].name == "verification.py")
+    assert closest(file)[0] == "tests/adapters/test_vector_field_rounding.py"
     for part in ("core", "adapters"):
-        assert all(closest(one, thorough=True) for one in {one[0] for one in sites(part)})
+        assert all(closest(one) for one in {one[0] for one in sites(part)})
+
+
+def test_a_change_belongs_to_the_innermost_function() -> None:
+    tree = ast.parse("class A:\n  def f(self):\n    def g(): return 1\n    return 2\n  n = 3\nm = 4\n")
+    numbers = {node.value: node for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert [function_at(tree, numbers[k]) for k in (1, 2, 3, 4)] == ["A.f.<locals>.g", "A.f", "", ""]
+
+
+TESTS = """
+from parasolver_core import NoiseSchedule
+
+def test_right():
+    assert len(NoiseSchedule.linear().timesteps(3)) == 3
+
+def test_wrong():
+    assert len(NoiseSchedule.linear().timesteps(3)) == 4
+"""
+
+
+def test_a_recording_names_what_a_test_that_passes_calls(tmp_path: Path) -> None:
+    (tmp_path / "test_schedule.py").write_text(TESTS)
+    command = [sys.executable, "-m", "tests.reached", str(tmp_path / "test_schedule.py"), str(tmp_path / "kept.json")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    ((name, known),) = json.loads((tmp_path / "kept.json").read_text()).items()
+    assert name.endswith("::test_right")
+    assert 0 < known["seconds"] < 20
+    assert "parasolver_core/samplers/schedules.py:NoiseSchedule.linear" in known["functions"]
+    assert not any("solve" in name.partition(":")[2] for name in known["functions"])

@@ -31,7 +31,9 @@ _SINGLE = float(np.finfo(np.float32).eps)
 _CLOSE = 1e-2  # relative differences up to this, and the root of the network's rounding, are looked at no closer
 _BATCHING = 0.1  # what kernels for other row counts may make of a row, guidance and half precision included
 _REPEAT = 2e-2  # what a half-precision network may differ by between two equal calls (sums in no fixed order)
-_AT_END = 3  # rows of the finished trajectory that are looked at
+_AT_END = 3  # rows of the finished trajectory that are looked at alone
+_TOGETHER = 6  # further rows of it that are looked at in one call,
+_MANY = 32  # so many where states are small, but not more than a round has
 _SMALL = 2**22  # elements of a round's states: one more copy of them is no matter
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -83,7 +85,7 @@ class RowCheck:
         self._first: Row | None = None  # the first row of all,
         self._again: Row | None = None  # and the same once more
         self._looked = False
-        self._rounds, self._rows, self._accepted = 0, 0, 2
+        self._rounds, self._rows, self._accepted, self._room = 0, 0, 2, _AT_END + _TOGETHER
         self._now: list[Row] = []  # of this round: those of one sample behind its first
         self._before: Row | None = None  # of the last round, if it was accepted
         self._kept: list[Row] = []
@@ -118,7 +120,9 @@ class RowCheck:
             last = several[-1]
             first, own = sum(len(one) for one in nodes[:last]), nodes[last]
             inner = range(0 if first else 1, len(own))  # not the first row of the call
-            if len(own) * D.shape[1] > _SMALL:
+            if len(own) * D.shape[1] <= _SMALL:
+                self._room = max(self._room, _AT_END + min(_MANY, count))
+            else:
                 inner = [min(max(self._wanted(self._accepted, len(own)), inner[0]), inner[-1])]
             part = slice(inner[0], inner[-1] + 1)
             self._now = self._copies(inputs[last][part, :], D, first + inner[0], own[part], samples[last])
@@ -151,8 +155,10 @@ class RowCheck:
         """The trajectory is finished: the last comparisons, and the denoiser is remembered."""
         self._rows = 0
         last = [] if self._before is None else [self._before]
-        for row in [*last, *reversed(self._kept)][:_AT_END]:
+        rows = [*last, *reversed(self._kept)]
+        for row in rows[:_AT_END]:
             self._compare(row)
+        self._compare_together(rows[_AT_END:])
         if self._looked:
             remember(self._denoiser, self._batch)
         return self._rows
@@ -188,7 +194,7 @@ class RowCheck:
                 self._kept.append(row)
         rows = {row.node: row for row in self._kept}  # the latest of each node
         kept = list(rows.values())
-        order = sorted(range(len(kept)), key=lambda i: (kept[i].score, i))[-_AT_END:]
+        order = sorted(range(len(kept)), key=lambda i: (kept[i].score, i))[-self._room :]
         self._kept = [kept[i] for i in order]
 
     def _compare(self, row: Row) -> None:
@@ -199,6 +205,19 @@ class RowCheck:
         alone = self._alone(row)
         if not distance(batched, alone) <= self._close(alone):
             self._explain(row, batched, alone)
+
+    def _compare_together(self, rows: list[Row]) -> None:
+        """Rows in one call, behind the last of them, where another row's time shows; those that differ alone then."""
+        rows = sorted(rows, key=lambda row: -row.node)
+        if not rows:
+            return
+        nodes, samples = (np.array([getattr(row, of) for row in rows]) for of in ("node", "sample"))
+        x = self._xp.reshape(self._xp.stack([row.x for row in rows]), (len(rows), *self._event))
+        self._rows += len(rows)
+        together = self._host(self._xp.reshape(self._evaluate(x, nodes, samples), (len(rows), -1)))
+        for row, prediction in zip(rows, together, strict=True):
+            if not distance(self._host(row.prediction), prediction) <= self._close(prediction):
+                self._compare(row)
 
     def _explain(self, row: Row, batched: Float64, alone: Float64) -> None:
         """Two predictions of one row differ: by the arithmetic, by chance, or because of other rows?"""

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from parasolver_adapters.diffusers import parallel_sampling
 from parasolver_adapters.distributed import WorkerError
 from tests.adapters.pipeline_survey import REFUSALS
-from tests.adapters.tiny_pipelines import FAMILIES, distance, generator, stable_diffusion, text, watch
+from tests.adapters.tiny_pipelines import FAMILIES, distance, generator, randn, stable_diffusion, text, watch
 
 TIMEOUT = 5.0
 
@@ -72,14 +72,17 @@ def disagree(rank: int) -> dict[str, Any]:
         "steps": {"num_inference_steps": 9},
         "window": {},
         "network": {},
+        "noise": {"generator": generator(1), "latents": randn(1, 4, 16, 16)},
     }
     seen = {}
     for name, given in others.items():
-        pipe = stable_diffusion()
+        pipe = stable_diffusion(scheduler=diffusers.DDPMScheduler()) if name == "noise" else stable_diffusion()
         if rank == 1 and name == "network":
             pipe.unet.conv_in.weight.data *= 1.01
         window = 4 if rank == 1 and name == "window" else 5
-        seen[name] = _error(lambda: _call(pipe, {"window": window}, given if rank == 1 else {}))  # noqa: B023
+        common = {"latents": given["latents"]} if "latents" in given else {}
+        options = {"window": window}
+        seen[name] = _error(lambda: _call(pipe, options, given if rank == 1 else common))  # noqa: B023
     return seen | {"nothing": _error(lambda: _call(stable_diffusion(), {}, {}))}
 
 

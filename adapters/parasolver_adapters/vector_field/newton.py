@@ -27,6 +27,7 @@ from parasolver_adapters.vector_field.verification import (
     is_rounding,
     local_scale,
     reach,
+    scatter,
 )
 from parasolver_core.arrays import Array, to_host
 
@@ -186,7 +187,7 @@ class ParallelIntegrator:
                 return y, 0
             done = settled(size, before, tolerance, basin(xp, y.dtype) if final else np.inf)
             if not done and final:
-                done = bool(xp.all(xp.abs(defects) <= _SMALL * eps * scale))
+                done = scatter(xp, defects, _SMALL * eps * scale)
                 if not done and size > 0.5 * before:
                     done = self._rests(problem, lo, hi, y, ends, past, scale)
             y = corrected

@@ -123,7 +123,7 @@ def integrate(
             for up to 32 elements, "diagonal" for fields that act elementwise, "secant" otherwise, and the plain loop
             where a batch over time costs as much as a loop.
         tolerance: wanted distance to the sequential solution, relative to the largest value of each component so far;
-            by default about that of rounding, 1e-14 in float64 and 1e-5 in float32.
+            by default 64 roundings, 1.4e-14 in float64 and 7.6e-6 in float32.
         window: the most steps solved at once, at least 64; by default all. With ``few_steps="parallel"`` the calls of
             the field in one round, 16 by default.
         coarse_steps: steps of the coarse sequential solution that starts a window.

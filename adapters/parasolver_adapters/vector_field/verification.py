@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from parasolver_adapters.vector_field.newton import Effort
 
 LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
-_SENSITIVE = {64: 2e-9, 32: 1e-3}  # of the local scale, by bits of a number: rounding that may show
+_SENSITIVE = {64: 2e-9, 32: 2e-5}  # of the local size, by bits of a number: rounding that may show
+_LEAST = {64: 1e-3, 32: 1.0}  # of its sample's largest element: what a smaller one is held against
+_HOPELESS = 0.1  # of the local size: nobody wants a trajectory that rounding has changed by more
 _ALONE = 1e2  # roundings of the state, in a step: what a row alone may differ by
 _ALONE_OUTPUT = 1e3  # roundings of the output
 _ROUNDING = {64: 1e3, 32: 16.0}  # in roundings, by bits: defects that are no more than rounding
+_DRIFT = 0.25  # of what a random walk of such defects comes to: their sum, which rounding leaves far below
 _JITTER = 4.0  # roundings
 
 
@@ -100,8 +103,16 @@ def reach(steps: int) -> int:
     return max(steps // 50, 1)
 
 
+def scatter(xp: Any, defects: Array, allowed: Array) -> bool:
+    """Whether defects (n, ...) are as small as allowed, and have no common direction: a thousand small ones add up."""
+    if not bool(xp.all(xp.abs(defects) <= allowed)):
+        return False
+    drift = xp.abs(xp.cumulative_sum(defects / allowed, axis=0))
+    return bool(xp.all(drift <= _DRIFT * defects.shape[0] ** 0.5))
+
+
 def is_rounding(xp: Any, defects: Array, size: Array, shaken: Callable[[Array], Array]) -> bool:
-    """Whether defects (n, samples, size) are no more than the rounding of what they are made of.
+    """Whether defects (n, samples, size) are no more than the rounding of what they are made of, and scatter like it.
 
     They are held against the size of the element itself first, and where that is exceeded against what a step makes of
     rounding in all elements of its beginning, which is measured.
@@ -112,25 +123,22 @@ def is_rounding(xp: Any, defects: Array, size: Array, shaken: Callable[[Array], 
         size: (n, samples, size), of the elements that they are the difference of.
         shaken: by how much the steps' ends change if their beginnings do by these factors.
     """
-    eps, defects = float(xp.finfo(size.dtype).eps), xp.abs(defects)
+    eps = float(xp.finfo(size.dtype).eps)
     roundings = _ROUNDING[xp.finfo(size.dtype).bits]
     allowed = roundings * eps * size
-    if bool(xp.all(defects <= allowed)):
-        return True
+    if bool(xp.all(xp.abs(defects) <= allowed)):
+        return scatter(xp, defects, allowed)
     whole = xp.max(allowed, axis=-1, keepdims=True)  # a jump of the field is not rounding
-    if not bool(xp.all(defects <= whole)):
+    if not bool(xp.all(xp.abs(defects) <= whole)):
         return False
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=tuple(size.shape))
     signs = xp.asarray(signs, dtype=size.dtype, device=device(size))
     answer = xp.abs(shaken(signs * (_JITTER * eps))) * (roundings / _JITTER)
-    return bool(xp.all(defects <= xp.maximum(allowed, xp.minimum(answer, whole))))
+    return scatter(xp, defects, xp.maximum(allowed, xp.minimum(answer, whole)))
 
 
 def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
-    """What rounding and the defects left in each step may have grown into somewhere, of the local scale.
-
-    That is the larger one of an element's and a thousandth of its sample's, at the node.
-    """
+    """What rounding and the defects left in each step may have grown into somewhere, of the local size."""
     xp, n, flat = problem.xp, len(problem.grid), problem.flat(states)
     info = xp.finfo(states.dtype)
     size = xp.maximum(xp.abs(flat[:-1, ...]), xp.abs(flat[1:, ...])) + float(info.smallest_normal)
@@ -139,9 +147,17 @@ def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
     known = xp.concat(defects, axis=0)
     rho = rho + xp.concat([known, xp.zeros_like(rho[known.shape[0] :, ...])], axis=0)
     grown = StepJacobian(problem).propagate(rho, states)
-    scale = local_scale(xp, flat, reach(n))[1:, ...]
-    whole = xp.max(xp.abs(flat[1:, ...]), axis=-1, keepdims=True)
-    return float(xp.max(xp.abs(grown) / xp.maximum(scale, 1e-3 * whole)))
+    return relative(xp, grown, local_scale(xp, flat, reach(n))[1:, ...])
+
+
+def relative(xp: Any, difference: Array, scale: Array) -> float:
+    """The largest difference (n, samples, size), of the elements' sizes.
+
+    An element counts as at least a thousandth of its sample's largest, in float32 as the largest: below that it is
+    decided by the rounding of the others, in the plain loop too.
+    """
+    least = _LEAST[xp.finfo(scale.dtype).bits] * xp.max(scale, axis=-1, keepdims=True)
+    return float(xp.max(xp.abs(difference) / xp.maximum(scale, least)))
 
 
 class Twin:
@@ -151,7 +167,7 @@ class Twin:
     difference is made small, and the rounding of the steps that this one stands for is added to it.
 
     Attributes:
-        grown: the largest difference so far, of the largest element of its sample.
+        grown: the largest difference so far, of the local size.
     """
 
     def __init__(self) -> None:
@@ -174,9 +190,8 @@ class Twin:
             pair, _ = level.method.advance(lambda t, y: field(xp.concat([t, t]), y), level.grid, k, k + 1, pair)
             y, apart = pair[:1, ...], (pair[1:, ...] - pair[:1, ...]) / small
             states.append(y)
-            largest = (xp.max(xp.abs(level.flat(values)), axis=-1) for values in (apart, y))
-            grown = float(xp.max(next(largest) / next(largest)))
-            self._trial.append((int(nodes[k + 1]), apart, grown))
+            scale = local_scale(xp, level.flat(xp.concat(states[-2:], axis=0)), 1)[1:, ...]
+            self._trial.append((int(nodes[k + 1]), apart, relative(xp, level.flat(apart), scale)))
         return xp.concat(states, axis=0)
 
     def accept(self, hi: int, tolerance: float) -> None:
@@ -200,7 +215,11 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
     limit = max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance)
     grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit)
     if not grown <= limit:
-        return f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much"
+        allowed = f"; tolerance={grown:.1g} allows it" if grown < _HOPELESS else ""
+        return (
+            f"rounding may grow to {grown:.1g} of the solution, and two ways to a trajectory differ by that much"
+            + allowed
+        )
     return ""
 
 
