@@ -18,7 +18,7 @@ from parasolver_core.samplers.recurrence import Recurrence
 
 _FEWEST_NODES = 5  # fewer do not show a trajectory's shape
 _FEWEST_STEPS = 64  # a window slides over fewer in as few rounds
-_NODES, _NODES_NOISY = 5.5, 8.0  # spread nodes: over the root of the tolerance; over the tolerance
+_NODES, _NODES_NOISY = 5.5, 7.0  # spread nodes: over the root of the tolerance; over the tolerance
 _SHARE, _SHARE_NOISY = 3, 2  # how many times as many steps there must be before nodes are spread
 _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
