@@ -14,7 +14,7 @@ from parasolver_core.rounds.acceptance import RoundView, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
-_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
+ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 _ROOM, _ROOM_TOLERATED = 4.0, 1e-4  # a state may once have been so many times its size; more, beside a tolerance
 
@@ -133,18 +133,21 @@ class Windows:
 
     def decide(self, sums: Sums, usable: Indices) -> Decision:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
-        n, nodes, size, q = self.longest, self.nodes, self._size, self._form.held[self.nodes, 1]
+        n, nodes, size = self.longest, self.nodes, self._size
+        p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         inside = np.arange(n) < usable[:, None]
         slope = self._new_slopes(sums, nodes, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = np.sqrt(sums.squares), np.sqrt(norms)
         relative = shares(move, length)
+        slope = np.where(relative <= ROUNDING * sums.unit, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= _WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
         kept = np.arange(n) < sound[:, None]
         at = np.nonzero(inside)
         self._moved[at[0], nodes[at]] = np.where(kept, norms, 0.0)[at]
         grown = self._note_sizes(nodes, inside, kept, length, move, sums)
+        self._note_rounding(nodes, accepted, length + move)
         defects = np.sqrt(sums.own / size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
@@ -173,7 +176,7 @@ class Windows:
                 move=move[row, :n],
                 size=length[row, :n],
                 bound=shared.bound[lo : lo + n],
-                rounding=_ROUNDING * sums.unit,
+                rounding=ROUNDING * sums.unit,
                 smallness=smallness[lo : lo + n],
             )
             count, error = shared.acceptance.accept(view, shared.tolerance)
@@ -203,6 +206,13 @@ class Windows:
         every = np.arange(len(nodes))[:, None]
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
         return True
+
+    def _note_rounding(self, nodes: Indices, accepted: Indices, size: Float64) -> None:
+        """Final states that once were much larger, and are not made again, keep the rounding of that size."""
+        once = shares(np.take_along_axis(self._largest, nodes, axis=1), size)
+        final = np.arange(nodes.shape[1]) < accepted[:, None]
+        left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
+        self.error = np.maximum(self.error, left.max(axis=1))
 
     def slide(self, lo: Indices, hi: Indices, node: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those of ``node``, (B, rows), beyond ``last`` are new."""

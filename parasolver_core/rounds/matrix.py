@@ -4,7 +4,7 @@ A round is, for all samples at once,
 
     r = D(X) - M ,    X += T r ,    M = D(X_old) + G T r ,
 
-in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``. New nodes are linear in what is known,
+in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``, and then ``H = p X + q D``. New nodes are linear in what is known,
 so they are rows of the same product.
 """
 
@@ -18,6 +18,7 @@ from array_api_compat import array_namespace, device
 
 from parasolver_core.arrays import (
     Array,
+    assign,
     coarse,
     copied,
     finite_rows,
@@ -29,6 +30,7 @@ from parasolver_core.arrays import (
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
 from parasolver_core.rounds.fill import Entering
+from parasolver_core.rounds.squares import at_most, largest
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
@@ -78,7 +80,7 @@ class Buffers:
         return [self._S[row, place - k, :] for k in range(states)], held
 
     def compare(self, D: Array, windows: Windows, with_size: bool) -> Array:
-        """``r``, and a vector of the sums that the host needs, for :meth:`unpack`.
+        """``r``, and a vector of the sums that the host needs, for :meth:`unpack`; beliefs are then what was said.
 
         Args:
             D: (rows, size), the outputs.
@@ -92,13 +94,15 @@ class Buffers:
             D = take_rows(D, (first[:, None] + np.minimum(np.arange(n), windows.n[:, None] - 1)).reshape(-1))
         X, H = self._S[:, past : self._half, :], self._S[:, self._half + past : 2 * self._half, :]
         held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
-        r = held[1, ...] * xp.reshape(D, (count, n, self.size))
-        r += held[0, ...] * X
-        r -= H
-        self._r = r
+        said = held[1, ...] * xp.reshape(D, (count, n, self.size))
+        said += held[0, ...] * X
+        self._r = r = said - H
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(H, H), (H, r)] if with_size else [])
-        sums = xp.reshape(xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1), (-1,))
+        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(said, said)] if with_size else [])
+        sums = xp.concat([gram, largest(xp, r), *(vecdot(xp, *pair) for pair in pairs)], axis=1)
+        sums = xp.reshape(sums, (-1,))
+        # not H + r, which has the rounding of what was believed
+        self._S = assign(self._S, (slice(None), slice(self._half + past, 2 * self._half), ...), said)
         return sums if self._dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
     def unpack(self, sums: Float64, windows: Windows) -> Sums:
@@ -108,11 +112,12 @@ class Buffers:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.all(np.isfinite(sums))), sums.reshape(count, -1)
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
+        own = np.einsum("bii->bi", gram)  # a view
+        own[...] = at_most(own, rest[:, 0], self.size, self._dtype)
         predicted = np.full(count, np.inf)
-        if rest.shape[1] > 2:  # h = H + r
-            at = np.arange(count), windows.n - 1
-            predicted = rest[:, 2][at] + 2 * rest[:, 3][at] + np.einsum("bii->bi", gram)[at]
-        return Sums(gram, rest[:, 0], rest[:, 1], predicted, unit, finite)
+        if rest.shape[1] > 3:
+            predicted = rest[:, 3][np.arange(count), windows.n - 1]
+        return Sums(gram, rest[:, 1], rest[:, 2], predicted, unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""
@@ -140,7 +145,7 @@ class Buffers:
         table = form.onwards(lo, most)
         C = np.zeros((count, most, n + table.shape[2]))
         C[:, :, n:] = table
-        moves = decision.T * decision.slope[..., None] + np.eye(n)  # of the beliefs, in terms of r
+        moves = decision.T * decision.slope[..., None]  # of the beliefs, in terms of r
         C[:, :, :n] = table[:, :, own : own + most] @ moves[:, :most]
         parts = [self._r, self._rows(np.broadcast_to(rows, (count, len(rows))))]
         if form.noisy:
@@ -207,11 +212,10 @@ class Buffers:
         (count, n, _), past, half = decision.T.shape, self._form.past, self._half
         moves = np.zeros((count, 2 * half, n))  # of the present rows, in terms of r
         moves[:, past:half], moves[:, half + past :] = decision.T, decision.T * decision.slope[..., None]
-        moves[:, np.arange(half + past, 2 * half), np.arange(n)] += 1.0
         every, is_new, begins = np.arange(count)[:, None], (behind > 0)[..., None], np.maximum(behind, 1) - 1
         moves_base = moves[every, base]
         if uncorrected:
-            moves_base[:, -1] = np.arange(n) == (decision.sound - 1)[:, None]
+            moves_base[:, -1] = 0.0
         columns = n + entering.x.shape[2]
         C = np.zeros((count, 2 * behind.shape[1] + 1, columns))
         by_part = C[:, :-1].reshape(count, 2, behind.shape[1], columns)
