@@ -124,8 +124,8 @@ def _ways(drawn: Program) -> list[oracle.Way]:
     if drawn.reach is not None and not any(way.whose for way in ways):
         size = max(float(np.max(np.abs(oracle.host(x)))) for way in ways for x in way.states)
         scale = drawn.recurrence.input_scale
+        # beyond anything that the trajectories hold, which stay as they are
         drawn.network.outside = drawn.reach * size * (1.0 if scale is None else float(np.max(scale)))
-        ways = [oracle.plain(drawn, sample) for sample in batch]
     return ways
 
 
