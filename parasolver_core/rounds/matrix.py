@@ -4,8 +4,8 @@ A round is, for all samples at once,
 
     r = D(X) - M ,    X += T r ,    M = D(X_old) + G T r ,
 
-in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``, and then ``H = p X + q D``. New nodes are linear in what is known,
-so they are rows of the same product.
+in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``, and then ``H = p X + q D``. New nodes
+are linear in what is known, so they are rows of the same product.
 """
 
 from __future__ import annotations
