@@ -200,7 +200,7 @@ class Windows:
         self.begun = True
         room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
         grown = np.take_along_axis(self._largest > room * self._least, nodes, axis=1) & kept
-        if not sums.finite or not np.any(grown[:, 1:]):
+        if not np.any(grown[:, 1:]):
             return False
         every = np.arange(len(nodes))[:, None]
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
