@@ -296,9 +296,11 @@ class SampleWindow:
         input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
-            self._evaluated[self.lo] = True
-            self._slide(1, 1)
-            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+            if finite_rows(self._xp, self._advance(self.lo)[None, :])[0]:
+                self._evaluated[self.lo] = True
+                self._slide(1, 1)
+                return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+            input_ok = False  # the step itself overflows
         self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
             self.lo -= 1  # the last state that is good

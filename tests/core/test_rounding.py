@@ -82,6 +82,17 @@ def test_beliefs_do_not_keep_the_rounding_of_a_wild_start(size: float) -> None:
     assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-15
 
 
+@pytest.mark.parametrize("width", [5, 9])
+def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
+    """Else no correction finds what the states before them had kept of the rounding of a wild start."""
+    rule, grid, x_T = Table(0.9, 0.1), np.arange(23)[::-1].copy(), normal((3, 6)).astype(np.float32)
+    start = (1e5 * normal((24, 3, 6), seed=9)).astype(np.float32)
+    network = lambda x, t: np.tanh(x)  # noqa: E731
+    got = solve(network, x_T, grid, rule, width, tolerance=1e-4, start=start)
+    assert got.stats.rounds < 23
+    assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-4
+
+
 def test_no_slope_makes_a_step_the_identity_that_reads_differences() -> None:
     a, p, q = np.full((2, 1), 0.9), np.zeros(2), np.ones(2)
     b = np.array([[0.5, 0.0], [0.5, -0.4999]])
