@@ -106,7 +106,8 @@ def test_a_move_that_is_no_number_is_not_small(seed: int) -> None:
 def test_a_step_that_overflows_is_not_counted(tolerance: float) -> None:
     """Its input and the output there are finite, the state behind is not: swept, and many samples together."""
     schedule = NoiseSchedule.karras(0.3, 80.0, 5.0)
-    x_T, grid, rule = normal((3, 6)).astype(np.float32), schedule.timesteps(4), Euler(schedule)
+    x_T, grid = normal((3, 6)).astype(np.float32), schedule.timesteps(4)
+    rule = Euler(schedule, prediction_type="epsilon")
     x_T *= np.array([[1.0], [500.0], [4300.0]], dtype=np.float32) / np.abs(x_T).max(axis=1, keepdims=True)
 
     def cubic(x: np.ndarray, t: np.ndarray) -> np.ndarray:
