@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
 from parasolver_core.rounds.acceptance import RoundView, shares
+from parasolver_core.rounds.decisions import ROUNDING
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection
@@ -18,7 +19,6 @@ from parasolver_core.solution import SampleRecord, Status
 
 Float64 = NDArray[np.float64]
 
-_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
@@ -128,7 +128,7 @@ class SampleWindow:
         old = self._slope[self.nodes]
         slope = self._shared.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
-        move = self._correction.move(D, slope, self.lo)
+        move = self._correction.move(D, slope, self.lo, ROUNDING * unit)
         sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
         if sound == 0:
             return self._first_alone(D)
@@ -142,7 +142,7 @@ class SampleWindow:
             move=relative,
             size=size,
             bound=self._shared.bound[self.nodes],
-            rounding=_ROUNDING * unit,
+            rounding=ROUNDING * unit,
             smallness=smallness[self.nodes],
         )
         sound = min(sound, _leading(relative <= _WILD))
@@ -296,9 +296,11 @@ class SampleWindow:
         input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
-            self._evaluated[self.lo] = True
-            self._slide(1, 1)
-            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+            if finite_rows(self._xp, self._advance(self.lo)[None, :])[0]:
+                self._evaluated[self.lo] = True
+                self._slide(1, 1)
+                return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+            input_ok = False  # the step itself overflows
         self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
             self.lo -= 1  # the last state that is good

@@ -26,6 +26,7 @@ from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.squares import at_most, largest
 from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
@@ -118,15 +119,15 @@ class SpreadNodes(Run):
         every = np.arange(count)[:, None]
         flat = xp.reshape(self._S, (-1, size))
         X = xp.reshape(take_rows(flat, (every * rows + picks).reshape(-1)), (count, k, size))
-        r = xp.reshape(D, (count, k, size)) * self._put(self._held_at(picks)[..., 1:])
-        r = r + X * self._put(self._held_at(picks)[..., :1])
-        r = r - xp.reshape(take_rows(flat, (every * rows + n + picks).reshape(-1)), (count, k, size))
+        said = xp.reshape(D, (count, k, size)) * self._put(self._held_at(picks)[..., 1:])
+        said = said + X * self._put(self._held_at(picks)[..., :1])
+        r = said - xp.reshape(take_rows(flat, (every * rows + n + picks).reshape(-1)), (count, k, size))
         since = xp.reshape(self._since, (-1, size))
         moved = xp.reshape(take_rows(since, (every * n + picks).reshape(-1)), (count, k, size))
         self._r = r
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (X, X))]
-        return xp.reshape(xp.concat([gram, *sums], axis=1), (-1,))
+        sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (said, said), (X, X))]
+        return xp.reshape(xp.concat([gram, largest(xp, r), *sums], axis=1), (-1,))
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move all states, and decide how each sample goes on."""
@@ -136,8 +137,12 @@ class SpreadNodes(Run):
         lost, real = self._drop(sums, picks, counts)
         pairs = real[:, :, None] & real[:, None, :]
         gram = np.where(pairs, sums[:, : k * k].reshape(-1, k, k), 0.0)
-        cross, moved, squares = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 3, axis=1))
+        parts = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 5, axis=1))
+        most, cross, moved, said, squares = parts
+        own = np.einsum("bii->bi", gram)  # a view
+        own[...] = at_most(own, most, size, self._dtype)
         new = self._update(picks, real, cross, moved, squares)
+        self._note_sizes(picks, real, said / size)
         g = self._slope[:, self._level.nodes]
         T = self._propagation(g, picks, real)
         at_end = self._level.end[picks] * real + ((self._level.end * g)[:, None, :] @ T)[:, 0]
@@ -145,7 +150,7 @@ class SpreadNodes(Run):
         effects = _norms(np.stack([at_end, at_end * new, T[:, -1] * new], axis=1), gram)
         moves = _norms(T, gram)
         lost |= ~(np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1))
-        scale = np.sqrt(size) * np.stack([one.scale for one in self.refinements])
+        scale = np.sqrt(size) * np.stack([one.scale * one.smallness[self._level.nodes] for one in self.refinements])
         move, effects = shares(moves, scale), shares(effects, np.broadcast_to(scale[:, -1:], effects.shape))
         self._apply(np.where(lost[:, None, None], 0.0, T), g, picks, real & ~lost[:, None])
         verdicts = [
@@ -197,6 +202,14 @@ class SpreadNodes(Run):
         for row, one in enumerate(self.refinements):
             one.scale[picks[row, real[row]]] = scale[row, real[row]]
         return new
+
+    def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64) -> None:
+        """How small each sample's data are, by the mean squares of what was predicted at its last node evaluated."""
+        recurrence, last = self._shared.recurrence, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
+        for row, (one, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
+            node = int(self._level.nodes[picks[row, k]])
+            if recurrence.tells_size(np.array([node])) and real[row, k]:
+                one.smallness = recurrence.smallness(node, float(said[row, k]))
 
     def _propagation(self, g: Float64, picks: Indices, real: NDArray[np.bool_]) -> Float64:
         """``T`` with ``dX = T r``, (B, n, k)."""

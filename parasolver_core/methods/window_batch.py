@@ -148,9 +148,7 @@ class WindowBatch(Run):
         further = [] if rows is None else [rows]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))
-        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further)
-        if again is not None:
-            buffers.put_states(again, node - first[:, None] - 1, decision.passed)
+        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further, again)
         windows.slide(lo, hi, node, last)
         if self._kept is not None:
             start = buffers.first_copy()

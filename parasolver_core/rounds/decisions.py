@@ -14,7 +14,7 @@ from parasolver_core.rounds.acceptance import RoundView, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
-_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
+ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 _ROOM, _ROOM_TOLERATED = 4.0, 1e-4  # a state may once have been so many times its size; more, beside a tolerance
 
@@ -133,12 +133,14 @@ class Windows:
 
     def decide(self, sums: Sums, usable: Indices) -> Decision:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
-        n, nodes, size, q = self.longest, self.nodes, self._size, self._form.held[self.nodes, 1]
+        n, nodes, size = self.longest, self.nodes, self._size
+        p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         inside = np.arange(n) < usable[:, None]
         slope = self._new_slopes(sums, nodes, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = np.sqrt(sums.squares), np.sqrt(norms)
         relative = shares(move, length)
+        slope = np.where(relative <= ROUNDING * sums.unit, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= _WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
         kept = np.arange(n) < sound[:, None]
@@ -173,7 +175,7 @@ class Windows:
                 move=move[row, :n],
                 size=length[row, :n],
                 bound=shared.bound[lo : lo + n],
-                rounding=_ROUNDING * sums.unit,
+                rounding=ROUNDING * sums.unit,
                 smallness=smallness[lo : lo + n],
             )
             count, error = shared.acceptance.accept(view, shared.tolerance)
@@ -198,7 +200,7 @@ class Windows:
         self.begun = True
         room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
         grown = np.take_along_axis(self._largest > room * self._least, nodes, axis=1) & kept
-        if not sums.finite or not np.any(grown[:, 1:]):
+        if not np.any(grown[:, 1:]):
             return False
         every = np.arange(len(nodes))[:, None]
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
