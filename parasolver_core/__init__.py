@@ -68,3 +68,8 @@ __all__ = [
     "solve_sequential",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the names for users, not the folders."""
+    return [*__all__, "__version__"]
