@@ -57,6 +57,15 @@ def finished(denoiser: Any, rule: StepRule = RULES["ddim"][0], grid: Any = GRID,
     return solve_sequential(denoiser, normal((count, SIZE), seed=900), grid, rule, save="trajectory")
 
 
+def states(solution: Solution) -> np.ndarray:
+    assert solution.trajectory is not None
+    return solution.trajectory
+
+
+def scaled(solution: Solution, factor: float) -> Solution:
+    return replace(solution, trajectory=factor * states(solution))
+
+
 def learnt(denoiser: Any, rule: StepRule = RULES["ddim"][0], grid: Any = GRID) -> Memory:
     return Memory.learn(finished(denoiser, rule, grid), grid, rule)
 
@@ -66,7 +75,7 @@ def test_for_gaussian_data_the_regression_is_the_closed_form() -> None:
     gaussian = Gaussian(TABLE, "epsilon")
     memory, grid = learnt(gaussian), TABLE.timesteps(STEPS)
     alpha, sigma = (level[:STEPS] for level in TABLE.levels(grid))
-    truth = solve_sequential(gaussian, normal((2, SIZE), seed=3), grid, DDIM(TABLE), save="trajectory").trajectory
+    truth = states(solve_sequential(gaussian, normal((2, SIZE), seed=3), grid, DDIM(TABLE), save="trajectory"))
     growth = (truth[:STEPS, 0, 0] - truth[:STEPS, 1, 0]) / (truth[0, 0, 0] - truth[0, 1, 0])
     expected = alpha * gaussian.std**2 / (alpha**2 * gaussian.std**2 + sigma**2) * growth
     B, C = memory.slopes(0, np.arange(STEPS), known=False)
@@ -96,8 +105,7 @@ def rounds(denoiser: Any, x_T: Any, grid: Any, rule: StepRule, window: int, memo
 @pytest.mark.parametrize("factor", [1.0, -1.0, 5.0, 0.1])
 def test_a_memory_of_another_network_costs_half_a_round_at_most(factor: float, window: int) -> None:
     x_T, own = normal((8, SIZE), seed=1), Patterns(1)
-    found = finished(Patterns(2))
-    wrong = Memory.learn(replace(found, trajectory=factor * found.trajectory), GRID, DDIM(TABLE))
+    wrong = Memory.learn(scaled(finished(Patterns(2)), factor), GRID, DDIM(TABLE))
     plain, misled = (rounds(own, x_T, GRID, DDIM(TABLE), window, one) for one in (None, wrong))
     assert misled <= plain + 0.5
 
@@ -115,8 +123,7 @@ def test_whatever_it_says_the_sample_is_the_same(
 ) -> None:
     rule, schedule = RULES[name]
     grid, network = schedule.timesteps(STEPS), TanhNetwork(SIZE, gain=gain, seed=seed)
-    found = finished(network, rule, grid, 8)
-    memory = Memory.learn(replace(found, trajectory=factor * found.trajectory), grid, rule)
+    memory = Memory.learn(scaled(finished(network, rule, grid, 8), factor), grid, rule)
     x_T = normal((batch, SIZE), seed=seed)
     truth = solve_sequential(network, x_T, grid, rule).sample
     exact = solve(network, x_T, grid, rule, window, tolerance=0, memory=memory).sample
