@@ -217,7 +217,7 @@ class SampleWindow:
         self.hi = hi
         if forecast is not None:
             (x, *_), (m, *_) = self._history(first - 1)
-            forecast = forecast.behind(first - 1, x, m)
+            forecast = forecast.behind(first - 1, hi - first, x, m)
             self._put(self._along(forecast, first - 1), first, hi)
         elif self._shared.fill == "copy":
             self._put(self._copies(first - 1), first, hi)

@@ -121,5 +121,5 @@ class Sliding:
         elif self._trajectory is not None:
             forecast = AlongTrajectory(shared.recurrence, host_view(self._trajectory[:, sample, :]), noise)
         elif recall is not None:
-            forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind, shared.width)
+            forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind)
         return SampleWindow(shared, sample, start, noise, forecast, slope)

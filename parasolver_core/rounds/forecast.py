@@ -26,8 +26,14 @@ class Forecast(ABC):
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         """The network's output at node i for the state x, (size,), which may be near or not; its slope there."""
 
-    def behind(self, last: int, x: Array, m: Array) -> Forecast:
-        """The forecast for nodes behind node ``last``, whose state and output are known; itself unless overridden."""
+    def behind(self, last: int, count: int, x: Array, m: Array) -> Forecast:
+        """The forecast for ``count`` nodes behind node ``last``; itself unless overridden.
+
+        Args:
+            last: the node before them.
+            count: how many; one more is asked, whose answer is not used.
+            x, m: (size,), the state and output at ``last``, as they are believed to be.
+        """
         return self
 
     def usable(self, lo: int, defects: Float64) -> int:

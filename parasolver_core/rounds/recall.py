@@ -74,10 +74,12 @@ class Recall:
     ) -> Array:
         """Predictions at ``nodes``, (B, count), from the states and predictions at ``last``."""
         slopes = np.zeros((2, *nodes.shape, len(self._memory.directions) + 1))
-        at = nodes.copy()
+        at, found = nodes.copy(), {}  # found: many samples are at the same node
         for row, (sample, node) in enumerate(zip(samples.tolist(), last.tolist(), strict=True)):
             if self._trusted[sample]:
-                slopes[:, row] = self._memory.slopes(node, nodes[row], bool(known[row]))
+                key = node, bool(known[row])
+                found[key] = found[key] if key in found else self._memory.slopes(node, nodes[row], key[1])
+                slopes[:, row] = found[key]
             else:  # the prediction stays
                 slopes[1, row], at[row] = 1.0, node
         dx, dh = x - take_rows(self._states, last), h - take_rows(self._predictions, last)
@@ -127,20 +129,18 @@ class RecalledAlone(Forecast):
         recall: of the batch.
         sample: its row there.
         blind: how many leading nodes do without.
-        width: the most nodes of a window.
     """
 
-    def __init__(self, held: Float64, recall: Recall, sample: int, blind: int, width: int) -> None:
-        self._held, self._recall, self._sample = held, recall, np.array([sample])
-        self._blind, self._width = blind, width
+    def __init__(self, held: Float64, recall: Recall, sample: int, blind: int) -> None:
+        self._held, self._recall, self._sample, self._blind = held, recall, np.array([sample]), blind
 
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         return _Ahead(self._held, 0, self._recall.first(x[None, :]))(i, x, slope)
 
-    def behind(self, last: int, x: Array, m: Array) -> Forecast:
+    def behind(self, last: int, count: int, x: Array, m: Array) -> Forecast:
         p, q = self._held[last].tolist()
         h = x * p + m * q
-        rows = self._recall.behind(self._sample, np.array([last]), self._width, x[None, :], h[None, :])
+        rows = self._recall.behind(self._sample, np.array([last]), count, x[None, :], h[None, :])
         return _Ahead(self._held, last + 1, rows[0, ...])
 
     def usable(self, lo: int, defects: Float64) -> int:
