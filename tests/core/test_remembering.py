@@ -185,6 +185,7 @@ def test_spread_nodes_do_not_ask_it() -> None:
         ({"method": "parataa"}, "memory: method='parataa' begins with copies"),
         ({"method": "paradigms"}, "memory: this method fills in nodes by its own rule"),
         ({"method": "sequential"}, "memory: the plain loop"),
+        ({"subintervals": 10}, "memory: it is of single steps"),
         ({"start": np.zeros((STEPS + 1, 1, SIZE))}, "memory: a warm start says more"),
     ],
 )
