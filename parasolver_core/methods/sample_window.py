@@ -121,6 +121,8 @@ class SampleWindow:
         defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
         if count == 0:
             return self._first_alone(D)
+        if self._forecast is not None:
+            count = min(count, self._forecast.usable(self.lo, told.defect * D.shape[1]))
         if count < len(nodes):
             D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
             told = self._correction.read(compared, self.lo)
@@ -214,6 +216,8 @@ class SampleWindow:
         self._evaluated[first:hi] = False
         self.hi = hi
         if forecast is not None:
+            (x, *_), (m, *_) = self._history(first - 1)
+            forecast = forecast.behind(first - 1, hi - first, x, m)
             self._put(self._along(forecast, first - 1), first, hi)
         elif self._shared.fill == "copy":
             self._put(self._copies(first - 1), first, hi)

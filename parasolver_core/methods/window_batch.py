@@ -77,6 +77,7 @@ class WindowBatch(Run):
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         windows, found = self._windows, self._buffers.unpack(sums, self._windows)
         found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
+        usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.own, windows.n))
         decision = windows.decide(found, usable)
         for row in failed:
             decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
@@ -144,7 +145,7 @@ class WindowBatch(Run):
         entering = self._fill.entering(last, max(int((node - last[:, None]).max()), 1), windows.slope_held)
         again = buffers.states_behind(decision, first, self._draw)
         self._keep_between(decision, again)
-        rows = self._fill.rows(self._places, last, entering.x.shape[1])
+        rows = self._fill.rows(self._places, last, entering.x.shape[1], lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))

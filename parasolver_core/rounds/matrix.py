@@ -164,6 +164,15 @@ class Buffers:
         states += matmul(self._xp, self._put(decision.T[np.arange(len(behind))[:, None], behind]), self._r)
         return states
 
+    def moved(self, decision: Decision, at: Indices) -> tuple[Array, Array]:
+        """The states and held quantities of the windows' nodes number ``at``, (B,), as the round moves them."""
+        every, own = np.arange(len(at)), np.eye(decision.T.shape[2])[at]
+        T = decision.T[every, at]
+        moves = np.stack([T, T * decision.slope[every, at, None] + own], axis=1)
+        rows = self._rows(np.stack([at, at + self._half], axis=1) + self._form.past)
+        rows = rows + matmul(self._xp, self._put(moves), self._r)
+        return rows[:, 0, :], rows[:, 1, :]
+
     def write(
         self,
         decision: Decision,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.linearization import Linearization
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
 from parasolver_core.samplers.recurrence import Recurrence
@@ -28,6 +29,7 @@ class Shared:
         warmup_steps: how many nodes after the first are evaluated one at a time.
         tolerance: wanted relative error.
         keep: whether to keep the final states.
+        memory: of finished samples, which fills in nodes that enter; None: there is none.
     """
 
     xp: Any
@@ -42,3 +44,4 @@ class Shared:
     warmup_steps: int
     tolerance: float
     keep: bool
+    memory: Memory | None
