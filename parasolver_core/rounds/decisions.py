@@ -147,6 +147,7 @@ class Windows:
         at = np.nonzero(inside)
         self._moved[at[0], nodes[at]] = np.where(kept, norms, 0.0)[at]
         grown = self._note_sizes(nodes, inside, kept, length, move, sums)
+        self._note_rounding(nodes, accepted, length + move)
         defects = np.sqrt(sums.own / size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
@@ -205,6 +206,13 @@ class Windows:
         every = np.arange(len(nodes))[:, None]
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
         return True
+
+    def _note_rounding(self, nodes: Indices, accepted: Indices, size: Float64) -> None:
+        """Final states that once were much larger, and are not made again, keep the rounding of that size."""
+        once = shares(np.take_along_axis(self._largest, nodes, axis=1), size)
+        final = np.arange(nodes.shape[1]) < accepted[:, None]
+        left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
+        self.error = np.maximum(self.error, left.max(axis=1))
 
     def slide(self, lo: Indices, hi: Indices, node: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those of ``node``, (B, rows), beyond ``last`` are new."""

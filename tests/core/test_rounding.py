@@ -82,6 +82,19 @@ def test_beliefs_do_not_keep_the_rounding_of_a_wild_start(size: float) -> None:
     assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-15
 
 
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_the_estimate_holds_the_rounding_that_a_wild_start_leaves(size: float) -> None:
+    """Beside a tolerance it is not worth making the states again, and no move tells of it."""
+    rule, grid, x_T = Table(0.9, 0.3), np.arange(23)[::-1].copy(), np.abs(normal((2, 4)))
+    network = lambda x, t: np.ones_like(x)  # noqa: E731
+    start = size * np.abs(normal((24, 2, 4), seed=3))
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-1, start=start)
+    expected = solve_sequential(network, x_T, grid, rule).sample
+    for sample in range(2):
+        error = relative(got.sample[sample], expected[sample])
+        assert 0 < error < got.error_estimate[sample] < 1e-14 * size
+
+
 @pytest.mark.parametrize("width", [5, 9])
 def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
     """Else no correction finds what the states before them had kept of the rounding of a wild start."""
