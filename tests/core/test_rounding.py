@@ -1,11 +1,12 @@
 """What is below the rounding of the states or the range of their squares, and what the estimate says of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DPMSolver, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
+from parasolver_core import DDIM, DPMSolver, Method, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
 from parasolver_core.rounds.squares import at_most, largest, sums_of_squares
 from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import to_numpy
@@ -104,6 +105,21 @@ def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
     got = solve(network, x_T, grid, rule, width, tolerance=1e-4, start=start)
     assert got.stats.rounds < 23
     assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_copies_of_a_state_do_not_pass_over_a_step_that_reads_no_output(batch: int) -> None:
+    """No output makes such a step end where it begins, so its copy would be off for good, and no move would tell."""
+
+    class Gaps(Table):
+        def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+            recurrence = super().recurrence(timesteps)
+            return replace(recurrence, b=recurrence.b * (np.arange(len(timesteps)) % 3 != 0)[:, None])
+
+    rule, grid, x_T = Gaps(0.7, 0.5), np.arange(12)[::-1].copy(), normal((batch, 4))
+    network, method = lambda x, t: np.ones_like(x), Method(fill="copy")
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-2, method=method).sample
+    assert relative(got, solve_sequential(network, x_T, grid, rule).sample) < 1e-2
 
 
 def test_no_slope_makes_a_step_the_identity_that_reads_differences() -> None:

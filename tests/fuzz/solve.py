@@ -323,6 +323,7 @@ def _is_distance(method: Any) -> bool:
 def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -> None:
     """Every accepted state is the sampler's step from those before it, as far as rounding reaches."""
     rng, ulp = np.random.default_rng(drawn.seed + 3), oracle.eps(drawn)
+    swept = "strict" not in drawn.xp.__name__
     final = got.steps[sample]
     states = [got.trajectory[i, sample, ...] for i in range(final + 1)]  # type: ignore[index]
     outputs, doubts = [], []
@@ -341,7 +342,8 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
         sizes += [oracle.rms(oracle.host(outputs[i - k]) * value) for k, value in enumerate(b) if value != 0]
         sizes.append(abs(float(drawn.recurrence.c[i])))
         off = oracle.rms(oracle.host(x) - oracle.host(states[i + 1]))
-        limit = 4 * doubt + 16 * ulp * sum(sizes)  # two draws of what rounding does to the network are few
+        # two draws of what rounding does to the network are few; one product may make all states of a window
+        limit = 4 * doubt + 16 * ulp * sum(sizes) * (1 if swept else drawn.window)
         if not np.isfinite(limit):
             return
         told = f"sample {sample}: step {i} of the exact trajectory is off by {off:.3g}, limit {limit:.2g}"
