@@ -58,6 +58,7 @@ class SampleWindow:
         slope = shared.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
+        self._measured = np.zeros(n, dtype=bool)  # whether a slope is more than a guess
         self.error = 0.0
         self._result: Array | None = None
         self._kept: list[Array] | None = [start] if shared.keep else None
@@ -126,11 +127,13 @@ class SampleWindow:
         if count < len(nodes):
             D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
             told = self._correction.read(compared, self.lo)
-        known = self._evaluated[self.nodes] & (told.moved > (self._eps**2) * told.size)
+        known = self._evaluated[self.nodes] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[self.nodes]
         slope = self._shared.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
         slope = np.where(np.isfinite(slope), slope, old)
-        move = self._correction.move(D, slope, self.lo, ROUNDING * unit)
+        self._measured[self.nodes] |= slope != old
+        still = np.where(self._measured[self.nodes], 0.0, ROUNDING * unit)
+        move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
         if sound == 0:
             return self._first_alone(D)

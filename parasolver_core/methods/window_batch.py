@@ -8,6 +8,7 @@ every sample's next window (:mod:`parasolver_core.rounds.matrix`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -90,6 +91,8 @@ class WindowBatch(Run):
         if before is not None:
             over = np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist()
             failed = {row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over} | failed
+            for row in over:
+                records[row] = replace(records[row], accepted=0)
         self._leave(failed)
         return records
 

@@ -101,6 +101,7 @@ class Windows:
         slope = np.where(np.isfinite(slope), slope, shared.recurrence.slope)
         self._slope = np.array(np.broadcast_to(slope, (count, shared.form.steps)))  # dm/dx
         self._moved = np.zeros((count, shared.form.steps))  # sum of squares of each node's last move; 0: unknown
+        self._measured = np.zeros((count, shared.form.steps), dtype=np.bool_)  # whether a slope is more than a guess
         # of the root of each state's sum of squares: the least that it may be, and the most that it ever was
         self._least, self._largest = np.zeros((2, count, shared.form.steps + 1))
         self.error = np.zeros(count)
@@ -140,13 +141,15 @@ class Windows:
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = np.sqrt(sums.squares), np.sqrt(norms)
         relative = shares(move, length)
-        slope = np.where(relative <= ROUNDING * sums.unit, p, slope)  # the network's own output stands
+        still = (relative <= ROUNDING * sums.unit) & ~np.take_along_axis(self._measured, nodes, axis=1)
+        slope = np.where(still, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= _WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
         kept = np.arange(n) < sound[:, None]
         at = np.nonzero(inside)
         self._moved[at[0], nodes[at]] = np.where(kept, norms, 0.0)[at]
         grown = self._note_sizes(nodes, inside, kept, length, move, sums)
+        self._note_rounding(nodes, accepted, length + move)
         defects = np.sqrt(sums.own / size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
@@ -154,7 +157,7 @@ class Windows:
         """dh/dx at the nodes, (B, n), by the linearization."""
         p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         old, moved = (np.take_along_axis(table, nodes, axis=1) for table in (self._slope, self._moved))
-        known = inside & (moved > self.eps**2 * sums.squares)
+        known = inside & (moved > (ROUNDING * sums.unit) ** 2 * sums.squares)
         # <dX, r> of the held quantity is q times that of the output
         found = self._shared.linearization.update(
             old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
@@ -163,6 +166,7 @@ class Windows:
         new[inside] = np.where(np.isfinite(found), found, old[inside])
         at = np.nonzero(inside)
         self._slope[at[0], nodes[at]] = new[at]
+        self._measured[at[0], nodes[at]] |= (new != old)[at]
         return p + q * new
 
     def _accept(self, move: Float64, length: Float64, sums: Sums, usable: Indices, sound: Indices) -> Indices:
@@ -206,6 +210,13 @@ class Windows:
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
         return True
 
+    def _note_rounding(self, nodes: Indices, accepted: Indices, size: Float64) -> None:
+        """Final states that once were much larger, and are not made again, keep the rounding of that size."""
+        once = shares(np.take_along_axis(self._largest, nodes, axis=1), size)
+        final = np.arange(nodes.shape[1]) < accepted[:, None]
+        left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
+        self.error = np.maximum(self.error, left.max(axis=1))
+
     def slide(self, lo: Indices, hi: Indices, node: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those of ``node``, (B, rows), beyond ``last`` are new."""
         self.lo, self.n, self.longest = lo, hi - lo, int((hi - lo).max())
@@ -215,7 +226,7 @@ class Windows:
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
-        for name in ("lo", "n", "_slope", "_moved", "_least", "_largest", "error"):
+        for name in ("lo", "n", "_slope", "_moved", "_measured", "_least", "_largest", "error"):
             setattr(self, name, getattr(self, name)[rows])
 
 

@@ -242,4 +242,5 @@ class Copies(Fill):
             nothing = state * form.held[i, 0, None]  # an output of 0 where the step reads none
             hs[0] = np.where(gain != 0, left / np.where(gain != 0, gain, 1.0), nothing)
             x[:, ahead], h[:, ahead] = state, hs[0]
+            state = np.where(gain != 0, state, state - left)  # a step that reads no output is as it is
         return Entering(x, h, noise)

@@ -134,13 +134,13 @@ class SweepCorrection:
         """What :meth:`compare` would have found for the first ``count`` nodes alone."""
         return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))
 
-    def move(self, D: Array, slope: Float64, lo: int, still: float = 0.0) -> Float64:
-        """``X += dX``; ``M = D + g dX``, but ``M = D`` where a move is rounding.
+    def move(self, D: Array, slope: Float64, lo: int, still: Float64 | float = 0.0) -> Float64:
+        """``X += dX``; ``M = D + g dX``, but ``M = D`` where a move is so small that a guessed slope is worse.
 
         Args:
             D, lo: as before.
             slope: (n,).
-            still: the relative size of moves that are rounding.
+            still: (n,), the relative size of those moves.
 
         Returns:
             RMS of the moves, (n,). Where an output, or its square, is not finite, that of this node or of a later one
@@ -181,7 +181,7 @@ class SweepCorrection:
             columns: the block.
             noise: (size,) of each step.
             slope: n.
-            still: n, mean squares of moves that are rounding.
+            still: n, mean squares of moves that leave the output as it is.
             lo: the window's first node.
             base: the node that the first row of the buffers is to belong to.
         """

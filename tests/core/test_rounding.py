@@ -1,11 +1,12 @@
 """What is below the rounding of the states or the range of their squares, and what the estimate says of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DPMSolver, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
+from parasolver_core import DDIM, DPMSolver, Method, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
 from parasolver_core.rounds.squares import at_most, largest, sums_of_squares
 from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import to_numpy
@@ -82,6 +83,19 @@ def test_beliefs_do_not_keep_the_rounding_of_a_wild_start(size: float) -> None:
     assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-15
 
 
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_the_estimate_holds_the_rounding_that_a_wild_start_leaves(size: float) -> None:
+    """Beside a tolerance it is not worth making the states again, and no move tells of it."""
+    rule, grid, x_T = Table(0.9, 0.3), np.arange(23)[::-1].copy(), np.abs(normal((2, 4)))
+    network = lambda x, t: np.ones_like(x)  # noqa: E731
+    start = size * np.abs(normal((24, 2, 4), seed=3))
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-1, start=start)
+    expected = solve_sequential(network, x_T, grid, rule).sample
+    for sample in range(2):
+        error = relative(got.sample[sample], expected[sample])
+        assert 0 < error < got.error_estimate[sample] < 1e-14 * size
+
+
 @pytest.mark.parametrize("width", [5, 9])
 def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
     """Else no correction finds what the states before them had kept of the rounding of a wild start."""
@@ -91,6 +105,21 @@ def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
     got = solve(network, x_T, grid, rule, width, tolerance=1e-4, start=start)
     assert got.stats.rounds < 23
     assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_copies_of_a_state_do_not_pass_over_a_step_that_reads_no_output(batch: int) -> None:
+    """No output makes such a step end where it begins, so its copy would be off for good, and no move would tell."""
+
+    class Gaps(Table):
+        def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+            recurrence = super().recurrence(timesteps)
+            return replace(recurrence, b=recurrence.b * (np.arange(len(timesteps)) % 3 != 0)[:, None])
+
+    rule, grid, x_T = Gaps(0.7, 0.5), np.arange(12)[::-1].copy(), normal((batch, 4))
+    network, method = lambda x, t: np.ones_like(x), Method(fill="copy")
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-2, method=method).sample
+    assert relative(got, solve_sequential(network, x_T, grid, rule).sample) < 1e-2
 
 
 def test_no_slope_makes_a_step_the_identity_that_reads_differences() -> None:
