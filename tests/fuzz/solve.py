@@ -233,7 +233,9 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
     if status is not Status.CONVERGED:
         return
     if not exact and distance and drawn.network.kind.exact and error > 4 * last + 1e3 * ulp * size:
-        outcome.expect(got.error_estimate[sample] > 0, f"sample {sample}: error_estimate 0, off by {error / size:.2g}")
+        outcome.expect(
+            got.error_estimate[sample] > 0, f"sample {sample}: error_estimate 0, off by {error:.2g} of {size:.2g}"
+        )
     tame = drawn.tame and drawn.network.scale == 1 and not isinstance(drawn.method, Method)
     if (
         tame
