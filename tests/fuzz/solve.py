@@ -290,7 +290,7 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
 def _check_window_one(drawn: Program, got: Solution, sequential: Solution, outcome: Outcome) -> None:
     """``window=1`` is the plain loop, to the bit."""
     if (drawn.x_T.shape[0] > 1 or "buckets" in drawn.options) and not drawn.network.kind.exact:
-        return  # a call filled up to a bucket is another product, and where a sample has failed, the others are a smaller batch
+        return  # filled up to a bucket, or without a sample that failed, a call is another product
     outcome.expect(got.statuses == sequential.statuses, f"window=1: {got.statuses}, plain loop {sequential.statuses}")
     for name in ("sample", "trajectory"):
         a, b = (to_numpy(_bits(drawn, getattr(one, name))) for one in (got, sequential))
