@@ -166,9 +166,9 @@ class Buffers:
 
     def moved(self, decision: Decision, at: Indices) -> tuple[Array, Array]:
         """The states and held quantities of the windows' nodes number ``at``, (B,), as the round moves them."""
-        every, own = np.arange(len(at)), np.eye(decision.T.shape[2])[at]
+        every = np.arange(len(at))
         T = decision.T[every, at]
-        moves = np.stack([T, T * decision.slope[every, at, None] + own], axis=1)
+        moves = np.stack([T, T * decision.slope[every, at, None]], axis=1)
         rows = self._rows(np.stack([at, at + self._half], axis=1) + self._form.past)
         rows = rows + matmul(self._xp, self._put(moves), self._r)
         return rows[:, 0, :], rows[:, 1, :]

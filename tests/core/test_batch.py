@@ -86,6 +86,7 @@ def test_samples_do_not_depend_on_their_neighbours(rule: Any, method: str, toler
         assert together.error_estimate[sample] == pytest.approx(alone.error_estimate[0], rel=1e-6, abs=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:x_T. has an RMS")  # one of the samples is far too large
 @by_name
 def test_a_sample_that_fails_leaves_the_others_alone(rule: Any) -> None:
     timesteps = SCHEDULE.timesteps(20)

@@ -164,6 +164,7 @@ def test_an_interrupt_in_half_precision(dtype: torch.dtype) -> None:
             torch.testing.assert_close(left.states[sample], way[reached, sample], rtol=0, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:x_T. has an RMS")  # a state on the way is no noise
 def test_a_run_can_be_gone_on_with_from_what_an_interrupt_left() -> None:
     x_T, steps = normal((1, 4)), SCHEDULE.timesteps(14)
     whole = solve_sequential(NETWORK, x_T, steps, DDIM(SCHEDULE))
