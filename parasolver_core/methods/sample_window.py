@@ -9,6 +9,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
+from parasolver_core.methods.run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, shares
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
@@ -22,14 +23,14 @@ _ROUNDING = 8  # moves of so many units in the last place are the arithmetic's o
 _WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
-class SampleWindow:
+class SampleWindow(SampleRun):
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
     On a CPU all arithmetic is NumPy's, in the same memory, whichever library the arrays are of.
 
     Args:
         shared: what all samples share.
-        index: the sample's place in the batch.
+        sample: its place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
         noise: ``noise(step)``, (size,), as :func:`~parasolver_core.arrays.host_view` gives it.
         forecast: outputs expected of new nodes; None: they are filled in with a held prediction.
@@ -39,28 +40,25 @@ class SampleWindow:
     def __init__(
         self,
         shared: Shared,
-        index: int,
+        sample: int,
         start: Array,
         noise: Callable[[int], Array],
         forecast: Forecast | None = None,
         slope: Float64 | None = None,
     ) -> None:
-        self._shared, self.index, self._noise = shared, index, noise
+        super().__init__(sample, start if shared.keep else None)
+        self._shared, self._noise = shared, noise
         self._dtype, self._eps = start.dtype, float(shared.xp.finfo(start.dtype).eps)
         start = host_view(start)
         self._xp = array_namespace(start)
         self._recurrence = recurrence = shared.recurrence
         n, width = len(recurrence), shared.width
-        self.status, self.failed_node = Status.RUNNING, -1
-        self.lo, self.hi = 0, 1
+        self.hi = 1
         whole_moves = shared.fill == "evaluated"
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
         slope = shared.linearization.initial(recurrence) if slope is None else slope
         self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
         self._evaluated = np.zeros(n, dtype=bool)
-        self.error = 0.0
-        self._result: Array | None = None
-        self._kept: list[Array] | None = [start] if shared.keep else None
         self._forecast = forecast
         if shared.warmup_steps == 0:
             self._open(start, min(width, n))
@@ -79,11 +77,6 @@ class SampleWindow:
             self._fill(1, hi, forecast)
 
     @property
-    def running(self) -> bool:
-        """Whether the sample takes part in the next round."""
-        return self.status is Status.RUNNING
-
-    @property
     def nodes(self) -> NDArray[np.int64]:
         """The window's nodes."""
         return np.arange(self.lo, self.hi)
@@ -93,16 +86,6 @@ class SampleWindow:
         """The window's states, (n, size); a view."""
         return self._give(self._window_states)
 
-    @property
-    def result(self) -> Array | None:
-        """The sample, (size,), once it is final."""
-        return None if self._result is None else self._give(self._result)
-
-    @property
-    def kept(self) -> list[Array] | None:
-        """All final states, if they are to be kept."""
-        return None if self._kept is None else [self._give(state) for state in self._kept]
-
     def compare(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
         D, (p, q) = self._take(D), self._recurrence.held[self.hi - 1].tolist()
@@ -110,12 +93,12 @@ class SampleWindow:
         own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
         return self._xp.concat([self._correction.compare(D, self.lo), *own])
 
-    def correct(self, D: Array, compared: Float64) -> SampleRecord:
+    def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in.
 
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
-        D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(compared, [-2])
+        D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(sums, [-2])
         unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
         told = self._correction.read(compared, self.lo)
         defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
@@ -151,13 +134,10 @@ class SampleWindow:
         self.error = max(self.error, error)
         self._slide(accepted, sound)
         dropped = np.full(len(nodes) - count, np.nan)
-        return SampleRecord(self.index, nodes, accepted, np.append(relative, dropped), defects, self.error)
+        return self.record(nodes, accepted, np.append(relative, dropped), defects)
 
-    def estimate(self) -> Array:
-        """The sample, or the best estimate of it so far, (size,)."""
-        if self._result is not None:
-            return self._give(self._result)
-        if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
+    def estimate(self, sample: int) -> Array:
+        if not self._evaluated[0]:
             return self.state
         last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
         p, q = self._recurrence.held[last].tolist()
@@ -167,7 +147,7 @@ class SampleWindow:
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self._give(self._window_states[0, :] if self._result is None else self._result)
+        return self._give(self._window_states[0, :])
 
     @property
     def _window_states(self) -> Array:
@@ -187,8 +167,8 @@ class SampleWindow:
         x = None
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = self._correction.X[i + 1 - self._correction.base, :] if i + 1 < first_new else self._advance(i)
-            if self._kept is not None:
-                self._kept.append(copied(self._xp, x))
+            if self.final is not None:
+                self.final.append(self._give(copied(self._xp, x)))
             if i + 1 == n:
                 self._end(x)
                 return
@@ -200,9 +180,10 @@ class SampleWindow:
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
         n = len(self._recurrence)
         if bool(self._xp.all(self._xp.isfinite(x))):
-            self._result, self.status, self.lo = x, Status.CONVERGED, n
+            self.end(Status.CONVERGED, n, self._give(x))
         else:
-            self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
+            self.lo = n - 1
+            self.end(Status.NONFINITE_SOLVER, n - 1, self.state, failed_node=n - 1)
 
     def _fill(self, first: int, hi: int, forecast: Forecast | None = None) -> None:
         """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
@@ -290,7 +271,7 @@ class SampleWindow:
             yield x, m
             xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
 
-    def _first_alone(self, D: Array) -> SampleRecord:
+    def _first_alone(self, D: Array) -> list[SampleRecord]:
         """The first node's sums are not finite: whose fault is it, or were only the squares too large?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
         input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
@@ -298,11 +279,12 @@ class SampleWindow:
             self._correction.write("M", self.lo, D[0, :])
             self._evaluated[self.lo] = True
             self._slide(1, 1)
-            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
-        self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
+            return self.record(nodes, 1, nothing, nothing)
+        status, failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
             self.lo -= 1  # the last state that is good
-        return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+        self.end(status, self.lo, self.state, failed_node)
+        return self.record(nodes, 0, nothing, nothing)
 
 
 def _leading(good: NDArray[np.bool_]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, given_back, host_view, take_rows, to_host
-from parasolver_core.methods.run import Alone, Run
+from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
@@ -58,7 +58,7 @@ class Sliding:
         swept = len(samples) == 1 or view.shape[1] * shared.width > _LARGE or shared.tolerance == 0
         if isinstance(view, np.ndarray) and swept:
             return [
-                Alone(self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook))
+                self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook)
                 for row, s in enumerate(samples.tolist())
             ]
         slope = None if outlook is None else outlook.slope

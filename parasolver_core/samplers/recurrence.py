@@ -12,7 +12,7 @@ Sequential sampling, the fill-in of new nodes and the parallel correction all re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ _USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, 
 _TOLD = 0.95  # with so much of the clean sample in a state, the predicted sample is about as large as the sample
 _TINY = 1e-24  # squared: data of size 0
 _BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
+_LEFT_OUT: Float64 = np.empty(0)  # stands for a table that follows from the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,9 @@ class Recurrence:
     a: Float64
     b: Float64
     c: Float64
-    held: Float64
-    slope: Float64
-    identity_slope: Float64
+    held: Float64 = field(default_factory=lambda: _LEFT_OUT)
+    slope: Float64 = field(default_factory=lambda: _LEFT_OUT)
+    identity_slope: Float64 = field(default_factory=lambda: _LEFT_OUT)
     signal: Float64 | None = None
     noise_share: float = 0.0
     input_scale: Float64 | None = None
@@ -67,9 +68,31 @@ class Recurrence:
     def __post_init__(self) -> None:
         n = len(self.timesteps)
         check_count("stages", self.stages)
-        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
-        shapes |= {"slope": (n,), "identity_slope": (n,)}
+        self._default("held", lambda: np.tile([0.0, 1.0], (n, 1)))
+        self._default("slope", lambda: np.zeros(n))
+        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2), "slope": (n,)}
         shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}
+        self._check_tables(shapes)
+        if np.any(self.held[:, 1] == 0):
+            raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
+        for name in ("a", "b"):
+            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
+                raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
+        self._default("identity_slope", self._identity_slope)
+        self._check_tables({"identity_slope": (n,)})
+
+    def _default(self, name: str, table: Callable[[], Float64]) -> None:
+        """Fill in a table that was left out."""
+        if getattr(self, name) is _LEFT_OUT:
+            object.__setattr__(self, name, table())
+
+    def _identity_slope(self) -> Float64:
+        found = identity_slope(self.a, self.b, self.held[:, 0], self.held[:, 1])
+        return np.where(np.isfinite(found), found, self.slope)
+
+    def _check_tables(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tables of another shape, and what is not finite."""
+        n = len(self.timesteps)
         for name, shape in shapes.items():
             table = getattr(self, name)
             if table.shape != shape:
@@ -80,11 +103,6 @@ class Recurrence:
                     f"{name}: coefficient of step {row} (timestep {self.timesteps[row]}) is not finite; the step rule "
                     "is not defined there (for example epsilon prediction where alphas_cumprod is 0)"
                 )
-        if np.any(self.held[:, 1] == 0):
-            raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
-        for name in ("a", "b"):
-            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
-                raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,6 @@ def table(timesteps: np.ndarray, **changes: Any) -> Recurrence:
         "a": np.ones((n, 1)),
         "b": h[:, None],
         "c": np.zeros(n),
-        "held": np.tile([0.0, 1.0], (n, 1)),  # the derivative goes on as it was
-        "slope": np.zeros(n),
-        "identity_slope": np.zeros(n),
     }
     return Recurrence(**(parts | changes))
 
@@ -285,6 +283,20 @@ def test_a_rule_that_returns_a_table_for_another_grid_is_refused() -> None:
 
     with pytest.raises(ValueError, match="step_rule"):
         solve(Rational(), normal((1, 2)), np.arange(6), Short())
+
+
+def test_what_a_table_leaves_out() -> None:
+    """The output is held, the field does not depend on the state, and Picard's slope follows from the steps."""
+    b = np.array([[0.5, 0.0], [0.75, -0.25], [0.0, 0.0]])
+    short = Recurrence(timesteps=np.arange(3.0), a=np.array([[0.9], [0.8], [0.7]]), b=b, c=np.zeros(3))
+    np.testing.assert_array_equal(short.held, [[0.0, 1.0]] * 3)
+    np.testing.assert_array_equal(short.slope, np.zeros(3))
+    np.testing.assert_allclose(short.identity_slope, [0.2, 0.4, 0.0], rtol=1e-14)  # 0.9 + 0.5 g = 1; no slope does
+    given = replace(short, held=np.tile([1.0, 2.0], (3, 1)), slope=np.full(3, 7.0))
+    np.testing.assert_array_equal(given.identity_slope, short.identity_slope)  # as it is: it was filled in
+    table = Recurrence(short.timesteps, short.a, b, short.c, given.held, given.slope)
+    assert table.identity_slope[0] == pytest.approx(0.2)  # at one node what is held does not matter
+    assert table.identity_slope[2] == 7.0
 
 
 def test_recurrence_properties() -> None:

@@ -295,16 +295,8 @@ class NoiseOnly(StepRule):
 
     def recurrence(self, timesteps: np.ndarray) -> Recurrence:
         n = len(timesteps)
-        zero, one = np.zeros(n), np.ones(n)
-        return Recurrence(
-            timesteps=timesteps,
-            a=zero[:, None],
-            b=zero[:, None],
-            c=one,
-            held=np.stack([zero, one], axis=1),
-            slope=zero,
-            identity_slope=zero,
-        )
+        nothing = np.zeros((n, 1))
+        return Recurrence(timesteps=timesteps, a=nothing, b=nothing, c=np.ones(n))
 
 
 def noise_of(

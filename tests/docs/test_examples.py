@@ -12,7 +12,7 @@ PAGES = (
     "docs/usage.md",
     "docs/adapters.md",
     "docs/calibration.md",
-    "docs/calibration.md",
+    "docs/own.md",
     "docs/devices.md",
     "docs/wrapping.md",
     "docs/policies.md",
