@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
 from parasolver_core.methods.run import SampleRun
-from parasolver_core.rounds.acceptance import RoundView, shares
+from parasolver_core.rounds.acceptance import shares
+from parasolver_core.rounds.decisions import WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection
@@ -18,9 +19,6 @@ from parasolver_core.samplers.recurrence import combine
 from parasolver_core.solution import SampleRecord, Status
 
 Float64 = NDArray[np.float64]
-
-_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
-_WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
 class SampleWindow(SampleRun):
@@ -32,7 +30,6 @@ class SampleWindow(SampleRun):
         shared: what all samples share.
         sample: its place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        noise: ``noise(step)``, (size,), as :func:`~parasolver_core.arrays.host_view` gives it.
         forecast: outputs expected of new nodes; None: they are filled in with a held prediction.
         slope: (N,), slopes to begin with; None: the linearization's.
     """
@@ -42,12 +39,11 @@ class SampleWindow(SampleRun):
         shared: Shared,
         sample: int,
         start: Array,
-        noise: Callable[[int], Array],
         forecast: Forecast | None = None,
         slope: Float64 | None = None,
     ) -> None:
         super().__init__(sample, start if shared.keep else None)
-        self._shared, self._noise = shared, noise
+        self._shared, self._noise = shared, shared.noise_of(sample)
         self._dtype, self._eps = start.dtype, float(shared.xp.finfo(start.dtype).eps)
         start = host_view(start)
         self._xp = array_namespace(start)
@@ -56,8 +52,7 @@ class SampleWindow(SampleRun):
         self.hi = 1
         whole_moves = shared.fill == "evaluated"
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
-        slope = shared.linearization.initial(recurrence) if slope is None else slope
-        self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
+        self._slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
         self._evaluated = np.zeros(n, dtype=bool)
         self._forecast = forecast
         if shared.warmup_steps == 0:
@@ -101,7 +96,7 @@ class SampleWindow(SampleRun):
         D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(sums, [-2])
         unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
         told = self._correction.read(compared, self.lo)
-        defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
+        defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
         if count < len(nodes):
@@ -109,10 +104,9 @@ class SampleWindow(SampleRun):
             told = self._correction.read(compared, self.lo)
         known = self._evaluated[self.nodes] & (told.moved > (self._eps**2) * told.size)
         old = self._slope[self.nodes]
-        slope = self._shared.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
-        slope = np.where(np.isfinite(slope), slope, old)
+        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross)
         move = self._correction.move(D, slope, self.lo)
-        sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
+        sound = count if np.all(np.isfinite(move)) else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
@@ -120,17 +114,9 @@ class SampleWindow(SampleRun):
 
         size = np.sqrt(told.size)
         relative = shares(move, size)
-        view = RoundView(
-            lo=self.lo,
-            move=relative,
-            size=size,
-            bound=self._shared.bound[self.nodes],
-            rounding=_ROUNDING * unit,
-            smallness=smallness[self.nodes],
-        )
-        sound = min(sound, _leading(relative <= _WILD))
-        accepted, error = self._shared.acceptance.accept(view, self._shared.tolerance)
-        accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
+        sound = min(sound, int(leading(relative <= WILD)))
+        accepted, error = accept(self._shared, self.lo, relative, size, smallness, unit)
+        accepted = min(accepted, sound)
         self.error = max(self.error, error)
         self._slide(accepted, sound)
         dropped = np.full(len(nodes) - count, np.nan)
@@ -139,9 +125,11 @@ class SampleWindow(SampleRun):
     def estimate(self, sample: int) -> Array:
         if not self._evaluated[0]:
             return self.state
-        last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
-        p, q = self._recurrence.held[last].tolist()
-        *_, (x, _) = self._continuation(last, xs, ms, combine([(p, xs[0]), (q, ms[0])]))
+        recurrence, last, (xs, ms) = self._recurrence, self.hi - 1, self._correction.history(self.hi - 1)
+        p, q = recurrence.held[last].tolist()
+        # made once: its rounding must be the same in all rows, which must fit together
+        held = combine([(p, xs[0]), (q, ms[0])])
+        *_, (x, _) = recurrence.march(last, xs, ms, lambda i, x: combine(recurrence.believed(i, held, x)), self._noise)
         return self._give(x)
 
     @property
@@ -164,9 +152,9 @@ class SampleWindow(SampleRun):
     def _slide(self, accepted: int, sound: int) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
-        x = None
+        x, correction = None, self._correction
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
-            x = self._correction.X[i + 1 - self._correction.base, :] if i + 1 < first_new else self._advance(i)
+            x = correction.X[i + 1 - correction.base, :] if i + 1 < first_new else correction.behind(i)
             if self.final is not None:
                 self.final.append(self._give(copied(self._xp, x)))
             if i + 1 == n:
@@ -195,59 +183,33 @@ class SampleWindow(SampleRun):
         self._evaluated[first:hi] = False
         self.hi = hi
         if forecast is not None:
-            self._put(self._along(forecast, first - 1), first, hi)
+            history = self._correction.history(first - 1)
+            march = self._recurrence.march(
+                first - 1, *history, lambda i, x: self._expected(forecast, i, x), self._noise
+            )
+            self._correction.put(first, hi, march)
         elif self._shared.fill == "copy":
-            self._put(self._copies(first - 1), first, hi)
+            self._correction.put(first, hi, self._copies(first - 1))
         else:
             self._fill_held(first, hi)
-
-    def _put(self, new: Iterator[tuple[Array, Array | None]], first: int, hi: int) -> None:
-        """Write the states and beliefs of the nodes ``first .. hi - 1``."""
-        for i, (x, m) in zip(range(first, hi), new, strict=False):
-            self._correction.write("X", i, x)
-            self._correction.write("M", i, m)
 
     def _fill_held(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
         last = first - 1
-        xs, ms = self._history(last)
+        xs, ms = self._correction.history(last)
         p, q = self._recurrence.held[last].tolist()
         constant = [(p, xs[0]), (q, ms[0])]
         if self._shared.fill == "evaluated":  # as the network gave it, before the correction
             constant.append((-p - q * float(self._slope[last]), self._correction.last_move(last)))
         self._correction.fill(first, hi, xs, ms, constant)
 
-    def _advance(self, i: int) -> Array:
-        z = self._noise(i) if self._recurrence.c[i] != 0 else None
-        return self._recurrence.advance(i, *self._history(i), z)
-
-    def _history(self, i: int) -> tuple[list[Array], list[Array]]:
-        """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
-        X, M, base = self._correction.X, self._correction.M, self._correction.base
-        rows = [j - base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
-        return [X[row, :] for row in rows], [M[row, :] for row in rows]
-
-    def _continuation(
-        self, last: int, xs: list[Array], ms: list[Array], constant: Array
-    ) -> Iterator[tuple[Array, Array | None]]:
-        """States and outputs after node ``last`` with the held quantity (the predicted sample) constant; ends at N.
-
-        ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``. The held quantity stands for the last
-        output: made once, its rounding is the same in all rows, which must fit together.
-        """
-        return self._steps(last, xs, ms, lambda i, x: combine(self._recurrence.believed(i, constant, x)))
-
-    def _along(self, forecast: Forecast, last: int) -> Iterator[tuple[Array, Array | None]]:
-        """States and outputs after node ``last`` as forecast."""
-        return self._steps(last, *self._history(last), lambda i, x: self._expected(forecast, i, x))
-
     def _expected(self, forecast: Forecast, i: int, x: Array) -> Array:
         return forecast(i, x, float(self._slope[i]))
 
-    def _copies(self, last: int) -> Iterator[tuple[Array, Array | None]]:
+    def _copies(self, last: int) -> Iterator[tuple[Array, Array]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
-        (xs, ms), memory = self._history(last), self._recurrence.memory
-        x = self._advance(last)
+        (xs, ms), memory = self._correction.history(last), self._recurrence.memory
+        x = self._correction.behind(last)
         for j in range(last + 1, len(self._recurrence)):
             xs, ms = [x, *xs[: memory - 1]], ms[: memory - 1]
             m = self._stay(j, x, xs, ms)
@@ -256,20 +218,7 @@ class SampleWindow(SampleRun):
 
     def _stay(self, i: int, x: Array, xs: list[Array], ms: list[Array]) -> Array:
         """The output that makes step i end where it begins."""
-        z = self._noise(i) if self._recurrence.c[i] != 0 else None
-        return self._recurrence.implied_output(self._xp, i, x, xs, ms, z)
-
-    def _steps(
-        self, last: int, xs: list[Array], ms: list[Array], believe: Callable[[int, Array], Array]
-    ) -> Iterator[tuple[Array, Array | None]]:
-        """The recurrence from node ``last`` to N, with ``believe(j, x)`` in the place of the network."""
-        n, memory = len(self._recurrence), self._recurrence.memory
-        for i in range(last, n):
-            z = self._noise(i) if self._recurrence.c[i] != 0 else None
-            x = self._recurrence.advance(i, xs, ms, z)
-            m = believe(i + 1, x) if i + 1 < n else None
-            yield x, m
-            xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
+        return self._recurrence.implied_output(self._xp, i, x, xs, ms, self._noise(i))
 
     def _first_alone(self, D: Array) -> list[SampleRecord]:
         """The first node's sums are not finite: whose fault is it, or were only the squares too large?"""
@@ -285,8 +234,3 @@ class SampleWindow(SampleRun):
             self.lo -= 1  # the last state that is good
         self.end(status, self.lo, self.state, failed_node)
         return self.record(nodes, 0, nothing, nothing)
-
-
-def _leading(good: NDArray[np.bool_]) -> int:
-    """How many come before the first that is not good."""
-    return len(good) if good.all() else int(np.argmin(good))

@@ -94,8 +94,9 @@ class Sliding:
         states = [host_view(take_rows(trajectory[i, :, :], samples)) for i in range(len(recurrence) + 1)]
         xp: Any = array_namespace(states[0])
 
-        def noise(step: int) -> Array:
-            return xp.stack([self._shared.noise.flat(step, sample) for sample in samples.tolist()])
+        def noise(step: int) -> Array | None:
+            draws = [self._shared.noise_of(sample)(step) for sample in samples.tolist()]
+            return None if recurrence.c[step] == 0 else xp.stack(draws)
 
         outputs = recurrence.implied_outputs(xp, states, noise)
         predictions = [
@@ -104,16 +105,11 @@ class Sliding:
         return xp.stack(states, axis=1), xp.stack(predictions, axis=1)
 
     def _sweep(self, sample: int, row: int, start: Array, outlook: Outlook | None) -> SampleWindow:
-        source, forecast, slope = self._shared.noise, None, None
-
-        def noise(step: int) -> Array:
-            return source.flat(step, sample)
-
+        shared, forecast, slope = self._shared, None, None
         if outlook is not None:
-            forecast: Forecast | None = BetweenNodes(
-                outlook.weights, outlook.predictions[row, ...], self._shared.form.held
-            )
+            forecast: Forecast | None = BetweenNodes(outlook.weights, outlook.predictions[row, ...], shared.form.held)
             slope = outlook.slope[row]
         elif self._trajectory is not None:
-            forecast = AlongTrajectory(self._shared.recurrence, host_view(self._trajectory[:, sample, :]), noise)
-        return SampleWindow(self._shared, sample, start, noise, forecast, slope)
+            trajectory = host_view(self._trajectory[:, sample, :])
+            forecast = AlongTrajectory(shared.recurrence, trajectory, shared.noise_of(sample))
+        return SampleWindow(shared, sample, start, forecast, slope)

@@ -25,6 +25,7 @@ from parasolver_core.methods.refinement import Aims, Refinement, Verdict
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
+from parasolver_core.rounds.decisions import new_slopes
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
@@ -190,9 +191,10 @@ class SpreadNodes(Run):
         never = np.stack([~np.isfinite(one.moved) for one in self.refinements])
         new = never[every, picks] & real
         old = self._slope[every, nodes]
-        slope = self._shared.linearization.update(old[real], np.where(new, 0.0, moved)[real], cross[real])
         at = np.nonzero(real)
-        self._slope[at[0], nodes[at]] = np.where(np.isfinite(slope), slope, old[real])
+        self._slope[at[0], nodes[at]] = new_slopes(
+            self._shared, old[real], np.where(new, 0.0, moved)[real], cross[real]
+        )
         scale = np.sqrt(squares / self._S.shape[2])
         for row, one in enumerate(self.refinements):
             one.scale[picks[row, real[row]]] = scale[row, real[row]]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from parasolver_core.arrays import Array
 from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.linearization import Linearization
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
-from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise
 
 FillName = Literal["held", "evaluated", "copy"]
 
@@ -42,3 +43,11 @@ class Shared:
     warmup_steps: int
     tolerance: float
     keep: bool
+
+    def noise_of(self, sample: int) -> StepNoise:
+        """The noise of one sample's steps, each (size,), as :func:`~parasolver_core.arrays.host_view` gives it."""
+
+        def noise(step: int) -> Array | None:
+            return self.noise.flat(step, sample) if self.recurrence.c[step] != 0 else None
+
+        return noise

@@ -10,14 +10,14 @@ the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
-from parasolver_core.samplers.recurrence import Recurrence, combine
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise, combine
 
 Float64 = NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class SweepCorrection:
 
     Args:
         recurrence: the sampler.
-        noise: ``noise(step)``, (size,).
+        noise: of each step, (size,).
         width: the most nodes of the window.
         start: the state of node 0, (size,).
         whole_moves: whether :meth:`last_move` is needed.
@@ -67,7 +67,7 @@ class SweepCorrection:
     def __init__(
         self,
         recurrence: Recurrence,
-        noise: Callable[[int], Array],
+        noise: StepNoise,
         width: int,
         start: Array,
         whole_moves: bool = False,
@@ -98,6 +98,21 @@ class SweepCorrection:
         getattr(self, buffer)[i - self.base] = row
         if buffer == "X" and i > 0:
             self._measure(i, row)
+
+    def history(self, i: int) -> tuple[list[Array], list[Array]]:
+        """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
+        rows = [j - self.base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
+        return [self.X[row, :] for row in rows], [self.M[row, :] for row in rows]
+
+    def behind(self, i: int) -> Array:
+        """The state behind node i, by the recurrence itself."""
+        return self._recurrence.advance(i, *self.history(i), self._noise(i))
+
+    def put(self, first: int, hi: int, rows: Iterable[tuple[Array, Array]]) -> None:
+        """Write the states and outputs of the nodes ``first .. hi - 1``."""
+        for i, (x, m) in zip(range(first, hi), rows, strict=False):
+            self.write("X", i, x)
+            self.write("M", i, m)
 
     def make_room(self, first: int, first_new: int, hi: int) -> None:
         """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
@@ -146,7 +161,7 @@ class SweepCorrection:
         """
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
-        noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
+        noise = [self._noise(i) for i in range(lo, lo + n - 1)]
         squares = np.zeros(n)
         for columns in self._blocks:
             squares += self._sweep(D, columns, noise, slope.tolist(), lo, base)
@@ -213,7 +228,7 @@ class SweepCorrection:
             constant: what the held quantity is made of.
         """
         recurrence, memory = self._recurrence, self._recurrence.memory
-        noise = [self._noise(i - 1) if recurrence.c[i - 1] != 0 else None for i in range(first, hi)]
+        noise = [self._noise(i - 1) for i in range(first, hi)]
         self._size[first:hi] = 0.0
         for columns in self._blocks:
             held, work = (one[: columns.stop - columns.start] for one in self._pair)

@@ -11,7 +11,7 @@ Sequential sampling, the fill-in of new nodes and the parallel correction all re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from parasolver_core.validation import check_count
 
 Float64 = NDArray[np.float64]
+StepNoise = Callable[[int], Any]  # ``z_i`` of step i; None where it adds none
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
 _USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, are not small
@@ -167,19 +168,35 @@ class Recurrence:
         p, q = self.held[node, 0], self.held[node, 1]
         return a - b * p / q, b / q
 
-    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: Callable[[int], Any]) -> list[Any]:
+    def march(
+        self, last: int, x: Sequence[Any], m: Sequence[Any], believe: Callable[[int, Any], Any], noise: StepNoise
+    ) -> Iterator[tuple[Any, Any]]:
+        """States and outputs behind node ``last``, with ``believe(i, x)`` in the place of the network; ends at N.
+
+        Args:
+            last, x, m: as i, x and m in :meth:`advance`.
+            believe: the output at node i for the state x. At N there is none.
+            noise: of each step.
+        """
+        for i in range(last, len(self)):
+            state = self.advance(i, x, m, noise(i))
+            output = believe(i + 1, state) if i + 1 < len(self) else None
+            yield state, output
+            x, m = [state, *x[: self.memory - 1]], [output, *m[: self.memory - 1]]
+
+    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: StepNoise) -> list[Any]:
         """The outputs that would have made the steps from ``x_0`` to ``x_N``: N of them; zero where a step reads none.
 
         Args:
             xp: array namespace.
             states: ``x_0 .. x_N``.
-            noise: ``z_i`` of step i.
+            noise: of each step.
         """
         outputs: list[Any] = []
         for i in range(len(self)):
             back = [i - k for k in range(min(self.memory, i + 1))]
             xs, ms = [states[j] for j in back], [outputs[j] for j in back[1:]]
-            outputs.append(self.implied_output(xp, i, states[i + 1], xs, ms, noise(i) if self.c[i] != 0 else None))
+            outputs.append(self.implied_output(xp, i, states[i + 1], xs, ms, noise(i)))
         return outputs
 
     def implied_output(self, xp: Any, i: int, after: Any, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
