@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view, mean_square
 from parasolver_core.methods.run import SampleRun
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.decisions import WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
@@ -44,7 +44,7 @@ class SampleWindow(SampleRun):
     ) -> None:
         super().__init__(sample, start if shared.keep else None)
         self._shared, self._noise = shared, shared.noise_of(sample)
-        self._dtype, self._eps = start.dtype, float(shared.xp.finfo(start.dtype).eps)
+        self._eps = float(shared.xp.finfo(start.dtype).eps)
         start = host_view(start)
         self._xp = array_namespace(start)
         self._recurrence = recurrence = shared.recurrence
@@ -79,11 +79,11 @@ class SampleWindow(SampleRun):
     @property
     def inputs(self) -> Array:
         """The window's states, (n, size); a view."""
-        return self._give(self._window_states)
+        return self._shared.given(self._window_states)
 
     def compare(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
-        D, (p, q) = self._take(D), self._recurrence.held[self.hi - 1].tolist()
+        D, (p, q) = self._shared.taken(D), self._recurrence.held[self.hi - 1].tolist()
         held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])  # the predicted sample
         own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
         return self._xp.concat([self._correction.compare(D, self.lo), *own])
@@ -93,7 +93,7 @@ class SampleWindow(SampleRun):
 
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
-        D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(sums, [-2])
+        D, nodes, (compared, (unit, square)) = self._shared.taken(D), self.nodes, np.split(sums, [-2])
         unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
         told = self._correction.read(compared, self.lo)
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
@@ -130,24 +130,16 @@ class SampleWindow(SampleRun):
         # made once: its rounding must be the same in all rows, which must fit together
         held = combine([(p, xs[0]), (q, ms[0])])
         *_, (x, _) = recurrence.march(last, xs, ms, lambda i, x: combine(recurrence.believed(i, held, x)), self._noise)
-        return self._give(x)
+        return self._shared.given(x)
 
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self._give(self._window_states[0, :])
+        return self._shared.given(self._window_states[0, :])
 
     @property
     def _window_states(self) -> Array:
         return self._correction.X[self._correction.rows(self.lo, self.hi), :]
-
-    def _take(self, D: Array) -> Array:
-        """The network's outputs as the window's own arithmetic reads them."""
-        return host_view(self._shared.xp.astype(D, self._dtype, copy=False))
-
-    def _give(self, array: Array) -> Array:
-        """An array of the window's as one of the user's library, in the same memory."""
-        return given_back(self._shared.xp, array)
 
     def _slide(self, accepted: int, sound: int) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
@@ -156,7 +148,7 @@ class SampleWindow(SampleRun):
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
             x = correction.X[i + 1 - correction.base, :] if i + 1 < first_new else correction.behind(i)
             if self.final is not None:
-                self.final.append(self._give(copied(self._xp, x)))
+                self.final.append(self._shared.given(copied(self._xp, x)))
             if i + 1 == n:
                 self._end(x)
                 return
@@ -168,7 +160,7 @@ class SampleWindow(SampleRun):
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
         n = len(self._recurrence)
         if bool(self._xp.all(self._xp.isfinite(x))):
-            self.end(Status.CONVERGED, n, self._give(x))
+            self.end(Status.CONVERGED, n, self._shared.given(x))
         else:
             self.lo = n - 1
             self.end(Status.NONFINITE_SOLVER, n - 1, self.state, failed_node=n - 1)
