@@ -57,8 +57,7 @@ LOOSER = {
     "UnCLIPScheduler(clip_sample=True)": 1e-7,  # alpha begins at 5e-5, where state and output nearly cancel
 }
 
-# Refused although their own loops run.
-NOT_LINEAR = (
+NOT_LINEAR = (  # refused although their own loops run
     "clip_sample of DDIMInverseScheduler",
     "thresholding of HeliosScheduler",
     "needs original_image",
