@@ -71,6 +71,7 @@ html_show_sourcelink = False
 html_sidebars = {"**": ["all-pages.html"]}
 # Pages of wide tables have the room of the right column.
 _WIDE = (
+    "alternatives",
     "architecture",
     "benchmarks",
     "clients",

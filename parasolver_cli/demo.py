@@ -87,12 +87,20 @@ def run(settings: Settings, as_json: bool = False) -> bool:
 
 def _collect(settings: Settings, found: Found) -> None:
     console = terminal.progress()
+
+    def told(row: Row) -> None:
+        console.print(row.line, highlight=False, markup=False)
+
+    if not settings.quick:
+        console.print("This takes some minutes. Ctrl-C keeps what is finished.", highlight=False)
     with console.status("A pendulum, step after step and all steps at once"):
         found.rows.append(pendulum(settings.quick))
+    told(found.rows[-1])
     with console.status("Robot paths"):
         row, story = paths(settings.seed, settings.tolerance)
         found.rows.append(row)
         found.stories.append(story)
+    told(found.rows[-1])
     with console.status("Loading the embedded model"):
         denoiser = EmbeddedDenoiser()
         generator = torch.Generator().manual_seed(settings.seed)
@@ -101,6 +109,7 @@ def _collect(settings: Settings, found: Found) -> None:
     with bars(console) as progress:
         for case in cases(settings):
             found.add(_sample(case, denoiser, x_T, settings, progress), settings.tolerance)
+            told(found.rows[-1])
 
 
 def cases(settings: Settings) -> list[Case]:

@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Parallel-in-time sampling of diffusion and flow models: the sequential sample in fewer rounds.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -55,7 +56,7 @@ def demo(
     seed: given.SeedOption = 0,
     window: Annotated[
         int,
-        typer.Option(min=1, help="Of the pictures: steps evaluated in one round; DDPM takes 4 times as many."),
+        typer.Option(min=1, help="Steps of the pictures' samplers evaluated in one round; 4 times as many for DDPM."),
     ] = 16,
     tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
     threads: given.Threads = None,
@@ -134,13 +135,13 @@ def bench(
     checkpoint: given.Checkpoint = None,
     preset: given.Preset = "fashion-mnist",
     sampler: given.SamplerName = "ddim",
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the sampler.")] = 50,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps of the sampler.")] = 50,
     tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
     batch: Annotated[int, typer.Option(min=1, max=1000, help="Samples at once; not of your own function.")] = 1,
     device: given.Device = "auto",
     dtype: given.Dtype = "float32",
     threads: given.Threads = None,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds in all; windows that would take longer are left.")] = 60,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds in all; slower windows are left out.")] = 60,
     as_json: given.Json = False,
 ) -> None:
     """Measure whether parallel sampling pays on this machine, and with which window.
@@ -173,7 +174,7 @@ def plan(
         ),
     ] = None,
     sampler: Annotated[str, typer.Option(help="ddim, dpm or ddpm.")] = "ddim",
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the sampler.")] = 50,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps of the sampler.")] = 50,
     tolerance: given.Tolerance = 1e-2,  # type: ignore[assignment]
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
     devices: Annotated[str, typer.Option(help="Numbers of devices to compare.")] = "1,2,4,8",

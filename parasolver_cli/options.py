@@ -16,6 +16,14 @@ _DIT, _ADM, _DEVICE = "Only for DiT", "Only for guided-diffusion (ADM)", "Device
 _MOST_SEED = 2**63 - 1
 
 
+def read_seed(given: Any) -> int:
+    """As torch's generators take it."""
+    text = str(given).strip()
+    if not (text.isascii() and text.isdecimal()) or int(text) > _MOST_SEED:
+        raise typer.BadParameter(f"expected a number from 0 to 2**63 - 1, got {text}")
+    return int(text)
+
+
 def read_tolerance(given: Any) -> float:
     """A share of the sample's size: ``0.01`` or ``1%``."""
     text = str(given).strip()
@@ -86,7 +94,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result
 Json = Annotated[bool, typer.Option("--json", help="Print the record on stdout, and nothing else there.")]
 Count = Annotated[int, typer.Option(min=1, max=10_000, help="Pictures to sample.")]
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=_MOST_SEED, metavar="INTEGER", help="Seed of the noise, and of drawn labels.")
+    int, typer.Option(parser=read_seed, metavar="INTEGER", help="Seed of the noise, and of labels that are drawn.")
 ]
 Tolerance = Annotated[
     float,

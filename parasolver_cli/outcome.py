@@ -57,6 +57,11 @@ class Row:
         """In plain words."""
         return verdict(*self.seconds)
 
+    @property
+    def line(self) -> str:
+        """Told as soon as it is known."""
+        return f"{self.name}: {told_seconds(*self.seconds)}, {self.verdict}"
+
     def cells(self) -> list[str]:
         """As the table shows them."""
         before, after = (f"{one:.0f}" for one in self.evaluations)

@@ -19,6 +19,7 @@ from parasolver_core.methods.method import Method
 from parasolver_core.planning.costs import CostTable
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
 from parasolver_core.rounds.linearization import Identity, Linearization, Secant
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.schedules import NoiseSchedule
 from parasolver_core.samplers.step_rules import DDIM, DDPM, DiffusionRule, DPMSolver, Euler, StepRule
@@ -42,6 +43,7 @@ __all__ = [
     "Euler",
     "Identity",
     "Linearization",
+    "Memory",
     "Method",
     "NoiseSchedule",
     "NonFiniteError",
@@ -68,3 +70,8 @@ __all__ = [
     "solve_sequential",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the names for users, not the folders."""
+    return [*__all__, "__version__"]

@@ -18,6 +18,7 @@ from parasolver_core.errors import (
 from parasolver_core.methods.method import Method
 from parasolver_core.planning.auto import Problem, choose_window
 from parasolver_core.planning.costs import CostTable
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.noise import NoiseFn, Seed
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solution import Solution
@@ -50,6 +51,7 @@ def solve(
     subintervals: int | None = None,
     check: bool = True,
     start: Array | None = None,
+    memory: Memory | None = None,
     save: Save = "sample",
     callback: Callback | None = None,
     progress: bool = False,
@@ -106,6 +108,8 @@ def solve(
         start: warm start, the trajectory ``(N + 1, batch, *event)`` of a related run (``save="trajectory"``), such as
             one with the same noise and another condition. It changes the cost and not the result. Nodes begin there,
             and are not spread.
+        memory: a :class:`~parasolver_core.Memory` of finished samples of the same network, sampler and steps. It says
+            where nodes of a sliding window begin; it changes the cost and not the result. Spread nodes do not ask it.
         save: "sample", or "trajectory" to keep all states.
         callback: ``callback(state)`` after each round; ``state.stats.history[-1]`` is the round's record and
             ``state.estimate()`` a preview. Raise ``StopIteration`` to end the run; the solution is then returned.
@@ -129,7 +133,7 @@ def solve(
     try:
         limits = {"max_rounds": max_rounds, "max_rows": max_rows, "buckets": buckets, "state_device": state_device}
         choices = {"tolerance": tolerance, "method": method, "warmup_steps": warmup_steps, "check": check}
-        choices |= {"subintervals": subintervals}
+        choices |= {"subintervals": subintervals, "memory": memory}
         run: dict[str, Any] = {"seed": seed, "noise": noise, "save": save, "start": start}
         problem = (denoiser, x_T, timesteps, step_rule)
         solver, run["start"], told = _solver(problem, window, costs, limits, choices, run)
@@ -180,8 +184,9 @@ def _solver(
     )
     if isinstance(window, str) and window != "auto":
         raise ValueError(f'window: expected an integer of at least 1 or "auto", got {window!r}')
-    if sequential and (start is not None or parallel.warmup_steps):
-        name = "warmup_steps" if start is None else "start"
+    unused = {"start": start is not None, "warmup_steps": parallel.warmup_steps, "memory": parallel.memory is not None}
+    if sequential and any(unused.values()):
+        name = next(name for name, value in unused.items() if value)
         raise ValueError(
             f'{name}: the plain loop of method="sequential" has no use for it; leave it out, or choose another method'
         )

@@ -15,6 +15,7 @@ from parasolver_core.arrays import Array, is_array, to_host
 
 T = TypeVar("T")
 _NORMAL, _SCALE, _ENOUGH = (0.5, 2.0), 2.0, 16  # the RMS of standard normal noise; times as much wanted; numbers
+_LOUD = 20.0  # times the noise wanted
 
 
 def check_start(x_T: Array) -> None:
@@ -95,15 +96,26 @@ def _check_plain_torch(name: str, value: Any) -> None:
 
 
 def check_scale(x_T: Array, scale: float) -> None:
-    """Warn of a start that is standard normal noise where it has to be larger.
+    """Warn of a start that is standard normal noise where it has to be larger, or that is far larger than noise.
 
     Only where that is sure: far more noise is wanted, and enough numbers are near 1 in size.
+
+    Args:
+        x_T: the start.
+        scale: of the noise that is wanted; NaN: unknown.
     """
-    if not scale >= _SCALE * _NORMAL[1] or math.prod(x_T.shape) < _ENOUGH:
+    if math.isnan(scale):
         return
     xp: Any = array_api_compat.array_namespace(x_T)
     size = float(xp.sqrt(xp.mean(xp.astype(x_T, xp.float64 if x_T.dtype == xp.float64 else xp.float32) ** 2)))
-    if _NORMAL[0] <= size <= _NORMAL[1]:
+    if size > _LOUD * scale:
+        warnings.warn(
+            f"x_T: has an RMS of {size:.3g}, far larger than the noise of {scale:.4g} that this schedule begins with; "
+            "the tolerance is a share of data that are not much smaller than the noise",
+            stacklevel=2,
+        )
+    wanted = scale >= _SCALE * _NORMAL[1] and math.prod(x_T.shape) >= _ENOUGH
+    if wanted and _NORMAL[0] <= size <= _NORMAL[1]:
         warnings.warn(
             f"x_T: has an RMS of {size:.3g}, as standard normal noise, and this schedule begins with noise of "
             f"{scale:.4g}; give noise * schedule.init_noise_sigma",

@@ -155,6 +155,8 @@ def check_prediction(prediction: Array, x: Array) -> None:
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
     hint = "one prediction a row, in the dtype and on the device of x"
+    if got[0] == tuple(x.shape) and got[1] != x.dtype:  # most often a table of float64 times x
+        hint = "cast it, or the tables that it is made with, to x.dtype"
     if got[0] != tuple(x.shape) and x.ndim == 1:
         hint = "an x_T of shape (n,) is n samples of one number each; for one sample of n numbers give x_T[None]"
     raise ValueError(

@@ -69,7 +69,9 @@ class Anderson(Method):
                 f"{self.acceptance!r}"
             )
 
-    def check_choices(self, *, start: bool, warmup_steps: int) -> None:
+    def check_choices(self, *, start: bool, warmup_steps: int, memory: bool) -> None:
+        if memory:
+            raise ValueError("memory: method='parataa' begins with copies of x_T; use method='secant' for a memory")
         if start:
             raise ValueError("start: method='parataa' begins with copies of x_T; use method='secant' for a warm start")
         if warmup_steps:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, matmul, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, interpolation
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.squares import largest
 from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
@@ -46,7 +47,7 @@ class LevelStates:
     ) -> None:
         self._xp: Any = array_namespace(start)
         self._shared, self._form, self.level, self.samples, self.start = shared, shared.form, level, samples, start
-        self._dtype, self._device = np.dtype(f"f{self._xp.finfo(start.dtype).bits // 8}"), device(start)
+        self.dtype, self._device = np.dtype(f"f{self._xp.finfo(start.dtype).bits // 8}"), device(start)
         self.size = start.shape[1]
         self._free, self._end_free = self._made_of_start()
         nothing = self._xp.zeros_like(self._free)
@@ -63,7 +64,7 @@ class LevelStates:
     def compare(self, D: Array, picks: Indices, counts: Indices) -> Array:
         """The defects of the outputs, kept for :meth:`move`, and a vector of the sums that the host needs.
 
-        Of each sample ``<r, r'>``, ``<dX, r>``, ``<dX, dX>`` and ``<X, X>``: k (k + 3) numbers.
+        Of each sample ``<r, r'>``, the largest of r, ``<dX, r>``, ``<dX, dX>``, ``<h, h>`` of what is said, ``<X, X>``.
 
         Args:
             D: (rows, size), the outputs.
@@ -77,14 +78,14 @@ class LevelStates:
         every, shape = np.arange(count)[:, None], (count, k, self.size)
         held = self._form.held[self.level.nodes[picks]]
         X = xp.reshape(take_rows(self._flat(self._S), (every * rows + picks).reshape(-1)), shape)
-        r = xp.reshape(D, shape) * self._put(held[..., 1:])
-        r = r + X * self._put(held[..., :1])
-        r = r - xp.reshape(take_rows(self._flat(self._S), (every * rows + n + picks).reshape(-1)), shape)
+        said = xp.reshape(D, shape) * self._put(held[..., 1:])
+        said = said + X * self._put(held[..., :1])
+        r = said - xp.reshape(take_rows(self._flat(self._S), (every * rows + n + picks).reshape(-1)), shape)
         moved = xp.reshape(take_rows(self._flat(self._since), (every * n + picks).reshape(-1)), shape)
         self._r = r
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (X, X))]
-        return xp.reshape(xp.concat([gram, *sums], axis=1), (-1,))
+        sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (said, said), (X, X))]
+        return xp.reshape(xp.concat([gram, largest(xp, r), *sums], axis=1), (-1,))
 
     def drop(self, known: NDArray[np.bool_]) -> None:
         """Nothing is known of picked nodes (B, k) whose outputs were not finite: 0 times NaN is NaN."""
@@ -188,4 +189,4 @@ class LevelStates:
 
     def _put(self, table: Float64) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
-        return uploaded(self._xp, table.astype(self._dtype), self._device)
+        return uploaded(self._xp, table.astype(self.dtype), self._device)

@@ -55,13 +55,18 @@ class Method:
         if self.fill not in ("held", "evaluated", "copy"):
             raise ValueError(f'fill: expected "held", "evaluated" or "copy", got {self.fill!r}')
 
-    def check_choices(self, *, start: bool, warmup_steps: int) -> None:
-        """Refuse what a run was asked for and this method cannot honour: unless overridden, nothing.
+    def check_choices(self, *, start: bool, warmup_steps: int, memory: bool) -> None:
+        """Refuse what a run was asked for and this method cannot honour.
 
         Args:
             start: whether there is a warm start.
             warmup_steps: of the run.
+            memory: whether there is a memory of earlier samples.
         """
+        if memory and self.fill != "held":
+            raise ValueError(
+                f"memory: this method fills in nodes by its own rule, fill={self.fill!r}; use method='secant'"
+            )
 
     def begin(self, shared: Shared, start: Array, trajectory: Array | None) -> list[Run]:
         """The runs that take all samples from ``start``.

@@ -93,7 +93,8 @@ class Refinement:
         count = len(level.nodes)
         self.aims, self._influence, self.level = aims, aims.recurrence.influence, level
         self.moved = np.full(count, np.inf)  # RMS of each node's moves since its last evaluation, relative; inf: never
-        self.scale = np.ones(count)  # RMS of the inputs
+        self.scale = np.ones(count)  # RMS of the inputs,
+        self.smallness = np.ones(len(aims.recurrence))  # of which so much counts, at each step of the sampler
         self.picked: Indices = np.arange(count)  # rows evaluated in the next round
         self.error, self.rounds = float("inf"), 0
         self._opening, self._wild, self._dropped = True, False, 0

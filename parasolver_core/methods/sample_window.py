@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view, mean_square
 from parasolver_core.methods.run import SampleRun
 from parasolver_core.rounds.acceptance import shares
-from parasolver_core.rounds.decisions import WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
+from parasolver_core.rounds.decisions import ROUNDING, WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection
@@ -54,6 +54,7 @@ class SampleWindow(SampleRun):
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
         self._slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
         self._evaluated = np.zeros(n, dtype=bool)
+        self._measured = np.zeros(n, dtype=bool)  # whether a slope is more than a guess
         self._forecast = forecast
         if shared.warmup_steps == 0:
             self._open(start, min(width, n))
@@ -99,13 +100,17 @@ class SampleWindow(SampleRun):
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
+        if self._forecast is not None:
+            count = min(count, self._forecast.usable(self.lo, told.defect * D.shape[1]))
         if count < len(nodes):
             D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
             told = self._correction.read(compared, self.lo)
-        known = self._evaluated[self.nodes] & (told.moved > (self._eps**2) * told.size)
+        known = self._evaluated[self.nodes] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[self.nodes]
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross)
-        move = self._correction.move(D, slope, self.lo)
+        self._measured[self.nodes] |= slope != old
+        still = np.where(self._measured[self.nodes], 0.0, ROUNDING * unit)
+        move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.all(np.isfinite(move)) else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
             return self._first_alone(D)
@@ -175,15 +180,20 @@ class SampleWindow(SampleRun):
         self._evaluated[first:hi] = False
         self.hi = hi
         if forecast is not None:
-            history = self._correction.history(first - 1)
-            march = self._recurrence.march(
-                first - 1, *history, lambda i, x: self._expected(forecast, i, x), self._noise
-            )
-            self._correction.put(first, hi, march)
+            xs, ms = self._correction.history(first - 1)
+            forecast = forecast.behind(first - 1, hi - first, xs[0], ms[0])
+            march = self._recurrence.march(first - 1, xs, ms, lambda i, x: self._expected(forecast, i, x), self._noise)
+            self._put(first, hi, march)
         elif self._shared.fill == "copy":
-            self._correction.put(first, hi, self._copies(first - 1))
+            self._put(first, hi, self._copies(first - 1))
         else:
             self._fill_held(first, hi)
+
+    def _put(self, first: int, hi: int, rows: Iterator[tuple[Array, Array]]) -> None:
+        """Write the states and outputs of the nodes ``first .. hi - 1``."""
+        for i, (x, m) in zip(range(first, hi), rows, strict=False):
+            self._correction.write("X", i, x)
+            self._correction.write("M", i, m)
 
     def _fill_held(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
@@ -218,9 +228,11 @@ class SampleWindow(SampleRun):
         input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
-            self._evaluated[self.lo] = True
-            self._slide(1, 1)
-            return self.record(nodes, 1, nothing, nothing)
+            if finite_rows(self._xp, self._correction.behind(self.lo)[None, :])[0]:
+                self._evaluated[self.lo] = True
+                self._slide(1, 1)
+                return self.record(nodes, 1, nothing, nothing)
+            input_ok = False  # the step itself overflows
         status, failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
             self.lo -= 1  # the last state that is good

@@ -16,6 +16,7 @@ from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
 from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
+from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
@@ -56,21 +57,24 @@ class Sliding:
         shared, view = self._shared, host_view(start)
         # a sweep is faster there; and it makes states as the plain loop does, to the last bit, as a tolerance of 0 asks
         swept = len(samples) == 1 or view.shape[1] * shared.width > _LARGE or shared.tolerance == 0
+        recall = None if shared.memory is None else Recall(shared.memory, view)
         if isinstance(view, np.ndarray) and swept:
             return [
-                self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook)
+                self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook, recall)
                 for row, s in enumerate(samples.tolist())
             ]
         slope = None if outlook is None else outlook.slope
-        fill = self._fill(samples, outlook)
+        fill = self._fill(samples, outlook, recall)
         given = given_back(shared.xp, start)
         return [WindowBatch(shared, fill, samples, given, slope)]
 
-    def _fill(self, samples: Indices, outlook: Outlook | None) -> Fill:
+    def _fill(self, samples: Indices, outlook: Outlook | None, recall: Recall | None) -> Fill:
         if outlook is not None:
             return Interpolated(self._shared.form, outlook.weights, outlook.predictions)
         if self._trajectory is not None and self._is_sane(samples):
             return Along(self._shared.form, *self._near(samples))
+        if recall is not None:
+            return Recalled(self._shared.form, recall, self._shared.recurrence.blind)
         return self._cold
 
     def _is_sane(self, samples: Indices) -> bool:
@@ -104,7 +108,9 @@ class Sliding:
         ]
         return xp.stack(states, axis=1), xp.stack(predictions, axis=1)
 
-    def _sweep(self, sample: int, row: int, start: Array, outlook: Outlook | None) -> SampleWindow:
+    def _sweep(
+        self, sample: int, row: int, start: Array, outlook: Outlook | None, recall: Recall | None
+    ) -> SampleWindow:
         shared, forecast, slope = self._shared, None, None
         if outlook is not None:
             forecast: Forecast | None = BetweenNodes(outlook.weights, outlook.predictions[row, ...], shared.form.held)
@@ -112,4 +118,6 @@ class Sliding:
         elif self._trajectory is not None:
             trajectory = host_view(self._trajectory[:, sample, :])
             forecast = AlongTrajectory(shared.recurrence, trajectory, shared.noise_of(sample))
+        elif recall is not None:
+            forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind)
         return SampleWindow(shared, sample, start, forecast, slope)

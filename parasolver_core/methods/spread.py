@@ -26,6 +26,7 @@ from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.decisions import new_slopes
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.solution import SampleRecord, Status
 
@@ -85,23 +86,28 @@ class SpreadNodes(Run):
         return self._states.compare(self._shared.taken(D), self._picks, self._counts)
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
-        """Second half: update the slopes, move all states, and decide how each sample goes on."""
         picks, counts, size, k = self._picks, self._counts, self._states.size, self._picks.shape[1]
         sums = sums.reshape(len(counts), -1)
         asked = [self._states.level.nodes[one.picked] for one in self.refinements]
         lost, real = self._drop(sums, picks, counts)
         pairs = real[:, :, None] & real[:, None, :]
         gram = np.where(pairs, sums[:, : k * k].reshape(-1, k, k), 0.0)
-        cross, moved, squares = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 3, axis=1))
+        parts = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 5, axis=1))
+        most, cross, moved, said, squares = parts
+        own = np.einsum("bii->bi", gram)  # a view
+        own[...] = at_most(own, most, size, self._states.dtype)
         new = self._update(picks, real, cross, moved, squares)
+        self._note_sizes(picks, real, said / size)
         g = self._slope[:, self._states.level.nodes]
-        T = self._propagation(g, picks, real)
+        T = _propagation(self._states.level.response, g, picks, real)
         at_end = self._states.level.end[picks] * real + ((self._states.level.end * g)[:, None, :] @ T)[:, 0]
         # the slope may see little of what the network will make of a move, so the move of its last input counts too
         effects = _norms(np.stack([at_end, at_end * new, T[:, -1] * new], axis=1), gram)
         moves = _norms(T, gram)
         lost |= ~(np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1))
-        scale = np.sqrt(size) * np.stack([one.scale for one in self.refinements])
+        scale = np.sqrt(size) * np.stack(
+            [one.scale * one.smallness[self._states.level.nodes] for one in self.refinements]
+        )
         move, effects = shares(moves, scale), shares(effects, np.broadcast_to(scale[:, -1:], effects.shape))
         self._states.move(np.where(lost[:, None, None], 0.0, T), g, picks, real & ~lost[:, None])
         verdicts = [
@@ -155,15 +161,13 @@ class SpreadNodes(Run):
             one.scale[picks[row, real[row]]] = scale[row, real[row]]
         return new
 
-    def _propagation(self, g: Float64, picks: Indices, real: NDArray[np.bool_]) -> Float64:
-        """``T`` with ``dX = T r``, (B, n, k)."""
-        response = self._states.level.response
-        right = np.moveaxis(response[:, picks], 1, 0) * real[:, None, :]
-        left = np.eye(len(response)) - response * g[:, None, :]
-        try:
-            return np.linalg.solve(left, right).astype(np.float64, copy=False)
-        except np.linalg.LinAlgError:  # of one sample perhaps: the others go on
-            return np.stack([_solve(*pair) for pair in zip(left, right, strict=True)])
+    def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64) -> None:
+        """How small each sample's data are, by the mean squares of what was predicted at its last node evaluated."""
+        recurrence, last = self._shared.recurrence, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
+        for row, (one, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
+            node = int(self._states.level.nodes[picks[row, k]])
+            if recurrence.tells_size(np.array([node])) and real[row, k]:
+                one.smallness = recurrence.smallness(node, float(said[row, k]))
 
     def successors(self) -> list[Run]:
         born, self._born = self._born, []
@@ -247,6 +251,16 @@ class SpreadNodes(Run):
         weights = interpolation(np.arange(self._form.steps), nodes, self._shared.recurrence.stages)
         slope = (self._slope[rows][:, nodes] @ weights.T - held[:, 0]) / held[:, 1]
         return self._sliding(samples, start, Outlook(weights, self._states.predictions(rows), slope))
+
+
+def _propagation(response: Float64, g: Float64, picks: Indices, real: NDArray[np.bool_]) -> Float64:
+    """``T`` with ``dX = T r``, (B, n, k), from the response of a level, the slopes, and the rows that were asked."""
+    right = np.moveaxis(response[:, picks], 1, 0) * real[:, None, :]
+    left = np.eye(len(response)) - response * g[:, None, :]
+    try:
+        return np.linalg.solve(left, right).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:  # of one sample perhaps: the others go on
+        return np.stack([_solve(*pair) for pair in zip(left, right, strict=True)])
 
 
 def _norms(T: Float64, gram: Float64) -> Float64:

@@ -8,6 +8,7 @@ every sample's next window (:mod:`parasolver_core.rounds.matrix`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -79,6 +80,7 @@ class WindowBatch(Run):
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         windows, found = self._windows, self._buffers.unpack(sums, self._windows)
         found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
+        usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.own, windows.n))
         decision = windows.decide(found, usable)
         for row in failed:
             decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
@@ -91,6 +93,8 @@ class WindowBatch(Run):
         if before is not None:
             over = np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist()
             failed = {row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over} | failed
+            for row in over:
+                records[row] = replace(records[row], accepted=0)
         self._leave(failed)
         return records
 
@@ -146,13 +150,11 @@ class WindowBatch(Run):
         entering = self._fill.entering(last, max(int((node - last[:, None]).max()), 1), windows.slope_held)
         again = buffers.states_behind(decision, first, self._draw)
         self._keep_between(decision, again)
-        rows = self._fill.rows(self._places, last, entering.x.shape[1])
+        rows = self._fill.rows(self._places, last, entering.x.shape[1], lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))
-        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further)
-        if again is not None:
-            buffers.put_states(again, node - first[:, None] - 1, decision.passed)
+        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further, again)
         windows.slide(lo, hi, node, last)
         if self._kept is not None:
             start = buffers.first_copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -12,13 +13,14 @@ from parasolver_core.denoiser.contract import DenoiserFn, SharedDenoiser, Tellin
 from parasolver_core.errors import attach
 from parasolver_core.planning.costs import CostTable
 from parasolver_core.planning.measurement import cost_key, run_costs
-from parasolver_core.planning.prediction import Choice, Costs, Prediction, choose, explain
+from parasolver_core.planning.prediction import Choice, Costs, Prediction, choose, explain, seconds
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solver.parallel import ParallelIntegralSolver
 from parasolver_core.solver.sequential import SequentialSolver
 from parasolver_core.validation import check_start, check_timesteps
 
 _MOST_MADE = 256  # choices that a process remembers
+_NOTICED = 0.1  # of the predicted time: choosing that takes longer is told
 _MADE: dict[Hashable, Choice] = {}
 Problem = tuple[DenoiserFn, Array, ArrayLike, StepRule]
 
@@ -60,12 +62,16 @@ def choose_window(
         limit = solver.max_rows
         return choose(probe.recurrence, method, tolerance, costs, batch=probe.batch, max_rows=limit, **rounds)
 
+    started = time.perf_counter()
     key = cost_key(denoiser, x_T, solver, method)
     if isinstance(denoiser, SharedDenoiser):  # its processes need not remember the same
         best, other = choose_now()
     else:
         best, other = remembered((key, steps, step_rule, tolerance, method, given, *rounds.values()), choose_now)
-    return best, explain(best, other, parallel.max_rounds)
+    took, told = time.perf_counter() - started, explain(best, other, parallel.max_rounds)
+    if given is None and took > _NOTICED * best.seconds:
+        told += f" Timing the network took {seconds(took)}; later runs remember it."
+    return best, told
 
 
 def remembered(key: Hashable, choose_now: Callable[[], Choice]) -> Choice:

@@ -187,11 +187,11 @@ def explain(chosen: Prediction, other: Prediction, max_rounds: int | None = None
     """One sentence on a choice."""
 
     def told(one: Prediction) -> str:
-        name = "sequentially" if one.window == 1 else f"with a window of {one.window}"
-        return f"{name}, {one.rounds:.0f} rounds in {seconds(one.seconds)}"
+        name = "sequential sampling" if one.window == 1 else f"a window of {one.window}"
+        return f"{name}: {one.rounds:.0f} rounds in {seconds(one.seconds)}"
 
     within = "" if max_rounds is None else f" within max_rounds={max_rounds}"
-    return f"Of the windows{within}, the fastest was predicted to be: {told(chosen)} (else {told(other)})."
+    return f'window="auto" chose{within} {told(chosen)} as predicted, not {told(other)}.'
 
 
 def seconds(value: float) -> str:

@@ -14,7 +14,7 @@ from parasolver_core.rounds.acceptance import RoundView, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
-_ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise
+ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
 WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 _ROOM, _ROOM_TOLERATED = 4.0, 1e-4  # a state may once have been so many times its size; more, beside a tolerance
 
@@ -100,6 +100,7 @@ class Windows:
         slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
         self._slope = np.array(np.broadcast_to(slope, (count, shared.form.steps)))  # dm/dx
         self._moved = np.zeros((count, shared.form.steps))  # sum of squares of each node's last move; 0: unknown
+        self._measured = np.zeros((count, shared.form.steps), dtype=np.bool_)  # whether a slope is more than a guess
         # of the root of each state's sum of squares: the least that it may be, and the most that it ever was
         self._least, self._largest = np.zeros((2, count, shared.form.steps + 1))
         self.error = np.zeros(count)
@@ -132,18 +133,22 @@ class Windows:
 
     def decide(self, sums: Sums, usable: Indices) -> Decision:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
-        n, nodes, size, q = self.longest, self.nodes, self._size, self._form.held[self.nodes, 1]
+        n, nodes, size = self.longest, self.nodes, self._size
+        p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         inside = np.arange(n) < usable[:, None]
         slope = self._new_slopes(sums, nodes, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = np.sqrt(sums.squares), np.sqrt(norms)
         relative = shares(move, length)
+        still = (relative <= ROUNDING * sums.unit) & ~np.take_along_axis(self._measured, nodes, axis=1)
+        slope = np.where(still, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
         kept = np.arange(n) < sound[:, None]
         at = np.nonzero(inside)
         self._moved[at[0], nodes[at]] = np.where(kept, norms, 0.0)[at]
         grown = self._note_sizes(nodes, inside, kept, length, move, sums)
+        self._note_rounding(nodes, accepted, length + move)
         defects = np.sqrt(sums.own / size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
@@ -151,12 +156,13 @@ class Windows:
         """dh/dx at the nodes, (B, n), by the linearization."""
         p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         old, moved = (np.take_along_axis(table, nodes, axis=1) for table in (self._slope, self._moved))
-        known = inside & (moved > self.eps**2 * sums.squares)
+        known = inside & (moved > (ROUNDING * sums.unit) ** 2 * sums.squares)
         new, at = old.copy(), np.nonzero(inside)
         # <dX, r> of the held quantity is q times that of the output
         told = old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
         new[inside] = new_slopes(self._shared, *told)
         self._slope[at[0], nodes[at]] = new[at]
+        self._measured[at[0], nodes[at]] |= (new != old)[at]
         return p + q * new
 
     def _accept(self, move: Float64, length: Float64, sums: Sums, usable: Indices, sound: Indices) -> Indices:
@@ -186,11 +192,18 @@ class Windows:
         self.begun = True
         room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
         grown = np.take_along_axis(self._largest > room * self._least, nodes, axis=1) & kept
-        if not sums.finite or not np.any(grown[:, 1:]):
+        if not np.any(grown[:, 1:]):
             return False
         every = np.arange(len(nodes))[:, None]
         self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
         return True
+
+    def _note_rounding(self, nodes: Indices, accepted: Indices, size: Float64) -> None:
+        """Final states that once were much larger, and are not made again, keep the rounding of that size."""
+        once = shares(np.take_along_axis(self._largest, nodes, axis=1), size)
+        final = np.arange(nodes.shape[1]) < accepted[:, None]
+        left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
+        self.error = np.maximum(self.error, left.max(axis=1))
 
     def slide(self, lo: Indices, hi: Indices, node: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those of ``node``, (B, rows), beyond ``last`` are new."""
@@ -201,7 +214,7 @@ class Windows:
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
-        for name in ("lo", "n", "_slope", "_moved", "_least", "_largest", "error"):
+        for name in ("lo", "n", "_slope", "_moved", "_measured", "_least", "_largest", "error"):
             setattr(self, name, getattr(self, name)[rows])
 
 
@@ -231,7 +244,7 @@ def accept(shared: Shared, lo: int, move: Float64, size: Float64, smallness: Flo
         unit: rounding unit of what the network returns.
     """
     nodes = slice(lo, lo + len(move))
-    view = RoundView(lo, move, size, shared.bound[nodes], _ROUNDING * unit, smallness[nodes])
+    view = RoundView(lo, move, size, shared.bound[nodes], ROUNDING * unit, smallness[nodes])
     count, error = shared.acceptance.accept(view, shared.tolerance)
     return max(count, 1), error
 

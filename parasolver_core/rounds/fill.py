@@ -19,6 +19,8 @@ from parasolver_core.arrays import Array, take_rows, uploaded
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 from parasolver_core.samplers.recurrence import Recurrence
 
+Behind = Callable[[], tuple[Array, Array]]  # the states and beliefs of the last nodes kept, each (B, size)
+
 _KEPT = 2**20  # entries of a table of answers that is kept for all of a sampler's nodes
 
 
@@ -62,9 +64,18 @@ class Fill(ABC):
     def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
         """The ``count`` nodes behind nodes ``last``, (B,); slope (B, N) is dh/dx."""
 
-    def rows(self, samples: Indices, last: Indices, count: int) -> Array | None:
-        """The further rows of these samples, (B, rows, size)."""
+    def rows(self, samples: Indices, last: Indices, count: int, behind: Behind) -> Array | None:
+        """The further rows of these samples, (B, rows, size); ``behind()`` tells of nodes ``last``."""
         return None
+
+    def usable(self, samples: Indices, lo: Indices, defects: Float64, n: Indices) -> Indices:
+        """How many leading nodes of each window were filled in well enough to be kept, (B,); unless overridden, all.
+
+        Args:
+            samples, lo, n: (B,), first nodes and lengths of the windows.
+            defects: (B, longest), sums of squares of what the network said beside what was believed.
+        """
+        return n
 
     def _march(
         self, last: Indices, count: int, extra: int, believe: Callable[[int, Indices, Float64], Float64]
@@ -152,7 +163,7 @@ class Along(Fill):
 
         return self._march(last, count, 2 * count, expected)
 
-    def rows(self, samples: Indices, last: Indices, count: int) -> Array:
+    def rows(self, samples: Indices, last: Indices, count: int, behind: Behind) -> Array:
         xp: Any = array_namespace(self._states)
         size, parts = self._states.shape[2], []
         for table in (self._states, self._predictions):
@@ -188,7 +199,7 @@ class Interpolated(Fill):
 
         return self._march(last, count, nodes, expected)
 
-    def rows(self, samples: Indices, last: Indices, count: int) -> Array:
+    def rows(self, samples: Indices, last: Indices, count: int, behind: Behind) -> Array:
         return (
             self._predictions if len(samples) == self._predictions.shape[0] else take_rows(self._predictions, samples)
         )
@@ -231,4 +242,5 @@ class Copies(Fill):
             nothing = state * form.held[i, 0, None]  # an output of 0 where the step reads none
             hs[0] = np.where(gain != 0, left / np.where(gain != 0, gain, 1.0), nothing)
             x[:, ahead], h[:, ahead] = state, hs[0]
+            state = np.where(gain != 0, state, state - left)  # a step that reads no output is as it is
         return Entering(x, h, noise)

@@ -16,7 +16,7 @@ Float64 = NDArray[np.float64]
 
 
 class Forecast(ABC):
-    """The outputs expected of nodes that enter a window, from an earlier solution or a coarser one.
+    """The outputs expected of nodes that enter a window, from earlier solutions or a coarser one.
 
     Arrays are as :func:`~parasolver_core.arrays.host_view` gives them.
     """
@@ -24,6 +24,25 @@ class Forecast(ABC):
     @abstractmethod
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         """The network's output at node i for the state x, (size,), which may be near or not; its slope there."""
+
+    def behind(self, last: int, count: int, x: Array, m: Array) -> Forecast:
+        """The forecast for ``count`` nodes behind node ``last``; itself unless overridden.
+
+        Args:
+            last: the node before them.
+            count: how many; one more is asked, whose answer is not used.
+            x, m: (size,), the state and output at ``last``, as they are believed to be.
+        """
+        return self
+
+    def usable(self, lo: int, defects: Float64) -> int:
+        """How many leading nodes of a window were filled in well enough to be kept; unless overridden, all.
+
+        Args:
+            lo: the window's first node.
+            defects: (n,), sums of squares of what the network said beside what was believed.
+        """
+        return len(defects)
 
 
 class AlongTrajectory(Forecast):

@@ -4,8 +4,8 @@ A round is, for all samples at once,
 
     r = D(X) - M ,    X += T r ,    M = D(X_old) + G T r ,
 
-in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``. New nodes are linear in what is known,
-so they are rows of the same product.
+in terms of the held quantity, of which beliefs are kept: ``r = p X + q D - H``, and then ``H = p X + q D``. New nodes
+are linear in what is known, so they are rows of the same product.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from parasolver_core.arrays import (
     Array,
+    assign,
     coarse,
     copied,
     finite_rows,
@@ -30,6 +32,7 @@ from parasolver_core.arrays import (
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
 from parasolver_core.rounds.fill import Entering
+from parasolver_core.rounds.squares import at_most, largest
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
@@ -79,7 +82,7 @@ class Buffers:
         return [self._S[row, place - k, :] for k in range(states)], held
 
     def compare(self, D: Array, windows: Windows, with_size: bool) -> Array:
-        """``r``, and a vector of the sums that the host needs, for :meth:`unpack`.
+        """``r``, and a vector of the sums that the host needs, for :meth:`unpack`; beliefs are then what was said.
 
         Args:
             D: (rows, size), the outputs.
@@ -93,13 +96,15 @@ class Buffers:
             D = take_rows(D, (first[:, None] + np.minimum(np.arange(n), windows.n[:, None] - 1)).reshape(-1))
         X, H = self._S[:, past : self._half, :], self._S[:, self._half + past : 2 * self._half, :]
         held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
-        r = held[1, ...] * xp.reshape(D, (count, n, self.size))
-        r += held[0, ...] * X
-        r -= H
-        self._r = r
+        said = held[1, ...] * xp.reshape(D, (count, n, self.size))
+        said += held[0, ...] * X
+        self._r = r = said - H
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(H, H), (H, r)] if with_size else [])
-        sums = xp.reshape(xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1), (-1,))
+        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(said, said)] if with_size else [])
+        sums = xp.concat([gram, largest(xp, r), *(vecdot(xp, *pair) for pair in pairs)], axis=1)
+        sums = xp.reshape(sums, (-1,))
+        # not H + r, which has the rounding of what was believed
+        self._S = assign(self._S, (slice(None), slice(self._half + past, 2 * self._half), ...), said)
         return sums if self._dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
     def unpack(self, sums: Float64, windows: Windows) -> Sums:
@@ -109,11 +114,12 @@ class Buffers:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.all(np.isfinite(sums))), sums.reshape(count, -1)
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
+        own = np.einsum("bii->bi", gram)  # a view
+        own[...] = at_most(own, rest[:, 0], self.size, self._dtype)
         predicted = np.full(count, np.inf)
-        if rest.shape[1] > 2:  # h = H + r
-            at = np.arange(count), windows.n - 1
-            predicted = rest[:, 2][at] + 2 * rest[:, 3][at] + np.einsum("bii->bi", gram)[at]
-        return Sums(gram, rest[:, 0], rest[:, 1], predicted, unit, finite)
+        if rest.shape[1] > 3:
+            predicted = rest[:, 3][np.arange(count), windows.n - 1]
+        return Sums(gram, rest[:, 1], rest[:, 2], predicted, unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""
@@ -126,6 +132,9 @@ class Buffers:
         """Nothing is known of nodes that are not inside, (B, n): 0 times NaN is NaN."""
         known = self._put(inside.astype(np.float64)[..., None]) > 0
         self._r = self._xp.where(known, self._r, self._xp.zeros_like(self._r))
+        beliefs = slice(None), slice(self._half + self._form.past, 2 * self._half), ...
+        said = self._S[beliefs]
+        self._S = assign(self._S, beliefs, self._xp.where(known, said, self._xp.zeros_like(said)))
 
     def states_behind(self, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
         """The states behind the first nodes, (B, most, size), by the recurrence itself, if they are to be made again.
@@ -141,7 +150,7 @@ class Buffers:
         table = form.onwards(lo, most)
         C = np.zeros((count, most, n + table.shape[2]))
         C[:, :, n:] = table
-        moves = decision.T * decision.slope[..., None] + np.eye(n)  # of the beliefs, in terms of r
+        moves = decision.T * decision.slope[..., None]  # of the beliefs, in terms of r
         C[:, :, :n] = table[:, :, own : own + most] @ moves[:, :most]
         parts = [self._r, self._rows(np.broadcast_to(rows, (count, len(rows))))]
         if form.noisy:
@@ -155,6 +164,15 @@ class Buffers:
         states += matmul(self._xp, self._put(decision.T[np.arange(len(behind))[:, None], behind]), self._r)
         return states
 
+    def moved(self, decision: Decision, at: Indices) -> tuple[Array, Array]:
+        """The states and held quantities of the windows' nodes number ``at``, (B,), as the round moves them."""
+        every, own = np.arange(len(at)), np.eye(decision.T.shape[2])[at]
+        T = decision.T[every, at]
+        moves = np.stack([T, T * decision.slope[every, at, None] + own], axis=1)
+        rows = self._rows(np.stack([at, at + self._half], axis=1) + self._form.past)
+        rows = rows + matmul(self._xp, self._put(moves), self._r)
+        return rows[:, 0, :], rows[:, 1, :]
+
     def write(
         self,
         decision: Decision,
@@ -163,6 +181,7 @@ class Buffers:
         uncorrected: bool,
         entering: Entering,
         further: list[Array],
+        again: Array | None = None,
     ) -> None:
         """The rows of the next windows.
 
@@ -176,24 +195,34 @@ class Buffers:
             uncorrected: whether new nodes read the last belief as the network gave it, too.
             entering: what new nodes are made of.
             further: rows that they are made of, (B, rows, size), noise at the end.
+            again: :meth:`states_behind` the first nodes, if they are made again.
         """
         last = windows.lo + decision.sound - 1
         behind = np.maximum(node - last[:, None], 0)  # how far behind the last row kept; 0: kept
         kept = self._form.past + np.minimum(node, last[:, None]) - windows.lo[:, None]
         base = self._base_rows(self._form.past + last - windows.lo, uncorrected)
-        C = self._table(decision, kept, behind, base, uncorrected, entering)
+        place = (last - windows.lo)[:, None] - 1 - np.arange(base.shape[1])  # of states that are made again
+        made = (place >= 0) & (place < decision.passed[:, None]) & (np.arange(base.shape[1]) < self._form.reads[0])
+        made &= again is not None
+        C = self._table(decision, kept, behind, base, made, uncorrected, entering)
         every, flat, zero = np.arange(len(node))[:, None] * self._S.shape[1], self._flat(), 2 * self._half
         source = np.concatenate([np.where(behind > 0, zero, rows) for rows in (kept, kept + self._half)], axis=1)
         source = np.concatenate([source, np.full((len(node), 1), zero)], axis=1)
         at = put_index(flat, np.concatenate([(base + every).reshape(-1), (source + every).reshape(-1)]))
-        parts = [self._r, self._xp.reshape(take_at(flat, at[: base.size]), (len(node), -1, self.size)), *further]
-        sources = self._xp.concat(parts, axis=1)
-        self._r = self._dX = parts = None  # memory, here and below
+        bases = self._xp.reshape(take_at(flat, at[: base.size]), (len(node), -1, self.size))
+        if again is not None:  # else new nodes would not follow from the states before them
+            bases = self._replaced(bases, again, place, made)
+        sources = self._xp.concat([self._r, bases, *further], axis=1)
+        self._r = self._dX = bases = None  # memory, here and below
         self._S = self._xp.reshape(take_at(flat, at[base.size :]), (len(node), source.shape[1], self.size))
         del flat
         moves = matmul(self._xp, self._put(C), sources)  # everything that is computed
         self._S += moves
         self._dX = moves[:, : node.shape[1], :]
+        if again is not None:
+            at, half = node - windows.lo[:, None] - 1, node.shape[1]
+            states = self._replaced(self._S[:, :half, :], again, at, (at >= 0) & (at < decision.passed[:, None]))
+            self._S = self._xp.concat([states, self._S[:, half:, :]], axis=1)
 
     def _base_rows(self, end: Indices, uncorrected: bool) -> Indices:
         """Rows of the buffer that new nodes are made of, (B, base); ``end`` (B,) are those of the last nodes kept."""
@@ -202,17 +231,23 @@ class Buffers:
         return np.concatenate([*rows, end[:, None] + self._half] if uncorrected else rows, axis=1)
 
     def _table(
-        self, decision: Decision, kept: Indices, behind: Indices, base: Indices, uncorrected: bool, entering: Entering
+        self,
+        decision: Decision,
+        kept: Indices,
+        behind: Indices,
+        base: Indices,
+        made: NDArray[np.bool_],
+        uncorrected: bool,
+        entering: Entering,
     ) -> Float64:
         """``C``, (B, 2 rows + 1, n + columns of what is entering)."""
         (count, n, _), past, half = decision.T.shape, self._form.past, self._half
         moves = np.zeros((count, 2 * half, n))  # of the present rows, in terms of r
         moves[:, past:half], moves[:, half + past :] = decision.T, decision.T * decision.slope[..., None]
-        moves[:, np.arange(half + past, 2 * half), np.arange(n)] += 1.0
         every, is_new, begins = np.arange(count)[:, None], (behind > 0)[..., None], np.maximum(behind, 1) - 1
-        moves_base = moves[every, base]
+        moves_base = np.where(made[..., None], 0.0, moves[every, base])
         if uncorrected:
-            moves_base[:, -1] = np.arange(n) == (decision.sound - 1)[:, None]
+            moves_base[:, -1] = 0.0
         columns = n + entering.x.shape[2]
         C = np.zeros((count, 2 * behind.shape[1] + 1, columns))
         by_part = C[:, :-1].reshape(count, 2, behind.shape[1], columns)
@@ -223,13 +258,12 @@ class Buffers:
         C[:, :-1] = by_part.reshape(count, -1, columns)
         return C
 
-    def put_states(self, states: Array, at: Indices, count: Indices) -> None:
-        """Write states (B, most, size) into rows of the windows: row j takes number ``at[:, j]`` below ``count``."""
-        xp, (batch, rows), most = self._xp, at.shape, states.shape[1]
-        index = np.arange(batch)[:, None] * most + np.clip(at, 0, most - 1)
-        again = xp.reshape(take_rows(xp.reshape(states, (-1, self.size)), index.reshape(-1)), (batch, rows, -1))
-        known = self._put(((at >= 0) & (at < count[:, None])).astype(np.float64)[..., None]) > 0
-        self._S = xp.concat([xp.where(known, again, self._S[:, :rows, :]), self._S[:, rows:, :]], axis=1)
+    def _replaced(self, rows: Array, by: Array, place: Indices, where: NDArray[np.bool_]) -> Array:
+        """Rows (B, k, size); where asked for, those at that place of ``by``, (B, most, size)."""
+        xp, (batch, count), most = self._xp, place.shape, by.shape[1]
+        index = np.arange(batch)[:, None] * most + np.clip(place, 0, most - 1)
+        other = xp.reshape(take_rows(xp.reshape(by, (-1, self.size)), index.reshape(-1)), (batch, count, -1))
+        return xp.where(self._put(where.astype(np.float64)[..., None]) > 0, other, rows)
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""

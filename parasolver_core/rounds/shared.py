@@ -8,6 +8,7 @@ from typing import Any, Literal
 from parasolver_core.arrays import Array, given_back, host_view
 from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.linearization import Linearization
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
 from parasolver_core.samplers.recurrence import Recurrence, StepNoise
@@ -30,6 +31,7 @@ class Shared:
         warmup_steps: how many nodes after the first are evaluated one at a time.
         tolerance: wanted relative error.
         keep: whether to keep the final states.
+        memory: of finished samples, which fills in nodes that enter; None: there is none.
     """
 
     xp: Any
@@ -45,6 +47,7 @@ class Shared:
     warmup_steps: int
     tolerance: float
     keep: bool
+    memory: Memory | None
 
     def taken(self, D: Array) -> Array:
         """The network's outputs as a run's own arithmetic reads them: in the states' dtype, as NumPy's on a CPU."""

@@ -10,13 +10,13 @@ the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
+from parasolver_core.rounds.squares import lowest, sums_of_squares
 from parasolver_core.samplers.recurrence import Recurrence, StepNoise, combine
 
 Float64 = NDArray[np.float64]
@@ -108,12 +108,6 @@ class SweepCorrection:
         """The state behind node i, by the recurrence itself."""
         return self._recurrence.advance(i, *self.history(i), self._noise(i))
 
-    def put(self, first: int, hi: int, rows: Iterable[tuple[Array, Array]]) -> None:
-        """Write the states and outputs of the nodes ``first .. hi - 1``."""
-        for i, (x, m) in zip(range(first, hi), rows, strict=False):
-            self.write("X", i, x)
-            self.write("M", i, m)
-
     def make_room(self, first: int, first_new: int, hi: int) -> None:
         """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
         if hi - self.base > self._capacity:
@@ -148,12 +142,13 @@ class SweepCorrection:
         """What :meth:`compare` would have found for the first ``count`` nodes alone."""
         return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))
 
-    def move(self, D: Array, slope: Float64, lo: int) -> Float64:
-        """``X += dX``; ``M = D + g dX``.
+    def move(self, D: Array, slope: Float64, lo: int, still: Float64 | float = 0.0) -> Float64:
+        """``X += dX``; ``M = D + g dX``, but ``M = D`` where a move is so small that a guessed slope is worse.
 
         Args:
             D, lo: as before.
             slope: (n,).
+            still: (n,), the relative size of those moves.
 
         Returns:
             RMS of the moves, (n,). Where an output, or its square, is not finite, that of this node or of a later one
@@ -162,23 +157,30 @@ class SweepCorrection:
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
         noise = [self._noise(i) for i in range(lo, lo + n - 1)]
-        squares = np.zeros(n)
+        squares, still_squares = np.zeros(n), (still**2 * self._size[lo : lo + n]).tolist()
         for columns in self._blocks:
-            squares += self._sweep(D, columns, noise, slope.tolist(), lo, base)
+            squares += self._sweep(D, columns, noise, slope.tolist(), still_squares, lo, base)
         self.base, self._moved_from, self._moved_to = base, lo, lo + n
         moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
         self._moved[lo : lo + n] = moved / self._dX[0].size
         move = np.sqrt(squares / size)
         if size <= _WHOLE:  # small: all of them in one call
             X = self.X[lo - base : lo - base + n]
-            self._size[lo : lo + n] = np.vecdot(X, X) / size
+            self._size[lo : lo + n] = sums_of_squares(X) / size
             return move
         for j in np.flatnonzero(~(move <= _CHANGED * np.sqrt(self._size[lo : lo + n]))).tolist():
             self._measure(lo + j, self.X[lo + j - base])
         return move
 
     def _sweep(
-        self, D: Array, columns: slice, noise: list[Array | None], slope: list[float], lo: int, base: int
+        self,
+        D: Array,
+        columns: slice,
+        noise: list[Array | None],
+        slope: list[float],
+        still: list[float],
+        lo: int,
+        base: int,
     ) -> Float64:
         """One block of :meth:`move`: sums of squares of the moves, (n,).
 
@@ -187,6 +189,7 @@ class SweepCorrection:
             columns: the block.
             noise: (size,) of each step.
             slope: n.
+            still: n, mean squares of moves that leave the output as it is.
             lo: the window's first node.
             base: the node that the first row of the buffers is to belong to.
         """
@@ -199,7 +202,7 @@ class SweepCorrection:
             X[row][...], M[row][...] = X[row + shift], M[row + shift]
         M[first][...] = D[0]
         kept[0].fill(0.0)
-        squares = [0.0] * n
+        squares, low = [0.0] * n, lowest(len(new), new.dtype)
         for j in range(1, n):
             at = first + j
             back = range(at - 1, max(at - 1 - memory, -1), -1)
@@ -210,9 +213,14 @@ class SweepCorrection:
             np.subtract(x, X[at + shift], out=dx)
             if not shift:
                 X[at][...] = new
-            np.multiply(dx, slope[j], out=M[at])
-            np.add(M[at], D[j], out=M[at])
             squares[j] = np.dot(dx, dx)
+            if squares[j] < low:
+                squares[j] = float(sums_of_squares(dx))
+            if squares[j] <= still[j] * len(dx):
+                M[at][...] = D[j]
+            else:
+                np.multiply(dx, slope[j], out=M[at])
+                np.add(M[at], D[j], out=M[at])
             if not self._whole:
                 kept[j] = self._sampled(dx)
         if not math.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
@@ -238,7 +246,7 @@ class SweepCorrection:
             for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
                 combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
                 combine(recurrence.believed(i, held, x), m, work)
-                self._size[i] += np.dot(x, x) / len(xs[0])
+                self._size[i] += float(sums_of_squares(x)) / len(xs[0])
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
 
     def last_move(self, i: int) -> Array:
@@ -248,7 +256,7 @@ class SweepCorrection:
         return np.reshape(self._dX[i - self._moved_from], (-1,))
 
     def _measure(self, i: int, row: Array) -> None:
-        self._size[i] = np.dot(row, row) / row.size
+        self._size[i] = float(sums_of_squares(row)) / row.size
 
     def _sampled(self, rows: Array) -> Array:
         """A view (..., stripes, length) of the elements that stand for all of (..., size): equally spaced stripes."""

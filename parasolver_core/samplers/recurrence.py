@@ -28,6 +28,7 @@ UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of t
 _USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, are not small
 _TOLD = 0.95  # with so much of the clean sample in a state, the predicted sample is about as large as the sample
 _TINY = 1e-24  # squared: data of size 0
+_CANCELS = 0.01  # what is left of what a step reads of the network, as a share; published samplers leave over a tenth
 _BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
 _LEFT_OUT: Float64 = np.empty(0)  # stands for a table that follows from the others
 
@@ -308,12 +309,14 @@ def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
     """The slope of each step's network, equal in terms of the held quantity, that makes the step's Jacobian 1.
 
     With ``p x + q m`` of slope g at all nodes that a step reads, ``sum_k a + sum_k b (g - p) / q = 1`` gives
-    g. NaN where a step does not depend on the network.
+    g. NaN where a step does not depend on the network, or what it reads cancels: g would be no one's slope.
     """
     node = np.maximum(np.arange(len(b))[:, None] - np.arange(b.shape[1]), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        g = (1 - a.sum(axis=1) + (b * (p / q)[node]).sum(axis=1)) / (b / q[node]).sum(axis=1)
-    return (g - p) / q
+        reads = b / q[node]
+        g = (1 - a.sum(axis=1) + (b * (p / q)[node]).sum(axis=1)) / reads.sum(axis=1)
+    cancels = np.abs(reads.sum(axis=1)) < _CANCELS * np.abs(reads).sum(axis=1)
+    return (np.where(cancels, np.nan, g) - p) / q
 
 
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:

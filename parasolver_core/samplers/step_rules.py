@@ -6,6 +6,7 @@ array of the network, so the same rule serves every array library, sequentially 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,8 +38,8 @@ class StepRule(ABC):
         return told if isinstance(told, str) else None
 
     def start_scale(self, timesteps: NDArray[Any]) -> float:
-        """What standard normal noise is multiplied with to begin at the first timestep; unless overridden 1."""
-        return 1.0
+        """What standard normal noise is multiplied with to begin at the first timestep; NaN unless overridden."""
+        return math.nan
 
     @abstractmethod
     def recurrence(self, timesteps: NDArray[Any]) -> Recurrence:

@@ -18,6 +18,7 @@ from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
 from parasolver_core.methods.run import Run
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.solution import SampleRecord
 from parasolver_core.solver.loop import Solver
 from parasolver_core.solver.parallel_state import ParallelState
@@ -42,6 +43,7 @@ class ParallelIntegralSolver(Solver):
         check: in a denoiser's first run, look at a few rows again, each alone in a call of one row: rows that depend on
             other rows, or do not repeat themselves, are an error. A denoiser that passed is remembered, weakly.
         subintervals: as in :func:`solve`.
+        memory: of finished samples of the same network, sampler and steps, which fills in nodes that enter.
         max_rounds: give up after so many; by default never: N suffice, or N and a sliding window's with spread nodes.
         max_rows, buckets, state_device: how the network is called, as in :func:`solve`.
 
@@ -60,6 +62,7 @@ class ParallelIntegralSolver(Solver):
     warmup_steps: int = field(default=0, kw_only=True)
     check: bool = field(default=True, kw_only=True)
     subintervals: int | None = field(default=None, kw_only=True)
+    memory: Memory | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +71,15 @@ class ParallelIntegralSolver(Solver):
         check_count("subintervals", self.subintervals, optional=True)
         check_tolerance(self.tolerance)
         get_method(self.method)
+        if self.memory is not None and not isinstance(self.memory, Memory):
+            raise TypeError(f"memory: expected a Memory, got {type(self.memory).__name__}; Memory.learn makes one")
 
     def method_of(self, start: Array | None) -> Method:
         """The method of a run: a warm start, and steps to warm up with, belong to a window that slides."""
         method = get_method(self.method)
-        method.check_choices(start=start is not None, warmup_steps=self.warmup_steps)
+        if start is not None and self.memory is not None:
+            raise ValueError("memory: a warm start says more of its run than a memory can; leave one of them out")
+        method.check_choices(start=start is not None, warmup_steps=self.warmup_steps, memory=self.memory is not None)
         return method.sliding() if start is not None or self.warmup_steps else method
 
     def init(
@@ -85,8 +92,11 @@ class ParallelIntegralSolver(Solver):
             return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self.evaluation, **options)
         options |= {"width": self.window, "warmup_steps": self.warmup_steps, "tolerance": self.tolerance}
         problem, options = (denoiser, x_T, timesteps, self.step_rule), options | self.evaluation
+        options |= {"memory": self.memory}
         if self.subintervals is None or self.subintervals == np.size(timesteps):
             state = ParallelState(*problem, method=method, **options)
+        elif self.memory is not None:
+            raise ValueError("memory: it is of single steps; leave it out, or leave out subintervals")
         elif options["start"] is None:
             state = SubintervalState(*problem, method=method.sliding(), count=self.subintervals, **options)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.run import Outcome, Run
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.solution import SampleRecord, Stats, Status
@@ -39,6 +41,7 @@ class ParallelState(SolverState):
         warmup_steps: int,
         tolerance: float,
         start: Array | None,
+        memory: Memory | None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -56,7 +59,10 @@ class ParallelState(SolverState):
             warmup_steps=warmup_steps,
             tolerance=tolerance,
             keep=self.save == "trajectory",
+            memory=memory,
         )
+        if memory is not None:
+            memory.check(self.recurrence, math.prod(self.start.shape[1:]))
         self._start = None if start is None else self._check_guess(start)
         flat = self.xp.reshape(self.xp.astype(self.start, self.dtype, copy=True), (self.batch, -1))
         with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew

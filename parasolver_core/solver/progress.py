@@ -26,7 +26,7 @@ class Meter:
         try:
             from tqdm.auto import tqdm
         except ImportError as error:
-            raise ImportError("progress: a progress bar needs tqdm; pip install 'parasolver[progress]'") from error
+            raise ImportError("progress: a progress bar needs tqdm; pip install tqdm") from error
         if sys.stderr is not None and not getattr(sys.stderr, "closed", False):
             with suppress(OSError, ValueError):
                 self._bar = tqdm(total=total, unit=unit)

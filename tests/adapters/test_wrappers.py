@@ -117,7 +117,7 @@ def test_no_wrapper_is_forgotten() -> None:
     roots = [Path(package.__path__[0]) for package in (parasolver_core, parasolver_adapters)]
     nodes = [node for root in roots for file in root.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     found = {node.name for node in nodes if is_wrapper(node)}  # type: ignore[attr-defined]
-    assert found - {"BatchedCall", "Evaluator"} == {one.__name__ for one in WRAPPERS}
+    assert found - {"BatchedCall", "Evaluator", "SubintervalEvaluator"} == {one.__name__ for one in WRAPPERS}
 
 
 def test_a_function_around_a_denoiser_is_told_what_it_has_to_pass_on() -> None:

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("typer")
 import torch
+import typer
 
+import benchmarks.gpu.__main__ as command
 from benchmarks.gpu import costs, libraries, networks, pipelines, right, rounds, runs, scores, trained
-from benchmarks.gpu.__main__ import main, run_apart
 from benchmarks.gpu.device import Lab
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
@@ -127,15 +128,33 @@ def test_a_compiled_call_is_timed(tmp_path: Path) -> None:
     assert not late["ok"]
 
 
-def test_the_command_keeps_its_results_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_shares_out_its_time_and_tells_of_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
-    main(out=None, tiny=True, seconds=300.0, part=["rounds"])  # of a busy machine
+    asked: dict[str, float] = {}
+
+    def run(part: str, device: str, file: Path, tiny: bool, until: float) -> None:
+        asked[part] = until - time.monotonic()
+        Lab(torch.device(device), file, tiny, until).put(part, "a promise", ok=part != "libraries")
+
+    monkeypatch.setattr(command, "run_apart", run)
+    with pytest.raises(typer.Exit):
+        command.main(out=None, tiny=True, seconds=440.0, part=None)
     machine, *found = lines(tmp_path)
     assert (machine["part"], machine["tiny"]) == ("machine", True)
-    assert [one["part"] for one in found] == ["rounds"] * 3
-    run_apart("no such part", "cpu", tmp_path / "results.jsonl", True, time.monotonic() + 30)
-    last = lines(tmp_path)[-1]
-    assert (last["name"], last["ok"], last["error"]) == ("the whole part", False, "exit status 1")
+    assert [one["part"] for one in found] == list(command.PARTS)
+    assert asked["right"] == pytest.approx(35, abs=1)
+    assert asked["trained"] == pytest.approx(440, abs=3)  # the others took nothing
+    command.main(out=tmp_path, tiny=True, seconds=10.0, part=["rounds"])
+    assert [one["part"] for one in lines(tmp_path)] == ["machine", "rounds"]
+
+
+@pytest.mark.timeout(300)
+def test_a_part_that_breaks_off_is_a_line(tmp_path: Path) -> None:
+    command.run_apart("no such part", "cpu", tmp_path / "results.jsonl", True, time.monotonic() + 200)
+    (only,) = lines(tmp_path)
+    assert (only["name"], only["ok"], only["error"]) == ("the whole part", False, "exit status 1")
 
 
 @pytest.mark.gpu

@@ -30,6 +30,8 @@ def test_demo_writes_figures_and_true_errors(tmp_path: Path) -> None:
     text = run("demo", *options, "--out", folder, columns=80)
     result = record(folder)
     _check_table(result["table"], text)
+    # Each row is told as soon as it is known, before the table.
+    assert all(text.index(f"{row['name']}: ") < text.index("One step after another") for row in result["table"])
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, "report.html", "result.json"])
     assert sorted(result["files"]) == sorted([*FIGURES, "report.html"])
     for name in FIGURES:

@@ -99,6 +99,16 @@ def test_noise_that_was_not_scaled_is_told(window: int, dtype: str) -> None:
         solve(Rational(), x_T, KARRAS.timesteps(12), Euler(KARRAS), window)
 
 
+@pytest.mark.parametrize(("rule", "scale"), [(DDIM(TABLE), 1.0), (Euler(KARRAS), 14.6)])
+def test_a_start_far_larger_than_the_noise_is_told(rule: StepRule, scale: float) -> None:
+    grid = rule.schedule.timesteps(12)  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=r"^x_T: has an RMS of .*far larger than the noise of 1"):
+        solve(Rational(), 60 * scale * normal((2, 4)), grid, rule, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(Rational(), 10 * scale * normal((2, 4)), grid, rule, 6)
+
+
 @pytest.mark.parametrize(
     ("x_T", "grid"),
     [

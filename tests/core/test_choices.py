@@ -157,7 +157,7 @@ def test_a_chosen_window_keeps_to_max_rounds() -> None:
     bound = solve(network, X, grid, RULE, "auto", costs=STEEP, max_rounds=25)
     assert bound.success
     assert bound.stats.rounds <= 25
-    assert "Of the windows within max_rounds=25" in bound.message
+    assert 'window="auto" chose within max_rounds=25' in bound.message
 
 
 def test_where_none_keeps_to_max_rounds_the_one_of_fewest_rounds_is_chosen() -> None:

@@ -100,3 +100,27 @@ def test_a_move_that_is_no_number_is_not_small(seed: int) -> None:
         start = expected.trajectory * (1 + 0.01 * rng.standard_normal(expected.trajectory.shape))
         got = solve(network, x_T, grid, rule, steps, tolerance=0, start=start.astype(np.float32), throw=False)
         assert not got.success or relative(got.sample, expected.sample) < 1e-3
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_a_step_that_overflows_is_not_counted(tolerance: float) -> None:
+    """Its input and the output there are finite, the state behind is not: swept, and many samples together."""
+    schedule = NoiseSchedule.karras(0.3, 80.0, 5.0)
+    x_T, grid = normal((3, 6)).astype(np.float32), schedule.timesteps(4)
+    rule = Euler(schedule, prediction_type="epsilon")
+    x_T *= np.array([[1.0], [500.0], [4300.0]], dtype=np.float32) / np.abs(x_T).max(axis=1, keepdims=True)
+
+    def cubic(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return 0.2 * x - x**3
+
+    got = solve(cubic, x_T, grid, rule, 7, tolerance=tolerance, throw=False)
+    expected = solve_sequential(cubic, x_T, grid, rule, throw=False)
+    assert got.statuses == expected.statuses
+    assert Status.NONFINITE_SOLVER in got.statuses
+    assert got.steps == expected.steps
+    counts = [0, 0, 0]
+    for record in got.stats.history:
+        for one in record.samples:
+            counts[one.sample] += one.accepted
+    assert tuple(counts) == got.steps

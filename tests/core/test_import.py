@@ -77,7 +77,12 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "pip install 'parasolver[progress]'" in run(WITHOUT_FRAMEWORKS + code)
+    assert "pip install tqdm" in run(WITHOUT_FRAMEWORKS + code)
+
+
+def test_completion_offers_the_names_for_users() -> None:
+    code = "import parasolver_core as p; print(dir(p) == sorted([*p.__all__, '__version__']))"
+    assert run(WITHOUT_FRAMEWORKS + code).strip().endswith("True")
 
 
 def test_every_public_name_is_there() -> None:

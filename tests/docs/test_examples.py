@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of some pages run as they stand."""
+"""The Python blocks of the README and of some pages run as they stand, and print what stands under them."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,10 @@ PAGES = (
     "docs/adapters.md",
     "docs/calibration.md",
     "docs/own.md",
+    "docs/memory.md",
     "docs/devices.md",
     "docs/wrapping.md",
-    "docs/policies.md",
+    "docs/robots.md",
     "docs/samplers.md",
     "docs/structures.md",
     "docs/guided_diffusion.md",
@@ -23,18 +24,27 @@ PAGES = (
     "docs/odeint.md",
 )
 BLOCKS = [
-    pytest.param(code, id=f"{page}-{number}")
+    pytest.param(code, printed or None, id=f"{page}-{number}")
     for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
+    for number, (code, printed) in enumerate(
+        re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), flags=re.DOTALL)
+    )
 ]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "printed"), BLOCKS)
+def test_block_runs(
+    code: str,
+    printed: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)  # some write files
     names: dict[str, object] = {}
     exec(compile(code, "example", "exec"), names)
     assert names["solution"].success  # type: ignore[attr-defined]
+    assert printed in (None, capsys.readouterr().out)
 
 
 def test_code_fits_beside_the_columns_of_the_site() -> None:

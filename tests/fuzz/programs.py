@@ -19,6 +19,7 @@ from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import load
 from tests.core.problems import Mixture
 
+CHOICES = 4  # programs of one problem, whose plain loops are run once
 KARRAS = (NoiseSchedule.karras(0.02, 10.0), NoiseSchedule.karras(0.3, 80.0, 5.0))
 FLOW = (NoiseSchedule.flow_matching(), NoiseSchedule.flow_matching(3.0))
 TABLES = (NoiseSchedule.linear(), NoiseSchedule.scaled_linear(), NoiseSchedule.squared_cosine())
@@ -195,10 +196,15 @@ class Program:
         )
 
 
+def problem_of(seed: int) -> int:
+    """The number of a program's problem: sampler, network, x_T and noise, which ``CHOICES`` programs share."""
+    return seed // CHOICES
+
+
 def program(seed: int) -> Program:
-    """The program of that number."""
-    rng = np.random.default_rng(seed)
-    library = str(rng.choice(["numpy", "torch", "array_api_strict"], p=[0.6, 0.33, 0.07]))
+    """The program of that number: a problem, and choices for it."""
+    rng = np.random.default_rng(problem_of(seed))
+    library = str(rng.choice(["numpy", "torch", "array_api_strict"], p=[0.62, 0.34, 0.04]))
     xp, dtype = load(library), str(rng.choice(DTYPES[library]))
     n = int(rng.choice([rng.integers(1, 6), rng.integers(3, 24), rng.integers(20, 90)], p=[0.25, 0.6, 0.15]))
     from_table = bool(rng.random() < 0.45)
@@ -212,12 +218,19 @@ def program(seed: int) -> Program:
         network.kind, of, data = KINDS["mixture"], rule, float(rng.choice([0.8, 0.8, 0.1, 0.01]))
         kind = of.prediction_type or of.schedule.default_prediction_type  # type: ignore[attr-defined]
         network.mixture, network.scale = Mixture(of.schedule, kind, data, data / 4), 1.0  # type: ignore[attr-defined]
+    noise, reach, x_T = (
+        _noise(rng, xp, dtype, n, batch, event),
+        _reach(rng),
+        xp.asarray(values, dtype=getattr(xp, dtype)),
+    )
+    rng = np.random.default_rng([seed, 1])
+    network.reuses = bool(rng.random() < 0.1)
+    network.fails_in = int(rng.integers(1, len(grid) + 1)) if rng.random() < 0.04 else 0
     tolerance = float(rng.choice([0, 0, 1e-4, 1e-3, 1e-2, 5e-2, 0.3]))
     window = int(rng.choice([1, rng.integers(2, 6), rng.integers(2, n + 5), rng.integers(5, 20), n]))
-    method = _method(rng)
     return Program(
-        seed, xp, dtype, rule, grid, xp.asarray(values, dtype=getattr(xp, dtype)), network, max(window, 1), tolerance,
-        method, _noise(rng, xp, dtype, n, batch, event), _options(rng, n, batch, library), _reach(rng), _start(rng),
+        seed, xp, dtype, rule, grid, x_T, network, max(window, 1), tolerance, _method(rng), noise,
+        _options(rng, n, batch, library), reach, _start(rng),
         int(rng.integers(1, n + 1)) if rng.random() < 0.05 else 0, network.kind.tame and not from_table,
     )  # fmt: skip
 
@@ -232,8 +245,6 @@ def _network(rng: Rng, grid: np.ndarray, batch: int, half: bool, dtype: str) -> 
         network.conditions = rng.standard_normal(batch)
     if rng.random() < 0.05:
         network.hole_at, network.hole = float(rng.choice(grid)), float(rng.choice([np.nan, np.inf]))
-    network.reuses = bool(rng.random() < 0.1)
-    network.fails_in = int(rng.integers(1, len(grid) + 1)) if rng.random() < 0.04 else 0
     return network
 
 

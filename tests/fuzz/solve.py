@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
 from tests.arrays import to_numpy
 from tests.fuzz import oracle
-from tests.fuzz.programs import NetworkError, Program, program
+from tests.fuzz.programs import CHOICES, NetworkError, Program, problem_of, program
 
 # Choices that do not go together, refused by name before the first call.
 REFUSED = (
@@ -42,6 +43,7 @@ REFUSED = (
     r"method: its stop rule weighs a move by the variance of a diffusion step",
 )
 ROUNDING = 64  # changes of the states, in units in the last place, that an exact run may be off by at each step
+LOUD = 20.0  # times the schedule's noise, of which solve warns
 DISTANCE = 10.0  # times what changes of the states by the tolerance do
 
 
@@ -68,8 +70,9 @@ class Outcome:
 def run(seed: int) -> Outcome:
     """Draw the program of that number, run it and check what it gave."""
     drawn, outcome = program(seed), Outcome()
-    ways = _ways(drawn)
-    sequential = _sequential(drawn, ways, outcome)
+    plain = _plain_loops(problem_of(seed))
+    ways, sequential, drawn.network.outside = plain.ways, plain.sequential, plain.outside
+    outcome.complaints += plain.outcome.complaints
     arguments, before = _arguments(drawn, sequential), to_numpy(_bits(drawn, drawn.x_T)).copy()
     drawn.network.calls.clear()
     drawn.network.holes = 0
@@ -94,7 +97,7 @@ def run(seed: int) -> Outcome:
         outcome.expect(outcome.refused, f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}")
         return outcome
     outcome.expect(to_numpy(_bits(drawn, drawn.x_T)).tobytes() == before.tobytes(), "x_T was changed")
-    _check_form(drawn, got, outcome)
+    _check_form(drawn, got, ways, outcome)
     _check_counts(drawn, got, outcome)
     for sample, way in enumerate(ways):
         _check_sample(drawn, got, sample, way, outcome)
@@ -106,6 +109,40 @@ def run(seed: int) -> Outcome:
     ):
         _check_window_one(drawn, got, sequential, outcome)
     return outcome
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The plain loops of a problem, by hand and by the library, and what is wrong with them.
+
+    Args:
+        outside: of the network.
+    """
+
+    ways: list[oracle.Way]
+    sequential: Solution
+    outside: float | None
+    outcome: Outcome
+
+
+@lru_cache(maxsize=1)
+def _plain_loops(problem: int) -> Plain:
+    drawn, outcome = program(problem * CHOICES), Outcome()
+    drawn.network.fails_in = 0
+    ways = _ways(drawn)
+    return Plain(ways, _sequential(drawn, ways, outcome), drawn.network.outside, outcome)
+
+
+@lru_cache(maxsize=64)
+def _shaken(problem: int, sample: int, share: float) -> float | None:
+    drawn, plain = program(problem * CHOICES), _plain_loops(problem)
+    drawn.network.outside = plain.outside
+    return oracle.shaken(drawn, sample, plain.ways[sample], share)
+
+
+def _fits(drawn: Program, state: Any) -> bool:
+    """Whether a state is within the range of the dtype of x_T."""
+    return bool(drawn.xp.all(drawn.xp.isfinite(drawn.xp.astype(state, drawn.x_T.dtype))))
 
 
 def _running(solution: Solution) -> bool:
@@ -124,29 +161,27 @@ def _ways(drawn: Program) -> list[oracle.Way]:
     if drawn.reach is not None and not any(way.whose for way in ways):
         size = max(float(np.max(np.abs(oracle.host(x)))) for way in ways for x in way.states)
         scale = drawn.recurrence.input_scale
+        # beyond anything that the trajectories hold, which stay as they are
         drawn.network.outside = drawn.reach * size * (1.0 if scale is None else float(np.max(scale)))
-        ways = [oracle.plain(drawn, sample) for sample in batch]
     return ways
 
 
 def _sequential(drawn: Program, ways: list[oracle.Way], outcome: Outcome) -> Solution:
     """The library's plain loop, and whether it is the one written by hand."""
-    fails_in, drawn.network.fails_in = drawn.network.fails_in, 0
     got = solve_sequential(
         drawn.network, drawn.x_T, drawn.grid, drawn.rule, save="trajectory", throw=False, **drawn.noise
     )
-    drawn.network.fails_in = fails_in
     for sample, way in enumerate(ways):
         whose = {Status.CONVERGED: "", Status.NONFINITE_MODEL: "model", Status.NONFINITE_SOLVER: "solver"}
         if not drawn.network.kind.exact and (way.whose or not oracle.eps(drawn)):
             continue
-        narrow = drawn.xp.astype(way.states[-1], drawn.x_T.dtype)
-        if not bool(drawn.xp.all(drawn.xp.isfinite(narrow))):
+        if not _fits(drawn, way.states[-1]):
             continue  # the sample overflows in the dtype of x_T only
         status = got.statuses[sample]
         outcome.expect(whose.get(status) == way.whose, f"plain loop: {status}, by hand {way.whose}")
         if drawn.network.kind.exact and status is Status.CONVERGED:
-            same = np.array_equal(oracle.host(got.sample[sample, ...]), oracle.host(narrow))
+            narrow = oracle.host(drawn.xp.astype(way.states[-1], drawn.x_T.dtype))
+            same = np.array_equal(oracle.host(got.sample[sample, ...]), narrow)
             outcome.expect(same, f"plain loop: sample {sample} is not the one made by hand")
     return got
 
@@ -165,9 +200,10 @@ def _arguments(drawn: Program, sequential: Solution) -> dict[str, Any]:
     return arguments
 
 
-def _check_form(drawn: Program, got: Solution, outcome: Outcome) -> None:
+def _check_form(drawn: Program, got: Solution, ways: list[oracle.Way], outcome: Outcome) -> None:
     """Shapes, dtypes, statuses and estimates."""
     x_T, n = drawn.x_T, len(drawn.grid)
+    over = [not way.whose and not _fits(drawn, way.states[-1]) for way in ways]
     for name, array, shape in (
         ("sample", got.sample, x_T.shape),
         ("states", got.states, x_T.shape),
@@ -180,7 +216,8 @@ def _check_form(drawn: Program, got: Solution, outcome: Outcome) -> None:
     outcome.expect(got.error_estimate.shape == (x_T.shape[0],), "shape of error_estimate")
     for i, (status, steps) in enumerate(zip(got.statuses, got.steps, strict=True)):
         error = float(got.error_estimate[i])
-        outcome.expect(0 <= steps <= n and (steps == n) == (status is Status.CONVERGED), f"{steps} steps, {status}")
+        complete = status is Status.CONVERGED or (status is Status.NONFINITE_SOLVER and over[i])
+        outcome.expect(0 <= steps <= n and (steps == n) == complete, f"{steps} steps, {status}")
         if status is Status.CONVERGED:
             outcome.expect(bool(np.isfinite(sample[i]).all()), f"sample {i}: converged and not finite")
             outcome.expect(np.isfinite(error) and error >= 0, f"sample {i}: error_estimate {error}")
@@ -235,13 +272,15 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
             outcome.expect(got.steps[sample] <= len(way.states) - 1, f"sample {sample}: further than the plain loop")
         return
     want, distance = oracle.host(way.states[-1]), _is_distance(drawn.method)
+    # announced: beside noise so much larger than the schedule's, data are small in a way that no table tells
+    loud = oracle.rms(oracle.host(drawn.x_T)) > LOUD * drawn.rule.start_scale(drawn.grid)
     info, size = drawn.xp.finfo(drawn.x_T.dtype), oracle.rms(want)
     error = oracle.rms(oracle.host(got.sample[sample, ...]) - want) if status is Status.CONVERGED else np.inf
     last = float(info.eps) * (size + float(info.smallest_normal))  # the sample in its own dtype
     near = 4 * last + (0 if exact else drawn.tolerance * size)
     if not error <= near:
-        moved = oracle.shaken(drawn, sample, way, share)
-        if moved is None or not bool(drawn.xp.all(drawn.xp.isfinite(drawn.xp.astype(way.states[-1], drawn.x_T.dtype)))):
+        moved = _shaken(problem_of(drawn.seed), sample, share)
+        if moved is None or not _fits(drawn, way.states[-1]):
             return  # rounding decides whether the plain loop gets there
         if not exact and not distance and drawn.network.outside is not None:
             return  # a published stop rule may accept a state from which the network is out of reach
@@ -253,7 +292,7 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
         relative = size > 1e-6 * max(
             oracle.rms(oracle.host(x)) for x in way.states
         )  # of a sample that is 0 it means nothing
-        if status is Status.CONVERGED and drawn.network.kind.smooth and (exact or (distance and relative)):
+        if status is Status.CONVERGED and drawn.network.kind.smooth and (exact or (distance and relative and not loud)):
             told = f"off by {error:.3g} of {size:.3g}; changes by {share:.1g} do {moved:.2g}"
             estimate = f"estimate {got.error_estimate[sample]:.2g}, tolerance {drawn.tolerance:g}"
             outcome.expect(error <= DISTANCE * moved + near, f"sample {sample}: {told}; {estimate}")
@@ -262,7 +301,14 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
     if not exact and distance and drawn.network.kind.exact and error > 4 * last + 1e3 * ulp * size:
         outcome.expect(got.error_estimate[sample] > 0, f"sample {sample}: error_estimate 0, off by {error / size:.2g}")
     tame = drawn.tame and drawn.network.scale == 1 and not isinstance(drawn.method, Method)
-    if tame and distance and size > 0 and drawn.tolerance > 30 * oracle.eps(drawn, drawn.x_T.dtype) and not exact:
+    if (
+        tame
+        and distance
+        and not loud
+        and size > 0
+        and drawn.tolerance > 30 * oracle.eps(drawn, drawn.x_T.dtype)
+        and not exact
+    ):
         outcome.tame.append(error / size / drawn.tolerance)
 
 
@@ -277,6 +323,7 @@ def _is_distance(method: Any) -> bool:
 def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -> None:
     """Every accepted state is the sampler's step from those before it, as far as rounding reaches."""
     rng, ulp = np.random.default_rng(drawn.seed + 3), oracle.eps(drawn)
+    swept = "strict" not in drawn.xp.__name__
     final = got.steps[sample]
     states = [got.trajectory[i, sample, ...] for i in range(final + 1)]  # type: ignore[index]
     outputs, doubts = [], []
@@ -295,7 +342,8 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
         sizes += [oracle.rms(oracle.host(outputs[i - k]) * value) for k, value in enumerate(b) if value != 0]
         sizes.append(abs(float(drawn.recurrence.c[i])))
         off = oracle.rms(oracle.host(x) - oracle.host(states[i + 1]))
-        limit = 4 * doubt + 16 * ulp * sum(sizes)  # two draws of what rounding does to the network are few
+        # two draws of what rounding does to the network are few; one product may make all states of a window
+        limit = 4 * doubt + 16 * ulp * sum(sizes) * (1 if swept else drawn.window)
         if not np.isfinite(limit):
             return
         told = f"sample {sample}: step {i} of the exact trajectory is off by {off:.3g}, limit {limit:.2g}"

@@ -172,6 +172,7 @@ class ParallelIntegrator:
         surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
         defects, limit = problem.flat(y[1:, ...]), problem.field.spent + problem.sequential_cost(n) / 2
         before = before_travelled = best = np.inf
+        newton = self.linearization == "full" or (self.linearization == "diagonal" and problem.size == 1)
         moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
             field.first = None
@@ -185,11 +186,13 @@ class ParallelIntegrator:
             size = float(np.max(moved))
             if not np.isfinite(size):
                 return y, 0
-            done = settled(size, before, tolerance, basin(xp, y.dtype) if final else np.inf)
+            near = basin(xp, y.dtype)
+            done = settled(size, before, tolerance, near if final else np.inf)
             if not done and final:
-                done = scatter(xp, defects, _SMALL * eps * scale)
-                if not done and size > 0.5 * before:
-                    done = self._rests(problem, lo, hi, y, ends, past, scale)
+                if size > 0.5 * before and self._rests(problem, lo, hi, y, ends, past, scale):
+                    moved[:] = 0  # these are as good as what a further correction makes of them, and known
+                    break
+                done = (newton or size <= near) and scatter(xp, defects, _SMALL * eps * scale)
             y = corrected
             if done:
                 moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)

@@ -1,0 +1,142 @@
+"""What is below the rounding of the states or the range of their squares, and what the estimate says of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parasolver_core import DDIM, DPMSolver, Method, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
+from parasolver_core.rounds.squares import at_most, largest, sums_of_squares
+from parasolver_core.samplers.recurrence import identity_slope
+from tests.arrays import to_numpy
+from tests.core.problems import normal, relative
+from tests.core.test_sizes import Points
+
+LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.flow_matching()
+
+
+class Table(StepRule):
+    """``x' = a x + b m``, without a schedule."""
+
+    def __init__(self, a: float, b: float) -> None:
+        self.a, self.b = a, b
+
+    def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+        one, nothing = np.ones((len(timesteps), 1)), np.zeros(len(timesteps))
+        held = np.tile([0.0, 1.0], (len(timesteps), 1))
+        return Recurrence(timesteps, self.a * one, self.b * one, nothing, held, nothing, nothing)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_of_squares_below_the_range(dtype: Any) -> None:
+    rows = np.array([[3e-30, 4e-30], [0, 0], [3, 4], [1.5, np.inf], [0, 1e-44]], dtype=dtype)
+    np.testing.assert_allclose(sums_of_squares(rows), [25e-60, 0, 25, np.inf, float(rows[4, 1]) ** 2], rtol=1e-5)
+    assert sums_of_squares(np.array([3e-200, 4e-200])) == np.finfo(np.float64).tiny  # not 0
+
+
+def test_sums_of_a_device_are_not_too_small(xp: Any) -> None:
+    rows = xp.asarray([[3e-30, 4e-30], [0.0, 0.0], [3.0, 4.0]], dtype=xp.float32)
+    most = np.asarray(to_numpy(largest(xp, rows)), dtype=np.float64)
+    sums = np.asarray(to_numpy(xp.sum(rows * rows, axis=1)), dtype=np.float64)
+    np.testing.assert_allclose(at_most(sums, most, 2, np.float32), [32e-60, 0, 25], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "most"), [(1, 20), (3, 30)], ids=["swept", "together"])
+def test_states_whose_squares_underflow_are_not_accepted_unseen(batch: int, most: int) -> None:
+    scale, rule, grid = np.float32(1e-24), Table(0.5, 0.25), np.arange(30)[::-1].copy()
+    x_T = normal((batch, 4)).astype(np.float32) * scale
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return (2 * x / (1 + (x / scale) ** 2)).astype(np.float32)
+
+    got = solve(network, x_T, grid, rule, 10, tolerance=1e-3)
+    expected = solve_sequential(network, x_T, grid, rule).sample
+    assert relative(got.sample / scale, expected / scale) < 1e-3
+    assert got.stats.rounds <= most
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(1, np.float32), (3, np.float32), (3, np.float64)])
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3, 0.0])
+@pytest.mark.parametrize("share", [0.1, 1e-22])
+def test_data_below_the_rounding_of_the_noise(batch: int, dtype: Any, tolerance: float, share: float) -> None:
+    """A guess of the slope times a move of rounding would be far more than the data are."""
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:  # predicts the sample
+        return (size * (np.tanh(3 * x) + t[:, None])).astype(x.dtype)
+
+    size = share * float(np.finfo(dtype).eps)
+    rule, grid, x_T = DPMSolver(FLOW, prediction_type="sample", order=3), FLOW.timesteps(21), normal((batch, 6))
+    got = solve(network, x_T.astype(dtype), grid, rule, 4, tolerance=tolerance).sample
+    expected = solve_sequential(network, x_T.astype(dtype), grid, rule).sample
+    assert relative(got / size, expected / size) < max(tolerance, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_beliefs_do_not_keep_the_rounding_of_a_wild_start(size: float) -> None:
+    """A belief is what the network said, not what was believed and the difference. No move would tell of it."""
+    rule, grid, x_T = Table(1.0, 0.1), np.arange(23)[::-1].copy(), normal((2, 4))
+    network = lambda x, t: np.ones_like(x)  # noqa: E731
+    start = size * normal((24, 2, 4), seed=3)
+    got = solve(network, x_T, grid, rule, 23, tolerance=1e-3, start=start)
+    assert got.stats.rounds < 5
+    assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-15
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_the_estimate_holds_the_rounding_that_a_wild_start_leaves(size: float) -> None:
+    """Beside a tolerance it is not worth making the states again, and no move tells of it."""
+    rule, grid, x_T = Table(0.9, 0.3), np.arange(23)[::-1].copy(), np.abs(normal((2, 4)))
+    network = lambda x, t: np.ones_like(x)  # noqa: E731
+    start = size * np.abs(normal((24, 2, 4), seed=3))
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-1, start=start)
+    expected = solve_sequential(network, x_T, grid, rule).sample
+    for sample in range(2):
+        error = relative(got.sample[sample], expected[sample])
+        assert 0 < error < got.error_estimate[sample] < 1e-14 * size
+
+
+@pytest.mark.parametrize("width", [5, 9])
+def test_new_nodes_follow_from_states_that_were_made_again(width: int) -> None:
+    """Else no correction finds what the states before them had kept of the rounding of a wild start."""
+    rule, grid, x_T = Table(0.9, 0.1), np.arange(23)[::-1].copy(), normal((3, 6)).astype(np.float32)
+    start = (1e5 * normal((24, 3, 6), seed=9)).astype(np.float32)
+    network = lambda x, t: np.tanh(x)  # noqa: E731
+    got = solve(network, x_T, grid, rule, width, tolerance=1e-4, start=start)
+    assert got.stats.rounds < 23
+    assert relative(got.sample, solve_sequential(network, x_T, grid, rule).sample) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_copies_of_a_state_do_not_pass_over_a_step_that_reads_no_output(batch: int) -> None:
+    """No output makes such a step end where it begins, so its copy would be off for good, and no move would tell."""
+
+    class Gaps(Table):
+        def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+            recurrence = super().recurrence(timesteps)
+            return replace(recurrence, b=recurrence.b * (np.arange(len(timesteps)) % 3 != 0)[:, None])
+
+    rule, grid, x_T = Gaps(0.7, 0.5), np.arange(12)[::-1].copy(), normal((batch, 4))
+    network, method = lambda x, t: np.ones_like(x), Method(fill="copy")
+    got = solve(network, x_T, grid, rule, 6, tolerance=1e-2, method=method).sample
+    assert relative(got, solve_sequential(network, x_T, grid, rule).sample) < 1e-2
+
+
+def test_no_slope_makes_a_step_the_identity_that_reads_differences() -> None:
+    a, p, q = np.full((2, 1), 0.9), np.zeros(2), np.ones(2)
+    b = np.array([[0.5, 0.0], [0.5, -0.4999]])
+    np.testing.assert_allclose(identity_slope(a, b, p, q), [0.2, np.nan])
+    for order in (2, 3):
+        recurrence = DPMSolver(LINEAR, order=order).recurrence(LINEAR.timesteps(50))
+        assert np.all(recurrence.identity_slope != 0)
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+@pytest.mark.parametrize("size", [0.01, 0.001])
+def test_nodes_that_are_spread_know_small_data(size: float, steps: int) -> None:
+    network, x_T, grid = Points(LINEAR, "epsilon", size), normal((40, 8), seed=0), LINEAR.timesteps(steps)
+    got = solve(network, x_T, grid, DDIM(LINEAR), 16, tolerance=1e-2)
+    assert any(np.any(np.diff(one.nodes) > 1) for record in got.stats.history for one in record.samples)
+    expected = solve_sequential(network, x_T, grid, DDIM(LINEAR)).sample
+    errors = np.array([relative(a, b) for a, b in zip(got.sample, expected, strict=True)])
+    assert np.mean(errors <= 1e-2) >= 0.95, sorted(errors)[-4:]
