@@ -25,7 +25,7 @@ _STRIPE, _PERIOD = 256, 4099  # of a large state's elements 256 in 4099 are samp
 _BLOCK = 16 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
 _WHOLE = 2**13  # up to so many elements all are sampled
 _CALL = 2**13  # elements worth a call
-_CHANGED = 0.01  # a move by this share of a state's size: it is measured again
+_CHANGED = 0.01  # by trial: a move by this share of a state's size: it is measured again
 
 
 @dataclass(frozen=True)
