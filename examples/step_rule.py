@@ -30,7 +30,6 @@ class AdamsBashforth2(StepRule):
             held=np.stack([np.ones(n), -t], axis=1),
             # A first guess of dv/dx, for data N(0, 1): it decides how many rounds only.
             slope=(2 * t - 1) / (t**2 + (1 - t) ** 2),
-            identity_slope=np.zeros(n),
         )
 
 

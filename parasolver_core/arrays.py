@@ -166,6 +166,11 @@ def assign(target: Array, index: Any, value: Array) -> Array:
     return target
 
 
+def integers(xp: Any) -> Any:
+    """The integers of a library's own indices: int64, or what it has in its place, as JAX in its 32-bit mode."""
+    return xp.__array_namespace_info__().default_dtypes()["indexing"]
+
+
 def take_rows(rows: Array, index: NDArray[np.int64]) -> Array:
     """``rows[index]`` of the first axis."""
     return take_at(rows, put_index(rows, index))

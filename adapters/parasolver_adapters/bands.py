@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from parasolver_core.samplers.recurrence import (
     Recurrence,
     added_noise_share,
-    identity_slope,
     posterior_slope,
     signal_share,
     trim,
@@ -138,7 +137,6 @@ def tabulated(
         slope = (posterior_slope(path.alpha, path.sigma, sigma_data) - p) / q
         signal = signal_share(path.alpha, path.sigma)
     slope = np.where(known & np.isfinite(slope), slope, 0.0)
-    identity = identity_slope(a, b, p, q)
     return Recurrence(
         timesteps=timesteps,
         a=a,
@@ -146,7 +144,6 @@ def tabulated(
         c=c,
         held=np.stack([p, q], axis=1),
         slope=slope,
-        identity_slope=np.where(np.isfinite(identity), identity, slope),
         signal=np.where(np.isfinite(signal), signal, 1.0),
         noise_share=added_noise_share(path.alpha, path.sigma, c),
         input_scale=input_scale,

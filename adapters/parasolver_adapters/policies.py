@@ -19,8 +19,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from parasolver_adapters.diffusers.first_pass import Streams
-from parasolver_adapters.diffusers.schedulers import step_rule_from_scheduler
+from parasolver_adapters.diffusers.passes.first_pass import Streams
+from parasolver_adapters.diffusers.schedulers.rule import step_rule_from_scheduler
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution, solve
 from parasolver_core.samplers.recurrence import Recurrence

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, no_grad, to_host, working_dtype
-from parasolver_core.denoiser.checking import distance
+from parasolver_core.denoiser.alone import distance
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.samplers.noise import NoiseSource

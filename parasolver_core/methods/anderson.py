@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, finite_rows, matmul, uploaded, vecdot
 from parasolver_core.methods.method import Method
-from parasolver_core.methods.run import Alone, Run
+from parasolver_core.methods.run import Run, SampleRun
 from parasolver_core.rounds.acceptance import Acceptance, StepVariance
 from parasolver_core.rounds.linearization import Linearization, Secant
 from parasolver_core.rounds.shared import FillName, Shared
@@ -86,7 +86,7 @@ class Anderson(Method):
                 "method: 'parataa' is defined for step rules that read the current node only (DDIM, DDPM, order 1), "
                 f"got one that reads {shared.recurrence.memory}; use method='secant'"
             )
-        return [Alone(self._window(shared, sample, start[sample, :])) for sample in range(start.shape[0])]
+        return [self._window(shared, sample, start[sample, :]) for sample in range(start.shape[0])]
 
     def _window(self, shared: Shared, sample: int, start: Array) -> AndersonWindow:
         def noise(step: int) -> Array:
@@ -109,33 +109,25 @@ class Iterate:
     known: int
 
 
-class AndersonWindow:
-    """One sample's nodes ``lo .. hi - 1`` under ParaTAA; serves the solver as a sliding window does.
+class AndersonWindow(SampleRun):
+    """One sample's nodes ``lo .. hi - 1`` under ParaTAA.
 
     Args:
         shared: what all samples share.
         method: order, memory and ridge.
-        index: the sample's place in the batch.
+        sample: its place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
         noise: ``noise(step)``, (size,).
     """
 
     def __init__(
-        self, shared: Shared, method: Anderson, index: int, start: Array, noise: Callable[[int], Array]
+        self, shared: Shared, method: Anderson, sample: int, start: Array, noise: Callable[[int], Array]
     ) -> None:
-        self._shared, self._method, self.index, self._noise = shared, method, index, noise
-        self._xp = shared.xp
-        self.status, self.failed_node, self.error = Status.RUNNING, -1, 0.0
-        self.lo, self.hi = 0, shared.width
+        super().__init__(sample, start if shared.keep else None)
+        self._shared, self._method, self._noise, self._xp = shared, method, noise, shared.xp
+        self.hi = shared.width
         self._X = shared.xp.stack([start] * (shared.width + 1))  # the states lo .. hi, at first copies
         self._past: list[Iterate] = []
-        self.result: Array | None = None
-        self.kept: list[Array] | None = [start] if shared.keep else None
-
-    @property
-    def running(self) -> bool:
-        """Whether the sample takes part in the next round."""
-        return self.status is Status.RUNNING
 
     @property
     def nodes(self) -> NDArray[np.int64]:
@@ -150,11 +142,10 @@ class AndersonWindow:
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self._X[0, :] if self.result is None else self.result
+        return self._X[0, :]
 
-    def estimate(self) -> Array:
-        """The sample, or the best estimate of it so far, (size,)."""
-        return self._X[-1, :] if self.result is None else self.result
+    def estimate(self, sample: int) -> Array:
+        return self._X[-1, :]
 
     def compare(self, D: Array) -> Array:
         """First half of a round: residuals of first and of high order; inner products for the host."""
@@ -174,7 +165,7 @@ class AndersonWindow:
         products = [dot(p, q) for p in residuals for q in residuals] + [dot(p, R) for p in residuals]
         return xp.concat([dot(first, first), dot(R, R), dot(after, after), *products])
 
-    def correct(self, D: Array, sums: Float64) -> SampleRecord:
+    def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: accelerate, accept what is final, slide, and copy the last state into new nodes."""
         nodes, size, m, n = self.nodes, self._X.shape[1], len(self._changes), len(self.nodes)
         first, high, squared, *products = sums.reshape(-1, n)
@@ -195,18 +186,17 @@ class AndersonWindow:
         new = self._xp.concat([self._first(D)[None, :], self._target[1:count, :], new[count:, :]])
         self.error = max(self.error, float(np.max(residual[: count - 1], initial=0.0)))
         move = np.sqrt(high / np.maximum(squared, np.finfo(float).tiny))
-        record = SampleRecord(self.index, nodes, count, np.append(0.0, move[:-1]), residual, self.error)
         self._slide(new, count)
-        return record
+        return self.record(nodes, count, np.append(0.0, move[:-1]), residual)
 
     def _slide(self, new: Array, count: int) -> None:
         """Drop ``count`` final nodes and let as many in; the remembered rounds follow."""
         total, xp = len(self._shared.recurrence), self._xp
-        if self.kept is not None:
-            self.kept += [new[i, :] for i in range(count)]
+        if self.final is not None:
+            self.final += [new[i, :] for i in range(count)]
         self.lo += count
         if self.lo == total:
-            self.result, self.status = new[-1, :], Status.CONVERGED
+            self.end(Status.CONVERGED, total, new[-1, :])
             return
         hi = min(self.lo + self._shared.width, total)
         entering = hi - self.hi
@@ -229,7 +219,7 @@ class AndersonWindow:
         states, residuals = after.states - before.states, after.residuals - before.residuals
         return Iterate(states * there, residuals * there, known)
 
-    def _first_alone(self, D: Array) -> SampleRecord:
+    def _first_alone(self, D: Array) -> list[SampleRecord]:
         """Numbers ran out of range. Only the first node has its true input: its step is final, all else begins anew."""
         xp, nodes, nothing = self._xp, self.nodes, np.full(len(self.nodes), np.nan)
         x = self._first(D)
@@ -237,10 +227,10 @@ class AndersonWindow:
         if output_ok and state_ok:
             self._past = []
             self._slide(xp.stack([x] * len(nodes)), 1)
-            return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
-        self.status = Status.NONFINITE_SOLVER if output_ok else Status.NONFINITE_MODEL
-        self.failed_node = self.lo
-        return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
+            return self.record(nodes, 1, nothing, nothing)
+        status = Status.NONFINITE_SOLVER if output_ok else Status.NONFINITE_MODEL
+        self.end(status, self.lo, self.state, failed_node=self.lo)
+        return self.record(nodes, 0, nothing, nothing)
 
     def _first(self, D: Array) -> Array:
         """The state behind the first node, which has its true input: as the sequential sampler makes it."""

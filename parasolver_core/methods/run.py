@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -99,56 +98,52 @@ class Run(ABC):
         return [self] if len(self.samples) else []
 
 
-class Alone(Run):
-    """One sample's window, which moves by itself.
+class SampleRun(Run):
+    """A run of one sample, by itself; :meth:`end` ends it.
 
     Args:
-        window: a :class:`~parasolver_core.methods.sample_window.SampleWindow`, or what is like it.
+        sample: its place in the batch.
+        first: its ``x_T``, (size,), if the final states are to be kept.
     """
 
-    def __init__(self, window: Any) -> None:
-        self._window, self.ended = window, {}
-        self.samples = np.array([window.index])
+    def __init__(self, sample: int, first: Array | None) -> None:
+        self.samples, self.ended = np.array([sample]), {}
+        self.sample, self.lo, self.error = sample, 0, 0.0  # all nodes before lo are final
+        self.final: list[Array] | None = None if first is None else [first]
 
     @property
-    def nodes(self) -> NDArray[np.int64]:
-        return self._window.nodes
+    @abstractmethod
+    def state(self) -> Array:
+        """The last final state, (size,)."""
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        return np.full(len(self.nodes), self._window.index)
-
-    @property
-    def inputs(self) -> Array:
-        return self._window.inputs
-
-    def compare(self, D: Array) -> Array:
-        return self._window.compare(D)
-
-    def correct(self, D: Array, sums: NDArray[np.float64]) -> list[SampleRecord]:
-        window = self._window
-        record = window.correct(D, sums)
-        if not window.running:
-            outcome = Outcome(
-                window.status, window.lo, window.error, window.state, window.kept or (), window.failed_node
-            )
-            self.ended[window.index], self.samples = outcome, self.samples[:0]
-        return [record]
+        return np.full(len(self.nodes), self.sample)
 
     @property
     def steps(self) -> NDArray[np.int64]:
-        return np.full(len(self.samples), self._window.lo)
+        return np.full(len(self.samples), self.lo)
 
     @property
     def errors(self) -> NDArray[np.float64]:
-        return np.full(len(self.samples), self._window.error)
+        return np.full(len(self.samples), self.error)
 
     def states(self) -> Array:
-        xp = array_namespace(self._window.state)
-        return copied(xp, self._window.state)[None, :]
+        return copied(array_namespace(self.state), self.state)[None, :]
 
     def estimate(self, sample: int) -> Array:
-        return self._window.estimate()
+        return self.state
 
     def kept(self, sample: int) -> Sequence[Array]:
-        return self._window.kept or ()
+        return self.final or ()
+
+    def end(self, status: Status, steps: int, state: Array, failed_node: int = -1) -> None:
+        """The sample has ended; see :class:`Outcome`."""
+        self.ended[self.sample] = Outcome(status, steps, self.error, state, self.kept(self.sample), failed_node)
+        self.samples = self.samples[:0]
+
+    def record(
+        self, nodes: NDArray[np.int64], accepted: int, move: NDArray[np.float64], defect: NDArray[np.float64]
+    ) -> list[SampleRecord]:
+        """The round's record, see :class:`~parasolver_core.solution.SampleRecord`, as :meth:`correct` returns it."""
+        return [SampleRecord(self.sample, nodes, accepted, move, defect, self.error)]

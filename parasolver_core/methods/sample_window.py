@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, coarse, copied, finite_rows, given_back, host_view, mean_square
-from parasolver_core.rounds.acceptance import RoundView, shares
-from parasolver_core.rounds.decisions import ROUNDING
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view, mean_square
+from parasolver_core.methods.run import SampleRun
+from parasolver_core.rounds.acceptance import shares
+from parasolver_core.rounds.decisions import ROUNDING, WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection
@@ -19,19 +20,16 @@ from parasolver_core.solution import SampleRecord, Status
 
 Float64 = NDArray[np.float64]
 
-_WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
-
-class SampleWindow:
+class SampleWindow(SampleRun):
     """One sample's nodes ``lo .. hi - 1``; everything before ``lo`` is final.
 
     On a CPU all arithmetic is NumPy's, in the same memory, whichever library the arrays are of.
 
     Args:
         shared: what all samples share.
-        index: the sample's place in the batch.
+        sample: its place in the batch.
         start: ``x_T`` of the sample, (size,), in the working dtype.
-        noise: ``noise(step)``, (size,), as :func:`~parasolver_core.arrays.host_view` gives it.
         forecast: outputs expected of new nodes; None: they are filled in with a held prediction.
         slope: (N,), slopes to begin with; None: the linearization's.
     """
@@ -39,29 +37,24 @@ class SampleWindow:
     def __init__(
         self,
         shared: Shared,
-        index: int,
+        sample: int,
         start: Array,
-        noise: Callable[[int], Array],
         forecast: Forecast | None = None,
         slope: Float64 | None = None,
     ) -> None:
-        self._shared, self.index, self._noise = shared, index, noise
-        self._dtype, self._eps = start.dtype, float(shared.xp.finfo(start.dtype).eps)
+        super().__init__(sample, start if shared.keep else None)
+        self._shared, self._noise = shared, shared.noise_of(sample)
+        self._eps = float(shared.xp.finfo(start.dtype).eps)
         start = host_view(start)
         self._xp = array_namespace(start)
         self._recurrence = recurrence = shared.recurrence
         n, width = len(recurrence), shared.width
-        self.status, self.failed_node = Status.RUNNING, -1
-        self.lo, self.hi = 0, 1
+        self.hi = 1
         whole_moves = shared.fill == "evaluated"
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
-        slope = shared.linearization.initial(recurrence) if slope is None else slope
-        self._slope = np.where(np.isfinite(slope), slope, recurrence.slope)
+        self._slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
         self._evaluated = np.zeros(n, dtype=bool)
         self._measured = np.zeros(n, dtype=bool)  # whether a slope is more than a guess
-        self.error = 0.0
-        self._result: Array | None = None
-        self._kept: list[Array] | None = [start] if shared.keep else None
         self._forecast = forecast
         if shared.warmup_steps == 0:
             self._open(start, min(width, n))
@@ -80,11 +73,6 @@ class SampleWindow:
             self._fill(1, hi, forecast)
 
     @property
-    def running(self) -> bool:
-        """Whether the sample takes part in the next round."""
-        return self.status is Status.RUNNING
-
-    @property
     def nodes(self) -> NDArray[np.int64]:
         """The window's nodes."""
         return np.arange(self.lo, self.hi)
@@ -92,34 +80,24 @@ class SampleWindow:
     @property
     def inputs(self) -> Array:
         """The window's states, (n, size); a view."""
-        return self._give(self._window_states)
-
-    @property
-    def result(self) -> Array | None:
-        """The sample, (size,), once it is final."""
-        return None if self._result is None else self._give(self._result)
-
-    @property
-    def kept(self) -> list[Array] | None:
-        """All final states, if they are to be kept."""
-        return None if self._kept is None else [self._give(state) for state in self._kept]
+        return self._shared.given(self._window_states)
 
     def compare(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
-        D, (p, q) = self._take(D), self._recurrence.held[self.hi - 1].tolist()
+        D, (p, q) = self._shared.taken(D), self._recurrence.held[self.hi - 1].tolist()
         held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])  # the predicted sample
         own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
         return self._xp.concat([self._correction.compare(D, self.lo), *own])
 
-    def correct(self, D: Array, compared: Float64) -> SampleRecord:
+    def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in.
 
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
-        D, nodes, (compared, (unit, square)) = self._take(D), self.nodes, np.split(compared, [-2])
+        D, nodes, (compared, (unit, square)) = self._shared.taken(D), self.nodes, np.split(sums, [-2])
         unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
         told = self._correction.read(compared, self.lo)
-        defects, count = np.sqrt(told.defect), _leading(np.isfinite(told.size) & np.isfinite(told.defect))
+        defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
         if self._forecast is not None:
@@ -129,12 +107,11 @@ class SampleWindow:
             told = self._correction.read(compared, self.lo)
         known = self._evaluated[self.nodes] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[self.nodes]
-        slope = self._shared.linearization.update(old, np.where(known, told.moved, 0.0), told.cross)
-        slope = np.where(np.isfinite(slope), slope, old)
+        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross)
         self._measured[self.nodes] |= slope != old
         still = np.where(self._measured[self.nodes], 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
-        sound = count if np.all(np.isfinite(move)) else _leading(finite_rows(self._xp, D))
+        sound = count if np.all(np.isfinite(move)) else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
@@ -142,58 +119,41 @@ class SampleWindow:
 
         size = np.sqrt(told.size)
         relative = shares(move, size)
-        view = RoundView(
-            lo=self.lo,
-            move=relative,
-            size=size,
-            bound=self._shared.bound[self.nodes],
-            rounding=ROUNDING * unit,
-            smallness=smallness[self.nodes],
-        )
-        sound = min(sound, _leading(relative <= _WILD))
-        accepted, error = self._shared.acceptance.accept(view, self._shared.tolerance)
-        accepted = min(max(accepted, 1), sound)  # the first node is always final, and never moved
+        sound = min(sound, int(leading(relative <= WILD)))
+        accepted, error = accept(self._shared, self.lo, relative, size, smallness, unit)
+        accepted = min(accepted, sound)
         self.error = max(self.error, error)
         self._slide(accepted, sound)
         dropped = np.full(len(nodes) - count, np.nan)
-        return SampleRecord(self.index, nodes, accepted, np.append(relative, dropped), defects, self.error)
+        return self.record(nodes, accepted, np.append(relative, dropped), defects)
 
-    def estimate(self) -> Array:
-        """The sample, or the best estimate of it so far, (size,)."""
-        if self._result is not None:
-            return self._give(self._result)
-        if self.status in (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER) or not self._evaluated[0]:
+    def estimate(self, sample: int) -> Array:
+        if not self._evaluated[0]:
             return self.state
-        last, (xs, ms) = self.hi - 1, self._history(self.hi - 1)
-        p, q = self._recurrence.held[last].tolist()
-        *_, (x, _) = self._continuation(last, xs, ms, combine([(p, xs[0]), (q, ms[0])]))
-        return self._give(x)
+        recurrence, last, (xs, ms) = self._recurrence, self.hi - 1, self._correction.history(self.hi - 1)
+        p, q = recurrence.held[last].tolist()
+        # made once: its rounding must be the same in all rows, which must fit together
+        held = combine([(p, xs[0]), (q, ms[0])])
+        *_, (x, _) = recurrence.march(last, xs, ms, lambda i, x: combine(recurrence.believed(i, held, x)), self._noise)
+        return self._shared.given(x)
 
     @property
     def state(self) -> Array:
         """The last final state, (size,)."""
-        return self._give(self._window_states[0, :] if self._result is None else self._result)
+        return self._shared.given(self._window_states[0, :])
 
     @property
     def _window_states(self) -> Array:
         return self._correction.X[self._correction.rows(self.lo, self.hi), :]
 
-    def _take(self, D: Array) -> Array:
-        """The network's outputs as the window's own arithmetic reads them."""
-        return host_view(self._shared.xp.astype(D, self._dtype, copy=False))
-
-    def _give(self, array: Array) -> Array:
-        """An array of the window's as one of the user's library, in the same memory."""
-        return given_back(self._shared.xp, array)
-
     def _slide(self, accepted: int, sound: int) -> None:
         """Drop final nodes; keep the next up to ``sound`` nodes of the window; fill in new ones."""
         n, first_new = len(self._recurrence), self.lo + sound
-        x = None
+        x, correction = None, self._correction
         for i in range(self.lo, self.lo + accepted):  # final states come from the recurrence itself, to the last bit
-            x = self._correction.X[i + 1 - self._correction.base, :] if i + 1 < first_new else self._advance(i)
-            if self._kept is not None:
-                self._kept.append(copied(self._xp, x))
+            x = correction.X[i + 1 - correction.base, :] if i + 1 < first_new else correction.behind(i)
+            if self.final is not None:
+                self.final.append(self._shared.given(copied(self._xp, x)))
             if i + 1 == n:
                 self._end(x)
                 return
@@ -205,9 +165,10 @@ class SampleWindow:
         """The last state is final: the sample, unless the arithmetic overflowed in the last step."""
         n = len(self._recurrence)
         if bool(self._xp.all(self._xp.isfinite(x))):
-            self._result, self.status, self.lo = x, Status.CONVERGED, n
+            self.end(Status.CONVERGED, n, self._shared.given(x))
         else:
-            self.status, self.failed_node, self.lo = Status.NONFINITE_SOLVER, n - 1, n - 1
+            self.lo = n - 1
+            self.end(Status.NONFINITE_SOLVER, n - 1, self.state, failed_node=n - 1)
 
     def _fill(self, first: int, hi: int, forecast: Forecast | None = None) -> None:
         """Nodes ``first .. hi - 1``, as forecast or from the node before them."""
@@ -219,61 +180,38 @@ class SampleWindow:
         self._evaluated[first:hi] = False
         self.hi = hi
         if forecast is not None:
-            (x, *_), (m, *_) = self._history(first - 1)
-            forecast = forecast.behind(first - 1, hi - first, x, m)
-            self._put(self._along(forecast, first - 1), first, hi)
+            xs, ms = self._correction.history(first - 1)
+            forecast = forecast.behind(first - 1, hi - first, xs[0], ms[0])
+            march = self._recurrence.march(first - 1, xs, ms, lambda i, x: self._expected(forecast, i, x), self._noise)
+            self._put(first, hi, march)
         elif self._shared.fill == "copy":
-            self._put(self._copies(first - 1), first, hi)
+            self._put(first, hi, self._copies(first - 1))
         else:
             self._fill_held(first, hi)
 
-    def _put(self, new: Iterator[tuple[Array, Array | None]], first: int, hi: int) -> None:
-        """Write the states and beliefs of the nodes ``first .. hi - 1``."""
-        for i, (x, m) in zip(range(first, hi), new, strict=False):
+    def _put(self, first: int, hi: int, rows: Iterator[tuple[Array, Array]]) -> None:
+        """Write the states and outputs of the nodes ``first .. hi - 1``."""
+        for i, (x, m) in zip(range(first, hi), rows, strict=False):
             self._correction.write("X", i, x)
             self._correction.write("M", i, m)
 
     def _fill_held(self, first: int, hi: int) -> None:
         """Nodes ``first .. hi - 1`` with the prediction of the node before them."""
         last = first - 1
-        xs, ms = self._history(last)
+        xs, ms = self._correction.history(last)
         p, q = self._recurrence.held[last].tolist()
         constant = [(p, xs[0]), (q, ms[0])]
         if self._shared.fill == "evaluated":  # as the network gave it, before the correction
             constant.append((-p - q * float(self._slope[last]), self._correction.last_move(last)))
         self._correction.fill(first, hi, xs, ms, constant)
 
-    def _advance(self, i: int) -> Array:
-        z = self._noise(i) if self._recurrence.c[i] != 0 else None
-        return self._recurrence.advance(i, *self._history(i), z)
-
-    def _history(self, i: int) -> tuple[list[Array], list[Array]]:
-        """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
-        X, M, base = self._correction.X, self._correction.M, self._correction.base
-        rows = [j - base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
-        return [X[row, :] for row in rows], [M[row, :] for row in rows]
-
-    def _continuation(
-        self, last: int, xs: list[Array], ms: list[Array], constant: Array
-    ) -> Iterator[tuple[Array, Array | None]]:
-        """States and outputs after node ``last`` with the held quantity (the predicted sample) constant; ends at N.
-
-        ``xs`` and ``ms`` are the states and outputs at ``last, last - 1, ...``. The held quantity stands for the last
-        output: made once, its rounding is the same in all rows, which must fit together.
-        """
-        return self._steps(last, xs, ms, lambda i, x: combine(self._recurrence.believed(i, constant, x)))
-
-    def _along(self, forecast: Forecast, last: int) -> Iterator[tuple[Array, Array | None]]:
-        """States and outputs after node ``last`` as forecast."""
-        return self._steps(last, *self._history(last), lambda i, x: self._expected(forecast, i, x))
-
     def _expected(self, forecast: Forecast, i: int, x: Array) -> Array:
         return forecast(i, x, float(self._slope[i]))
 
-    def _copies(self, last: int) -> Iterator[tuple[Array, Array | None]]:
+    def _copies(self, last: int) -> Iterator[tuple[Array, Array]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
-        (xs, ms), memory = self._history(last), self._recurrence.memory
-        x = self._advance(last)
+        (xs, ms), memory = self._correction.history(last), self._recurrence.memory
+        x = self._correction.behind(last)
         for j in range(last + 1, len(self._recurrence)):
             xs, ms = [x, *xs[: memory - 1]], ms[: memory - 1]
             m = self._stay(j, x, xs, ms)
@@ -282,38 +220,21 @@ class SampleWindow:
 
     def _stay(self, i: int, x: Array, xs: list[Array], ms: list[Array]) -> Array:
         """The output that makes step i end where it begins."""
-        z = self._noise(i) if self._recurrence.c[i] != 0 else None
-        return self._recurrence.implied_output(self._xp, i, x, xs, ms, z)
+        return self._recurrence.implied_output(self._xp, i, x, xs, ms, self._noise(i))
 
-    def _steps(
-        self, last: int, xs: list[Array], ms: list[Array], believe: Callable[[int, Array], Array]
-    ) -> Iterator[tuple[Array, Array | None]]:
-        """The recurrence from node ``last`` to N, with ``believe(j, x)`` in the place of the network."""
-        n, memory = len(self._recurrence), self._recurrence.memory
-        for i in range(last, n):
-            z = self._noise(i) if self._recurrence.c[i] != 0 else None
-            x = self._recurrence.advance(i, xs, ms, z)
-            m = believe(i + 1, x) if i + 1 < n else None
-            yield x, m
-            xs, ms = [x, *xs[: memory - 1]], [m, *ms[: memory - 1]]
-
-    def _first_alone(self, D: Array) -> SampleRecord:
+    def _first_alone(self, D: Array) -> list[SampleRecord]:
         """The first node's sums are not finite: whose fault is it, or were only the squares too large?"""
         nodes, nothing = self.nodes, np.full(len(self.nodes), np.nan)
         input_ok, output_ok = (bool(finite_rows(self._xp, rows[:1, :])[0]) for rows in (self._window_states, D))
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
-            if finite_rows(self._xp, self._advance(self.lo)[None, :])[0]:
+            if finite_rows(self._xp, self._correction.behind(self.lo)[None, :])[0]:
                 self._evaluated[self.lo] = True
                 self._slide(1, 1)
-                return SampleRecord(self.index, nodes, 1, nothing, nothing, self.error)
+                return self.record(nodes, 1, nothing, nothing)
             input_ok = False  # the step itself overflows
-        self.status, self.failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
+        status, failed_node = Status.NONFINITE_MODEL if input_ok else Status.NONFINITE_SOLVER, self.lo
         while self.lo > self._correction.base and not finite_rows(self._xp, self._window_states[:1, :])[0]:
             self.lo -= 1  # the last state that is good
-        return SampleRecord(self.index, nodes, 0, nothing, nothing, self.error)
-
-
-def _leading(good: NDArray[np.bool_]) -> int:
-    """How many come before the first that is not good."""
-    return len(good) if good.all() else int(np.argmin(good))
+        self.end(status, self.lo, self.state, failed_node)
+        return self.record(nodes, 0, nothing, nothing)

@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, given_back, host_view, take_rows, to_host
-from parasolver_core.methods.run import Alone, Run
+from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
@@ -60,7 +60,7 @@ class Sliding:
         recall = None if shared.memory is None else Recall(shared.memory, view)
         if isinstance(view, np.ndarray) and swept:
             return [
-                Alone(self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook, recall))
+                self._sweep(s, row, given_back(shared.xp, start[row, :]), outlook, recall)
                 for row, s in enumerate(samples.tolist())
             ]
         slope = None if outlook is None else outlook.slope
@@ -98,8 +98,9 @@ class Sliding:
         states = [host_view(take_rows(trajectory[i, :, :], samples)) for i in range(len(recurrence) + 1)]
         xp: Any = array_namespace(states[0])
 
-        def noise(step: int) -> Array:
-            return xp.stack([self._shared.noise.flat(step, sample) for sample in samples.tolist()])
+        def noise(step: int) -> Array | None:
+            draws = [self._shared.noise_of(sample)(step) for sample in samples.tolist()]
+            return None if recurrence.c[step] == 0 else xp.stack(draws)
 
         outputs = recurrence.implied_outputs(xp, states, noise)
         predictions = [
@@ -110,16 +111,13 @@ class Sliding:
     def _sweep(
         self, sample: int, row: int, start: Array, outlook: Outlook | None, recall: Recall | None
     ) -> SampleWindow:
-        shared, source, forecast, slope = self._shared, self._shared.noise, None, None
-
-        def noise(step: int) -> Array:
-            return source.flat(step, sample)
-
+        shared, forecast, slope = self._shared, None, None
         if outlook is not None:
             forecast: Forecast | None = BetweenNodes(outlook.weights, outlook.predictions[row, ...], shared.form.held)
             slope = outlook.slope[row]
         elif self._trajectory is not None:
-            forecast = AlongTrajectory(shared.recurrence, host_view(self._trajectory[:, sample, :]), noise)
+            trajectory = host_view(self._trajectory[:, sample, :])
+            forecast = AlongTrajectory(shared.recurrence, trajectory, shared.noise_of(sample))
         elif recall is not None:
             forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind)
-        return SampleWindow(shared, sample, start, noise, forecast, slope)
+        return SampleWindow(shared, sample, start, forecast, slope)

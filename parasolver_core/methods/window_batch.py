@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, copied, finite_rows, given_back, host_view
+from parasolver_core.arrays import Array, copied, finite_rows, host_view
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.decisions import Decision, Sums, Windows, leading
 from parasolver_core.rounds.fill import Fill
@@ -45,14 +45,16 @@ class WindowBatch(Run):
         start: Array,
         slope: Float64 | None = None,
     ) -> None:
-        self._given_dtype, start = start.dtype, host_view(start)
+        start = host_view(start)
         self._shared, self._form, self._fill, self._xp = shared, shared.form, fill, array_namespace(start)
         count, finite = start.shape[0], self._xp.finfo(start.dtype)
         self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
         self.samples, self._places, self.ended = samples, np.arange(count), {}
         self._kept: dict[int, list[Array]] | None = None
         if shared.keep:
-            self._kept = {int(sample): [self._give(start[row, :])] for row, sample in enumerate(samples.tolist())}
+            self._kept = {
+                int(sample): [self._shared.given(start[row, :])] for row, sample in enumerate(samples.tolist())
+            }
         self._windows = windows = Windows(shared, count, start.shape[1], float(finite.eps), slope)
         self._buffers = Buffers(shared.form, start, fill.first(start, windows.slope_held))
         opening = min(fill.opening(shared.recurrence), shared.width)
@@ -69,10 +71,10 @@ class WindowBatch(Run):
 
     @property
     def inputs(self) -> Array:
-        return self._give(self._buffers.inputs(self._windows))
+        return self._shared.given(self._buffers.inputs(self._windows))
 
     def compare(self, D: Array) -> Array:
-        D = self._taken(D)
+        D = self._shared.taken(D)
         return self._buffers.compare(D, self._windows, self._shared.recurrence.tells_size(self._windows.last))
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
@@ -105,7 +107,7 @@ class WindowBatch(Run):
         return self._windows.error
 
     def states(self) -> Array:
-        return self._give(self._buffers.first_copy())
+        return self._shared.given(self._buffers.first_copy())
 
     def kept(self, sample: int) -> Sequence[Array]:
         return () if self._kept is None else self._kept[sample]
@@ -113,7 +115,7 @@ class WindowBatch(Run):
     def estimate(self, sample: int) -> Array:
         row, form = int(np.flatnonzero(self.samples == sample)[0]), self._form
         if not self._windows.begun:
-            return self._give(self._buffers.first[row, :])
+            return self._shared.given(self._buffers.first[row, :])
         last = int(self._windows.last[row])
         xs, hs = self._buffers.history(row, last - int(self._windows.lo[row]))
         for i in range(last, form.steps):  # with the last prediction held
@@ -121,7 +123,7 @@ class WindowBatch(Run):
             terms += [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
             terms += [(float(form.c[i]), self._shared.noise.flat(i, sample))] if form.c[i] != 0 else []
             xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
-        return self._give(xs[0])
+        return self._shared.given(xs[0])
 
     def _records(self, decision: Decision) -> list[SampleRecord]:
         windows = self._windows
@@ -157,7 +159,7 @@ class WindowBatch(Run):
         if self._kept is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():
-                self._kept[int(self.samples[row])].append(self._give(start[row, :]))
+                self._kept[int(self.samples[row])].append(self._shared.given(start[row, :]))
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
         """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""
@@ -173,7 +175,7 @@ class WindowBatch(Run):
             return
         states = self._buffers.moved_states(decision, most) if again is None else again
         for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
-            self._kept[sample] += [self._give(states[row, j, :]) for j in range(count - 1)]
+            self._kept[sample] += [self._shared.given(states[row, j, :]) for j in range(count - 1)]
 
     def _salvage(self, D: Array, found: Sums) -> tuple[Sums, Indices, Failures]:
         """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
@@ -186,7 +188,7 @@ class WindowBatch(Run):
         windows = self._windows
         usable = np.minimum(np.maximum(leading(found.fine), 1), windows.n)
         inside = np.arange(windows.longest) < usable[:, None]
-        states_ok, outputs_ok = self._buffers.well(self._taken(D), windows)
+        states_ok, outputs_ok = self._buffers.well(self._shared.taken(D), windows)
         failed: Failures = {}
         for row in np.flatnonzero(~(states_ok & outputs_ok)).tolist():
             status = Status.NONFINITE_MODEL if states_ok[row] else Status.NONFINITE_SOLVER
@@ -203,18 +205,10 @@ class WindowBatch(Run):
         if not leaving:
             return
         for row, (status, step, state) in leaving.items():
-            sample, own = int(self.samples[row]), self._give(copied(self._xp, state))
+            sample, own = int(self.samples[row]), self._shared.given(copied(self._xp, state))
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(windows.error[row]), own, self.kept(sample), node)
         stay = np.array([row for row in range(len(self.samples)) if row not in leaving], dtype=np.int64)
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._buffers.stay(stay)
-
-    def _taken(self, D: Array) -> Array:
-        """The network's outputs as the windows' own arithmetic reads them."""
-        return host_view(self._shared.xp.astype(D, self._given_dtype, copy=False))
-
-    def _give(self, array: Array) -> Array:
-        """An array of the windows' as one of the user's library, in the same memory."""
-        return given_back(self._shared.xp, array)

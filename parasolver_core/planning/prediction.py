@@ -21,9 +21,10 @@ from parasolver_core.planning.costs import CostTable
 from parasolver_core.samplers.recurrence import Recurrence
 
 _SPREAD, _SPREAD_NOISY = (2.5, 4.0, 0.9), (8.0, 0.0, 0.4)  # p, q and r above
+# These were chosen by trial, beside what benchmarks.planning counts.
 _TAPER_NOISY = 1.3  # with noise the last nodes are final later than their share
 _FILLED = 0.85  # of the window, on average, with spread nodes
-_GAIN = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
+_WORTH = 0.9  # the prediction is not exact: in parallel only where it takes less than this share of the time
 _SPLIT, _WIDER = 1.05, 1.01  # timings are no better: calls are not split for less, nor more nodes evaluated
 
 
@@ -178,7 +179,7 @@ def choose(
     windows = [one for one in windows if fits(one)]
     least = min((one.seconds for one in windows), default=math.inf)
     parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
-    if fits(sequential) and not parallel.seconds < _GAIN * sequential.seconds:
+    if fits(sequential) and not parallel.seconds < _WORTH * sequential.seconds:
         return sequential, parallel
     return parallel, sequential
 

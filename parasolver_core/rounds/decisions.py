@@ -1,4 +1,4 @@
-"""What the host decides of a round, vectorised over the samples of a batch: slopes, T, what is final.
+"""What the host decides of a round: slopes, T, what is final; vectorised over the samples of a batch.
 
 Where the windows stand, and all that is known of their nodes, are small float64 tables.
 """
@@ -15,7 +15,7 @@ from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
 ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
-_WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
+WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 _ROOM, _ROOM_TOLERATED = 4.0, 1e-4  # a state may once have been so many times its size; more, beside a tolerance
 
 
@@ -97,8 +97,7 @@ class Windows:
     def __init__(self, shared: Shared, count: int, size: int, eps: float, slope: Float64 | None) -> None:
         self._shared, self._form, self._size, self.eps = shared, shared.form, size, eps
         self.lo, self.n, self.longest = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1
-        slope = shared.linearization.initial(shared.recurrence) if slope is None else slope
-        slope = np.where(np.isfinite(slope), slope, shared.recurrence.slope)
+        slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
         self._slope = np.array(np.broadcast_to(slope, (count, shared.form.steps)))  # dm/dx
         self._moved = np.zeros((count, shared.form.steps))  # sum of squares of each node's last move; 0: unknown
         self._measured = np.zeros((count, shared.form.steps), dtype=np.bool_)  # whether a slope is more than a guess
@@ -143,7 +142,7 @@ class Windows:
         relative = shares(move, length)
         still = (relative <= ROUNDING * sums.unit) & ~np.take_along_axis(self._measured, nodes, axis=1)
         slope = np.where(still, p, slope)  # the network's own output stands
-        sound = np.maximum(leading(inside & (relative <= _WILD)), 1)
+        sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
         kept = np.arange(n) < sound[:, None]
         at = np.nonzero(inside)
@@ -158,32 +157,21 @@ class Windows:
         p, q = np.moveaxis(self._form.held[nodes], 2, 0)
         old, moved = (np.take_along_axis(table, nodes, axis=1) for table in (self._slope, self._moved))
         known = inside & (moved > (ROUNDING * sums.unit) ** 2 * sums.squares)
+        new, at = old.copy(), np.nonzero(inside)
         # <dX, r> of the held quantity is q times that of the output
-        found = self._shared.linearization.update(
-            old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
-        )
-        new = old.copy()
-        new[inside] = np.where(np.isfinite(found), found, old[inside])
-        at = np.nonzero(inside)
+        told = old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
+        new[inside] = new_slopes(self._shared, *told)
         self._slope[at[0], nodes[at]] = new[at]
         self._measured[at[0], nodes[at]] |= (new != old)[at]
         return p + q * new
 
     def _accept(self, move: Float64, length: Float64, sums: Sums, usable: Indices, sound: Indices) -> Indices:
         """How many leading nodes of each sample are final."""
-        shared, accepted = self._shared, np.ones(len(move), dtype=np.int64)
+        accepted = np.ones(len(move), dtype=np.int64)
         for row, (lo, n, last) in enumerate(zip(self.lo.tolist(), usable.tolist(), self.last.tolist(), strict=True)):
-            smallness = shared.recurrence.smallness(last, float(sums.predicted[row]) / self._size)
-            view = RoundView(
-                lo=lo,
-                move=move[row, :n],
-                size=length[row, :n],
-                bound=shared.bound[lo : lo + n],
-                rounding=ROUNDING * sums.unit,
-                smallness=smallness[lo : lo + n],
-            )
-            count, error = shared.acceptance.accept(view, shared.tolerance)
-            accepted[row] = min(max(count, 1), sound[row])  # the first node's input was final
+            smallness = self._shared.recurrence.smallness(last, float(sums.predicted[row]) / self._size)
+            count, error = accept(self._shared, lo, move[row, :n], length[row, :n], smallness, sums.unit)
+            accepted[row] = min(count, sound[row])
             self.error[row] = max(self.error[row], error)
         return accepted
 
@@ -230,6 +218,37 @@ class Windows:
             setattr(self, name, getattr(self, name)[rows])
 
 
+def initial_slopes(shared: Shared) -> Float64:
+    """Slopes dm/dx, (N,), before anything is known of the network."""
+    return finite_slopes(shared, shared.linearization.initial(shared.recurrence))
+
+
+def finite_slopes(shared: Shared, slope: Float64) -> Float64:
+    """The slopes (.., N), or the sampler's first guess where they are not finite."""
+    return np.where(np.isfinite(slope), slope, shared.recurrence.slope)
+
+
+def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64) -> Float64:
+    """Slopes of the nodes of a round by the linearization, as in its ``update``; the old ones where it finds none."""
+    new = shared.linearization.update(old, moved, cross)
+    return np.where(np.isfinite(new), new, old)
+
+
+def accept(shared: Shared, lo: int, move: Float64, size: Float64, smallness: Float64, unit: float) -> tuple[int, float]:
+    """How many leading nodes of one sample are final, at least 1 as the first node's input was, and the error left.
+
+    Args:
+        shared: what all samples share.
+        lo, move, size: as in :class:`~parasolver_core.rounds.acceptance.RoundView`.
+        smallness: (N,), of all nodes.
+        unit: rounding unit of what the network returns.
+    """
+    nodes = slice(lo, lo + len(move))
+    view = RoundView(lo, move, size, shared.bound[nodes], ROUNDING * unit, smallness[nodes])
+    count, error = shared.acceptance.accept(view, shared.tolerance)
+    return max(count, 1), error
+
+
 def leading(flags: NDArray[np.bool_]) -> Indices:
-    """How many leading flags of each row hold, (B,)."""
-    return np.where(flags.all(axis=1), flags.shape[1], np.argmin(flags, axis=1))
+    """How many leading flags of each row hold, (B,); of flags (n,), how many."""
+    return np.where(flags.all(axis=-1), flags.shape[-1], np.argmin(flags, axis=-1))

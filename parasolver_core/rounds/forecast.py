@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
-from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise
 
 Float64 = NDArray[np.float64]
 
@@ -52,10 +51,10 @@ class AlongTrajectory(Forecast):
     Args:
         recurrence: the sampler.
         trajectory: (N + 1, size).
-        noise: ``noise(step)``, (size,).
+        noise: of the steps.
     """
 
-    def __init__(self, recurrence: Recurrence, trajectory: Array, noise: Callable[[int], Array]) -> None:
+    def __init__(self, recurrence: Recurrence, trajectory: Array, noise: StepNoise) -> None:
         self._states = [trajectory[i, :] for i in range(len(recurrence) + 1)]
         self._outputs = recurrence.implied_outputs(array_namespace(trajectory), self._states, noise)
 

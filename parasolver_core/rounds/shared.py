@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from parasolver_core.arrays import Array, given_back, host_view
 from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.linearization import Linearization
 from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
-from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise
 
 FillName = Literal["held", "evaluated", "copy"]
 
@@ -21,6 +22,7 @@ class Shared:
 
     Args:
         xp: array namespace.
+        dtype: of the states.
         recurrence, form: the sampler, and the same in terms of the quantity that is held.
         noise: of each step and sample.
         linearization, acceptance, fill: of the method.
@@ -33,6 +35,7 @@ class Shared:
     """
 
     xp: Any
+    dtype: Any
     recurrence: Recurrence
     form: HeldForm
     noise: NoiseSource
@@ -45,3 +48,19 @@ class Shared:
     tolerance: float
     keep: bool
     memory: Memory | None
+
+    def taken(self, D: Array) -> Array:
+        """The network's outputs as a run's own arithmetic reads them: in the states' dtype, as NumPy's on a CPU."""
+        return host_view(self.xp.astype(D, self.dtype, copy=False))
+
+    def given(self, array: Array) -> Array:
+        """An array of a run's as one of the user's library, in the same memory."""
+        return given_back(self.xp, array)
+
+    def noise_of(self, sample: int) -> StepNoise:
+        """The noise of one sample's steps, each (size,), as :func:`~parasolver_core.arrays.host_view` gives it."""
+
+        def noise(step: int) -> Array | None:
+            return self.noise.flat(step, sample) if self.recurrence.c[step] != 0 else None
+
+        return noise

@@ -10,7 +10,6 @@ the sampler itself, run through the window with the surrogate ``m_i = D(x_i) + g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
 from parasolver_core.rounds.squares import lowest, sums_of_squares
-from parasolver_core.samplers.recurrence import Recurrence, combine
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise, combine
 
 Float64 = NDArray[np.float64]
 
@@ -26,7 +25,7 @@ _STRIPE, _PERIOD = 256, 4099  # of a large state's elements 256 in 4099 are samp
 _BLOCK = 16 * _PERIOD  # elements of a state worked on at a time: the rows at hand then stay in a core's own cache
 _WHOLE = 2**13  # up to so many elements all are sampled
 _CALL = 2**13  # elements worth a call
-_CHANGED = 0.01  # a move by this share of a state's size: it is measured again
+_CHANGED = 0.01  # by trial: a move by this share of a state's size: it is measured again
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class SweepCorrection:
 
     Args:
         recurrence: the sampler.
-        noise: ``noise(step)``, (size,).
+        noise: of each step, (size,).
         width: the most nodes of the window.
         start: the state of node 0, (size,).
         whole_moves: whether :meth:`last_move` is needed.
@@ -68,7 +67,7 @@ class SweepCorrection:
     def __init__(
         self,
         recurrence: Recurrence,
-        noise: Callable[[int], Array],
+        noise: StepNoise,
         width: int,
         start: Array,
         whole_moves: bool = False,
@@ -99,6 +98,15 @@ class SweepCorrection:
         getattr(self, buffer)[i - self.base] = row
         if buffer == "X" and i > 0:
             self._measure(i, row)
+
+    def history(self, i: int) -> tuple[list[Array], list[Array]]:
+        """States and outputs at ``i, i - 1, ...`` as far as the recurrence reads."""
+        rows = [j - self.base for j in range(i, max(i - self._recurrence.memory, -1), -1)]
+        return [self.X[row, :] for row in rows], [self.M[row, :] for row in rows]
+
+    def behind(self, i: int) -> Array:
+        """The state behind node i, by the recurrence itself."""
+        return self._recurrence.advance(i, *self.history(i), self._noise(i))
 
     def make_room(self, first: int, first_new: int, hi: int) -> None:
         """Room for nodes up to ``hi - 1``, keeping ``first .. first_new - 1``."""
@@ -148,7 +156,7 @@ class SweepCorrection:
         """
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
-        noise = [self._noise(i) if self._recurrence.c[i] != 0 else None for i in range(lo, lo + n - 1)]
+        noise = [self._noise(i) for i in range(lo, lo + n - 1)]
         squares, still_squares = np.zeros(n), (still**2 * self._size[lo : lo + n]).tolist()
         for columns in self._blocks:
             squares += self._sweep(D, columns, noise, slope.tolist(), still_squares, lo, base)
@@ -228,7 +236,7 @@ class SweepCorrection:
             constant: what the held quantity is made of.
         """
         recurrence, memory = self._recurrence, self._recurrence.memory
-        noise = [self._noise(i - 1) if recurrence.c[i - 1] != 0 else None for i in range(first, hi)]
+        noise = [self._noise(i - 1) for i in range(first, hi)]
         self._size[first:hi] = 0.0
         for columns in self._blocks:
             held, work = (one[: columns.stop - columns.start] for one in self._pair)

@@ -11,8 +11,8 @@ Sequential sampling, the fill-in of new nodes and the parallel correction all re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from parasolver_core.validation import check_count
 
 Float64 = NDArray[np.float64]
+StepNoise = Callable[[int], Any]  # ``z_i`` of step i; None where it adds none
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
 _USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, are not small
@@ -29,6 +30,7 @@ _TOLD = 0.95  # with so much of the clean sample in a state, the predicted sampl
 _TINY = 1e-24  # squared: data of size 0
 _CANCELS = 0.01  # what is left of what a step reads of the network, as a share; published samplers leave over a tenth
 _BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
+_LEFT_OUT: Float64 = np.empty(0)  # stands for a table that follows from the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +59,9 @@ class Recurrence:
     a: Float64
     b: Float64
     c: Float64
-    held: Float64
-    slope: Float64
-    identity_slope: Float64
+    held: Float64 = field(default_factory=lambda: _LEFT_OUT)
+    slope: Float64 = field(default_factory=lambda: _LEFT_OUT)
+    identity_slope: Float64 = field(default_factory=lambda: _LEFT_OUT)
     signal: Float64 | None = None
     noise_share: float = 0.0
     input_scale: Float64 | None = None
@@ -68,9 +70,31 @@ class Recurrence:
     def __post_init__(self) -> None:
         n = len(self.timesteps)
         check_count("stages", self.stages)
-        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2)}
-        shapes |= {"slope": (n,), "identity_slope": (n,)}
+        self._default("held", lambda: np.tile([0.0, 1.0], (n, 1)))
+        self._default("slope", lambda: np.zeros(n))
+        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2), "slope": (n,)}
         shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}
+        self._check_tables(shapes)
+        if np.any(self.held[:, 1] == 0):
+            raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
+        for name in ("a", "b"):
+            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
+                raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
+        self._default("identity_slope", self._identity_slope)
+        self._check_tables({"identity_slope": (n,)})
+
+    def _default(self, name: str, table: Callable[[], Float64]) -> None:
+        """Fill in a table that was left out."""
+        if getattr(self, name) is _LEFT_OUT:
+            object.__setattr__(self, name, table())
+
+    def _identity_slope(self) -> Float64:
+        found = identity_slope(self.a, self.b, self.held[:, 0], self.held[:, 1])
+        return np.where(np.isfinite(found), found, self.slope)
+
+    def _check_tables(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tables of another shape, and what is not finite."""
+        n = len(self.timesteps)
         for name, shape in shapes.items():
             table = getattr(self, name)
             if table.shape != shape:
@@ -81,11 +105,6 @@ class Recurrence:
                     f"{name}: coefficient of step {row} (timestep {self.timesteps[row]}) is not finite; the step rule "
                     "is not defined there (for example epsilon prediction where alphas_cumprod is 0)"
                 )
-        if np.any(self.held[:, 1] == 0):
-            raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
-        for name in ("a", "b"):
-            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
-                raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -150,19 +169,35 @@ class Recurrence:
         p, q = self.held[node, 0], self.held[node, 1]
         return a - b * p / q, b / q
 
-    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: Callable[[int], Any]) -> list[Any]:
+    def march(
+        self, last: int, x: Sequence[Any], m: Sequence[Any], believe: Callable[[int, Any], Any], noise: StepNoise
+    ) -> Iterator[tuple[Any, Any]]:
+        """States and outputs behind node ``last``, with ``believe(i, x)`` in the place of the network; ends at N.
+
+        Args:
+            last, x, m: as i, x and m in :meth:`advance`.
+            believe: the output at node i for the state x. At N there is none.
+            noise: of each step.
+        """
+        for i in range(last, len(self)):
+            state = self.advance(i, x, m, noise(i))
+            output = believe(i + 1, state) if i + 1 < len(self) else None
+            yield state, output
+            x, m = [state, *x[: self.memory - 1]], [output, *m[: self.memory - 1]]
+
+    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: StepNoise) -> list[Any]:
         """The outputs that would have made the steps from ``x_0`` to ``x_N``: N of them; zero where a step reads none.
 
         Args:
             xp: array namespace.
             states: ``x_0 .. x_N``.
-            noise: ``z_i`` of step i.
+            noise: of each step.
         """
         outputs: list[Any] = []
         for i in range(len(self)):
             back = [i - k for k in range(min(self.memory, i + 1))]
             xs, ms = [states[j] for j in back], [outputs[j] for j in back[1:]]
-            outputs.append(self.implied_output(xp, i, states[i + 1], xs, ms, noise(i) if self.c[i] != 0 else None))
+            outputs.append(self.implied_output(xp, i, states[i + 1], xs, ms, noise(i)))
         return outputs
 
     def implied_output(self, xp: Any, i: int, after: Any, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:

@@ -47,6 +47,7 @@ class ParallelState(SolverState):
         super().__init__(*args, **options)
         self._shared = Shared(
             xp=self.xp,
+            dtype=self.dtype,
             recurrence=self.recurrence,
             form=HeldForm(self.recurrence),
             noise=self.noise,

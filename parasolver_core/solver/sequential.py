@@ -16,6 +16,7 @@ from parasolver_core.arrays import (
     copied,
     finite_rows,
     given_back,
+    integers,
 )
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.solution import SampleRecord, Stats, Status
@@ -42,7 +43,7 @@ class SequentialState(SolverState):
         for sample, status in statuses.items():
             self.ended[sample] = (status, self.step, state[self.alive.index(sample), ...])
         rows = [row for row, sample in enumerate(self.alive) if sample not in statuses]
-        index = self.xp.asarray(rows, dtype=self.xp.int64, device=array_api_compat.device(state))
+        index = self.xp.asarray(rows, dtype=integers(self.xp), device=array_api_compat.device(state))
         self.xs, self.ms = ([self.xp.take(rows, index, axis=0) for rows in part] for part in (self.xs, self.ms))
         self.alive = [sample for sample in self.alive if sample not in statuses]
 

@@ -16,20 +16,19 @@ import torch
 from diffusers import DDIMScheduler
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
+from tests.adapters.pipeline_families import FAMILIES
 from tests.adapters.tiny_pipelines import (
     DTYPE,
-    FAMILIES,
-    cogvideox,
     ddim,
     ddim_pipeline,
     generator,
     half_mask,
-    ltx,
     picture,
     randn,
     stable_diffusion,
     text,
 )
+from tests.adapters.tiny_videos import cogvideox, ltx
 
 PAGE = Path(__file__).parents[2] / "docs/tested_pipelines.md"
 

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from parasolver_adapters.diffusers import parallel_sampling
 from parasolver_adapters.distributed import WorkerError
+from tests.adapters.pipeline_families import FAMILIES
 from tests.adapters.pipeline_survey import REFUSALS
-from tests.adapters.tiny_pipelines import FAMILIES, distance, generator, randn, stable_diffusion, text, watch
+from tests.adapters.tiny_pipelines import distance, generator, randn, stable_diffusion, text, watch
 
 TIMEOUT = 5.0
 

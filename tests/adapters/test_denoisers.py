@@ -12,9 +12,9 @@ import torch
 from parasolver_adapters.diffusers import TransformerDenoiser, UNetDenoiser, step_rule_from_scheduler
 from parasolver_adapters.embedded import NO_CLASS, EmbeddedDenoiser, load_embedded_model
 from parasolver_core import solve
+from tests.adapters.pipeline_families import FAMILIES
 from tests.adapters.tiny_pipelines import (
     DTYPE,
-    FAMILIES,
     ddpm_pipeline,
     distance,
     dit,

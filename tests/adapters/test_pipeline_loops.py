@@ -5,51 +5,18 @@ from __future__ import annotations
 import copy
 import ctypes
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
-from parasolver_core import Status
-from tests.adapters.tiny_pipelines import ddim_pipeline, distance, randn, stable_diffusion, text, watch
-
-STEPS = 8
+from tests.adapters.looping_pipelines import STEPS, Change, hook, is_right, looping, predict, refused, with_feature
+from tests.adapters.tiny_pipelines import randn, watch
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
-
-Change = Callable[..., Any]
-
-
-class Loop(diffusers.DDIMPipeline):
-    """A loop that gives the scheduler what ``change(pipe, i, t, x)`` returns."""
-
-    @torch.no_grad()
-    def __call__(self, change: Change, n: int = STEPS, setting: float = 1.0) -> Any:
-        self.scheduler.set_timesteps(n)
-        self.setting, self.kept = setting, torch.zeros(1, 3, 8, 8, dtype=torch.float64)
-        x = randn(1, 3, 8, 8)
-        for i, t in enumerate(self.scheduler.timesteps):
-            m = change(self, i, t, x)
-            m, x = m if isinstance(m, tuple) else (m, x)
-            x = self.scheduler.step(m, t, x).prev_sample
-        return (x,)
-
-
-def looping(unet: Any = None) -> Any:
-    tiny = ddim_pipeline()
-    pipe = Loop(tiny.unet if unet is None else unet, tiny.scheduler)
-    pipe.unet.conv_out.weight.data *= 4  # outputs of about unit size
-    return pipe
-
-
-def predict(pipe: Any, t: Any, x: torch.Tensor) -> torch.Tensor:
-    return pipe.unet(x, t).sample
 
 
 def by(number: Callable[[torch.Tensor], Any], of_state: bool = False) -> Change:
@@ -92,30 +59,6 @@ NUMBERS = {
     "max of numbers": by(lambda m: max(m.flatten().abs())),
     "format": by(lambda m: f"{m.std():.3f}"),
 }
-
-
-def refused(pipe: Any, change: Change, match: str, given: dict[str, Any] | None = None) -> None:
-    """Refused with this reason, and the untouched sample where that was asked for."""
-    given = given or {}
-    want = pipe(change, **given)[0]
-    with pytest.raises(PipelineNotParallelError, match=match), parallel_sampling(pipe):
-        pipe(change, **given)
-    with (
-        pytest.warns(UserWarning, match="sampled sequentially"),
-        parallel_sampling(pipe, fallback="sequential") as run,
-    ):
-        got = pipe(change, **given)[0]
-    assert torch.equal(got, want)
-    assert run.status is Status.CONVERGED
-
-
-def is_right(pipe: Any, change: Change) -> None:
-    want = pipe(change)[0]
-    with parallel_sampling(pipe, tolerance=0.0) as run:
-        got = pipe(change)[0]
-    assert distance(got, want) < 1e-12
-    assert run.reason is None
-    assert run.stats.rounds > 1
 
 
 @pytest.mark.parametrize("way", LEAVING)
@@ -255,131 +198,6 @@ def test_a_gradient_around_the_network_is_followed() -> None:
 
 def test_data_of_a_value_is_that_value() -> None:
     is_right(looping(), lambda pipe, i, t, x: predict(pipe, t, x).data.mul(1.1).data + 0.1 * x.data)
-
-
-# ---------------------------------------------------------------- features from inside
-
-
-@contextmanager
-def hook(pipe: Any, kind: str, store: dict[str, Any]) -> Iterator[None]:
-    block = pipe.unet.mid_block
-    layer = block.attentions[0].to_out[0]
-    if kind == "forward hook":
-        handle = block.register_forward_hook(lambda module, args, output: store.update(f=output))
-    elif kind == "hook in an attention":
-        handle = layer.register_forward_hook(lambda module, args, output: store.update(f=output.mean().reshape(1, 1)))
-    elif kind == "forward pre-hook":
-        handle = block.register_forward_pre_hook(lambda module, args: store.update(f=args[0]))
-    else:
-        seen = lambda module, args, output: store.update(f=output) if module is block else None  # noqa: E731
-        handle = register_module_forward_hook(seen)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-HOOKS = ("forward hook", "hook in an attention", "forward pre-hook", "hook of every module")
-
-
-def with_feature(pipe: Any, t: Any, x: torch.Tensor, store: dict[str, Any]) -> torch.Tensor:
-    m = predict(pipe, t, x)
-    return m * (1 + store["f"].mean())
-
-
-@pytest.mark.parametrize("kind", HOOKS)
-def test_features_that_a_hook_takes_from_inside_the_network(kind: str) -> None:
-    pipe, store = looping(), {}
-    with hook(pipe, kind, store):
-        refused(pipe, lambda pipe, i, t, x: with_feature(pipe, t, x, store), "features from inside a network .hooks on")
-
-
-@pytest.mark.parametrize("kind", HOOKS)
-def test_features_of_a_hook_that_the_loop_sets_and_of_a_store_that_it_empties(kind: str) -> None:
-    """Where the networks are not really called the loop fails, in code of its own."""
-
-    def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
-        store: dict[str, Any] = {}
-        with hook(pipe, kind, store):
-            return with_feature(pipe, t, x, store)
-
-    refused(looping(), change, "the loop fails where the networks' outputs are not known yet .KeyError")
-
-
-def test_features_that_are_used_late_only() -> None:
-    pipe, store = looping(), {}
-
-    def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
-        return with_feature(pipe, t, x, store) if i > STEPS - 3 else predict(pipe, t, x)
-
-    with hook(pipe, "forward hook", store):
-        refused(pipe, change, "step [67] as it was recorded")
-
-
-def test_features_that_only_look_are_no_matter() -> None:
-    pipe, store = looping(), {}
-    with hook(pipe, "forward hook", store):
-        is_right(pipe, lambda pipe, i, t, x: predict(pipe, t, x))
-
-
-class Storing(diffusers.models.attention_processor.AttnProcessor):
-    """Keeps what it returned."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.kept = super().__call__(*args, **kwargs)
-        return self.kept
-
-
-class Attending(diffusers.StableDiffusionPipeline):
-    """Uses what an attention processor keeps."""
-
-    @torch.no_grad()
-    def __call__(self, change: Any = None) -> Any:
-        self.scheduler.set_timesteps(STEPS)
-        x, prompt = randn(1, 4, 16, 16), text()["prompt_embeds"]
-        processor = next(one for one in self.unet.attn_processors.values() if isinstance(one, Storing))
-        for t in self.scheduler.timesteps:
-            m = self.unet(x, t, encoder_hidden_states=prompt).sample
-            x = self.scheduler.step(m * (1 + processor.kept.mean()), t, x).prev_sample
-        return (x,)
-
-
-def test_features_that_an_attention_processor_stores() -> None:
-    pipe = Attending(**stable_diffusion().components, requires_safety_checker=False)
-    processors = dict(pipe.unet.attn_processors)
-    pipe.unet.set_attn_processor(processors | {next(iter(processors)): Storing()})
-    refused(pipe, lambda: None, "attention processors Storing")
-
-
-# ---------------------------------------------------------------- what an earlier step left
-
-
-def carried(pipe: Any, m: torch.Tensor, kept: Any) -> torch.Tensor:
-    own, pipe.kept = pipe.kept, kept
-    return m + 0.1 * own
-
-
-def test_the_first_frame_of_the_state_before() -> None:
-    """As in image-to-video of LTX and Sana, and in inpainting of IF."""
-
-    def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.cat([pipe.kept[:, :, :1], x[:, :, 1:]], dim=2)
-        pipe.kept = x
-        return predict(pipe, t, x), x
-
-    refused(looping(), change, "carries a part of the previous state over, as image-to-video of LTX")
-
-
-def test_momentum() -> None:
-    refused(looping(), lambda pipe, i, t, x: carried(pipe, m := predict(pipe, t, x), m), "momentum")
-
-
-def test_momentum_that_recording_does_not_see() -> None:
-    def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
-        m = predict(pipe, t, x)
-        return carried(pipe, m, torch.from_dlpack(torch.utils.dlpack.to_dlpack(m.clone())))
-
-    refused(looping(), change, "as it was recorded gives scheduler.step a model_output that is off")
 
 
 # ---------------------------------------------------------------- how outputs lie in memory

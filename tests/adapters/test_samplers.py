@@ -10,12 +10,11 @@ import pytest
 pytest.importorskip("torch")
 import torch
 from torch import Tensor
-from torchdiffeq import odeint as torch_odeint
 
-from benchmarks import published
 from benchmarks.published import edm_sampler
-from parasolver_adapters.samplers import UnsupportedSamplerError, parallel, sample_flow, step_rule_from_sampler
+from parasolver_adapters.samplers import UnsupportedSamplerError, parallel, step_rule_from_sampler
 from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, NonFiniteError, solve, solve_sequential
+from tests.adapters.sampled_networks import CALL, TWO_CALLS, Network, k_diffusion, levels, model, normal
 from tests.adapters.weights import relative
 
 FIXED = [
@@ -35,48 +34,6 @@ FIXED = [
     ("dpmpp_2m_sde", {"solver_type": "heun"}),
     ("dpmpp_3m_sde", {}),
 ]
-TWO_CALLS = {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"}
-
-
-def k_diffusion() -> Any:
-    sampling = published.k_diffusion()
-    if sampling is None:
-        pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion")
-    return sampling
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-WEIGHTS = normal(12, 12) / 4
-
-
-def model(x: Tensor, sigma: Tensor, cond: Tensor, scale: float = 1.0) -> Tensor:
-    """A clean sample of each row, with a condition of each row, that is not linear in x."""
-    s = sigma.reshape(-1, 1).to(x.dtype)
-    hidden = torch.tanh((x.flatten(1) / (1 + s**2).sqrt()) @ WEIGHTS.to(x.dtype) + cond.to(x.dtype))
-    return scale * (0.6 * hidden + 0.3 * x.flatten(1) / (1 + s**2)).reshape(x.shape)
-
-
-class Network:
-    """The same with what EDM's sampler wants: attributes, and levels without axes."""
-
-    sigma_min, sigma_max = 0.0, float("inf")
-
-    def round_sigma(self, sigma: Any) -> Tensor:
-        return torch.as_tensor(sigma)
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        return model(x.float(), sigma.float(), labels)
-
-
-def levels(n: int, end: bool = True) -> Tensor:
-    sigmas = k_diffusion().get_sigmas_karras(n, 0.03, 14.6)
-    return sigmas if end else sigmas[n // 4 : -1]
-
-
-CALL: dict[str, Any] = {"extra_args": {"cond": normal(2, 12, seed=1), "scale": 0.9}, "disable": True}
 
 
 @pytest.mark.filterwarnings("ignore:Should have t")  # torchsde's, of rounding in k-diffusion's own levels
@@ -258,47 +215,6 @@ def test_what_comes_after_the_last_output_may_be_anything() -> None:
     want = pictures(network, x, sigmas)["pictures"]
     assert float(want.abs().max()) == 0.5
     assert relative(parallel(pictures, 8, tolerance=0)(network, x, sigmas)["pictures"], want) < 3e-6
-
-
-def velocity(x: Tensor, t: Tensor) -> Tensor:
-    """Of a flow with noise at t = 1 and data at t = 0."""
-    return x - torch.tanh(x @ WEIGHTS + t[:, None])
-
-
-@pytest.mark.parametrize(
-    ("method", "calls"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("rk4_classic", 4)]
-)
-def test_flows_with_few_steps_of_runge_kutta(method: str, calls: int) -> None:
-    x, times, seen = normal(3, 12), torch.linspace(1, 0, 17), []
-    flow: dict[str, Any] = {"schedule": NoiseSchedule.flow_matching(), "prediction_type": "flow"}
-    sampler = parallel(sample_flow, 16, tolerance=1e-3, **flow)
-    got = sampler(velocity, x, times, method=method, callback=lambda told: seen.append(told["i"]))
-    assert relative(got, sample_flow(velocity, x, times, method=method)) < 1e-3
-    assert seen == list(range(16))
-    assert sampler.solution is not None
-    assert sampler.solution.stats.rounds <= 12  # of 16 to 64
-    assert step_rule_from_sampler(sample_flow, times, method=method, **flow).table.stages == calls
-    if method != "rk4_classic":  # which that library does not have
-        name = {"heun": "heun2"}.get(method, method)
-        reference = torch_odeint(lambda t, x: velocity(x, t.expand(len(x))), x, times, method=name)[-1]
-        assert relative(sample_flow(velocity, x, times, method=method), reference) < 1e-6
-    with pytest.raises(ValueError, match="method: expected one of 'euler', 'midpoint'"):
-        sample_flow(velocity, x, times, method="dopri5")
-
-
-def test_both_conventions_of_flows() -> None:
-    """Data at t = 1 runs as it is, without a schedule; with this library's, which has data at t = 0, it is refused."""
-
-    def theirs(x: Tensor, t: Tensor) -> Tensor:
-        return -velocity(x, 1 - t)
-
-    x, up, down = normal(3, 12), torch.linspace(0, 1, 17), torch.linspace(1, 0, 17)
-    want = sample_flow(theirs, x, up)
-    assert relative(sample_flow(velocity, x, down), want) < 1e-5
-    assert relative(parallel(sample_flow, 16, tolerance=0)(theirs, x, up), want) < 3e-6
-    flow = NoiseSchedule.flow_matching()
-    with pytest.raises(ValueError, match=r"schedule: by it the noise grows from time 0 to .*data is at t = 0 here"):
-        parallel(sample_flow, schedule=flow, prediction_type="flow")(theirs, x, up)
 
 
 def test_signature_and_methods_stay() -> None:

@@ -36,8 +36,8 @@ from diffusers import (
 )
 
 from parasolver_adapters.diffusers import SchedulerRule, UnsupportedSchedulerError, step_rule_from_scheduler
-from parasolver_adapters.diffusers.schedulers import UNSUPPORTED
-from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO
+from parasolver_adapters.diffusers.schedulers.rule import UNSUPPORTED
+from parasolver_adapters.diffusers.schedulers.stepping import ENDS_WITH_ZERO
 from parasolver_adapters.draws import Listener
 from parasolver_core import DDIM, NoiseSchedule, solve, solve_sequential
 from tests.adapters.scheduler_survey import (
@@ -57,8 +57,7 @@ LOOSER = {
     "UnCLIPScheduler(clip_sample=True)": 1e-7,  # alpha begins at 5e-5, where state and output nearly cancel
 }
 
-# Refused although their own loops run.
-NOT_LINEAR = (
+NOT_LINEAR = (  # refused although their own loops run
     "clip_sample of DDIMInverseScheduler",
     "thresholding of HeliosScheduler",
     "needs original_image",

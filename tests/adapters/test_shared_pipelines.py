@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("diffusers")
 from parasolver_adapters.diffusers import parallel_sampling
 from tests.adapters import pipeline_workers as scenarios
-from tests.adapters.tiny_pipelines import FAMILIES, stable_diffusion
+from tests.adapters.pipeline_families import FAMILIES
+from tests.adapters.tiny_pipelines import stable_diffusion
 from tests.adapters.workers import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90), pytest.mark.usefixtures("quiet_diffusers")]

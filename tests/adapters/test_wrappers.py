@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 import parasolver_adapters
 import parasolver_core
 from parasolver_adapters.diffusers import step_rule_from_scheduler
-from parasolver_adapters.diffusers.clipping import ClippingDenoiser
+from parasolver_adapters.diffusers.schedulers.clipping import ClippingDenoiser
 from parasolver_adapters.distributed import DistributedDenoiser
 from parasolver_adapters.epsilon_models import EpsilonModel, LearnedVariance
 from parasolver_adapters.wrapping import ModelDenoiser

@@ -12,6 +12,7 @@ PAGES = (
     "docs/usage.md",
     "docs/adapters.md",
     "docs/calibration.md",
+    "docs/own.md",
     "docs/memory.md",
     "docs/devices.md",
     "docs/wrapping.md",

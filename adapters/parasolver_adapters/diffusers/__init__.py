@@ -5,7 +5,7 @@ from parasolver_adapters.diffusers.loops import ParallelLoop, parallel_loop
 from parasolver_adapters.diffusers.options import ParallelRun
 from parasolver_adapters.diffusers.pipelines import parallel_sampling
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.schedulers import (
+from parasolver_adapters.diffusers.schedulers.rule import (
     SchedulerRule,
     UnsupportedSchedulerError,
     step_rule_from_scheduler,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.changes import version_of, was_written
-from parasolver_adapters.diffusers.first_pass import CaptureDone
-from parasolver_adapters.diffusers.listening import by_name
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.passes.changes import version_of, was_written
+from parasolver_adapters.diffusers.passes.first_pass import CaptureDone
+from parasolver_adapters.diffusers.passes.listening import by_name
 from parasolver_adapters.diffusers.pipelines import Session
 
 _POSITIONAL = "positional arguments"  # no name that a function can have

@@ -1,10 +1,11 @@
 """Parallel sampling of unmodified diffusers pipelines.
 
 The pipeline's own ``__call__`` runs twice. The first pass is broken off after the loop: its networks answer with zeros
-after the first step, and it is only watched (:mod:`~parasolver_adapters.diffusers.first_pass`). That gives each step as
-a program and the scheduler's steps as a table, all that the core's solver needs. The second pass is the real one
-(:mod:`~parasolver_adapters.diffusers.second_pass`). Where it calls ``scheduler.step``, the solver goes on until that
-step is final, so that progress, callbacks and interrupts happen as in a sequential run, and decoding follows as ever.
+after the first step, and it is only watched (:mod:`~parasolver_adapters.diffusers.passes.first_pass`). That gives each
+step as a program and the scheduler's steps as a table, all that the core's solver needs. The second pass is the real
+one (:mod:`~parasolver_adapters.diffusers.passes.second_pass`). Where it calls ``scheduler.step``, the solver goes on
+until that step is final, so that progress, callbacks and interrupts happen as in a sequential run, and decoding follows
+as ever.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.checking import Check, causes, keep_checked, kind_of_call, was_checked
-from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Streams
-from parasolver_adapters.diffusers.listening import (
+from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
+from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
+from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Streams
+from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
     decoders_of,
@@ -34,10 +36,9 @@ from parasolver_adapters.diffusers.listening import (
     put_back,
     subclass,
 )
-from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
+from parasolver_adapters.diffusers.passes.second_pass import Replay
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.schedulers import UnsupportedSchedulerError
-from parasolver_adapters.diffusers.second_pass import Replay
+from parasolver_adapters.diffusers.schedulers.rule import UnsupportedSchedulerError
 from parasolver_core import SolverError, Status
 from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods.method import Method

@@ -14,9 +14,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from parasolver_adapters.bands import noise_terms
-from parasolver_adapters.diffusers.clipping import Clip, ClippingDenoiser, clip_of, clips, switch_off
-from parasolver_adapters.diffusers.probing import check_replay, tabulate
-from parasolver_adapters.diffusers.stepping import (
+from parasolver_adapters.diffusers.schedulers.clipping import Clip, ClippingDenoiser, clip_of, clips, switch_off
+from parasolver_adapters.diffusers.schedulers.probing import check_replay, tabulate
+from parasolver_adapters.diffusers.schedulers.stepping import (
     ENDS_WITH_ZERO,
     SPECIAL_ARGUMENTS,
     Loop,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from parasolver_adapters.diffusers.capture import Reference
-from parasolver_adapters.diffusers.programs import Call, Program
+from parasolver_adapters.diffusers.recording.capture import Reference
+from parasolver_adapters.diffusers.recording.programs import Call, Program
+from parasolver_adapters.diffusers.recording.standins import dense
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import dense
 from parasolver_core import Rows, SolverError
 
 Forward = Callable[..., Any]

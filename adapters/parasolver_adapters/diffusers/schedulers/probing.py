@@ -24,7 +24,7 @@ from parasolver_adapters.bands import (
     replay,
     tabulated,
 )
-from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
+from parasolver_adapters.diffusers.schedulers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
 from parasolver_core.samplers.recurrence import Recurrence, predicted_sample_coefficients
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.batching import Forward, Networks, RecordedDenoiser
-from parasolver_adapters.diffusers.capture import Reference
-from parasolver_adapters.diffusers.programs import Call, Program
+from parasolver_adapters.diffusers.recording.batching import Forward, Networks, RecordedDenoiser
+from parasolver_adapters.diffusers.recording.capture import Reference
+from parasolver_adapters.diffusers.recording.programs import Call, Program
 from parasolver_adapters.distributed import DistributedDenoiser, sampled_bytes
 from parasolver_core.denoiser.contract import SharedDenoiser
 
@@ -26,7 +26,7 @@ class SharedNetworks(Networks):
     """The calls of many nodes, of which each process makes its share.
 
     Args:
-        forwards, references: as in :class:`~parasolver_adapters.diffusers.batching.Networks`.
+        forwards, references: as in :class:`~parasolver_adapters.diffusers.recording.batching.Networks`.
         modules: the networks.
         group: the processes.
         timeout: seconds that a process waits for the others.

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from parasolver_adapters.diffusers.batching import Networks, compare_rows
-from parasolver_adapters.diffusers.capture import form_of_call
-from parasolver_adapters.diffusers.changes import hooks_of, serial_of
-from parasolver_adapters.diffusers.first_pass import Capture, CaptureDone, Prelude
-from parasolver_adapters.diffusers.listening import Listener, networks_of, processors_of, with_state
-from parasolver_adapters.diffusers.programs import Call, Program, Ref
+from parasolver_adapters.diffusers.passes.changes import hooks_of, serial_of
+from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Prelude
+from parasolver_adapters.diffusers.passes.listening import Listener, networks_of, processors_of, with_state
+from parasolver_adapters.diffusers.recording.batching import Networks, compare_rows
+from parasolver_adapters.diffusers.recording.capture import form_of_call
+from parasolver_adapters.diffusers.recording.programs import Call, Program, Ref
+from parasolver_adapters.diffusers.recording.standins import copies
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import copies
 
 MOST_STEPS = 8  # that are checked
 _CHECKED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # kinds of calls, by pipeline

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
-from parasolver_adapters.diffusers.listening import networks_of
-from parasolver_adapters.diffusers.standins import place_of
+from parasolver_adapters.diffusers.passes.listening import networks_of
+from parasolver_adapters.diffusers.recording.standins import place_of
 
 _PLAIN, _SOME = {bool, float, str}, 32
 _SWITCHES = ("processor", "scale", "scaling", "enabled", "_active_adapter", "_disable_adapters")

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from parasolver_adapters.diffusers.batching import Networks, RecordedDenoiser
-from parasolver_adapters.diffusers.capture import form_of_call
-from parasolver_adapters.diffusers.changes import (
+from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun, batch_of
+from parasolver_adapters.diffusers.passes.changes import (
     Weights,
     are_same,
     positions_of,
@@ -24,12 +23,13 @@ from parasolver_adapters.diffusers.changes import (
     were_replaced,
     what_moved,
 )
-from parasolver_adapters.diffusers.first_pass import Capture, Prelude
-from parasolver_adapters.diffusers.listening import Listener, with_state
-from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun, batch_of
+from parasolver_adapters.diffusers.passes.first_pass import Capture, Prelude
+from parasolver_adapters.diffusers.passes.listening import Listener, with_state
+from parasolver_adapters.diffusers.recording.batching import Networks, RecordedDenoiser
+from parasolver_adapters.diffusers.recording.capture import form_of_call
+from parasolver_adapters.diffusers.recording.standins import zeros
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.schedulers import SchedulerRule
-from parasolver_adapters.diffusers.standins import zeros
+from parasolver_adapters.diffusers.schedulers.rule import SchedulerRule
 from parasolver_core import ConvergenceError, NonFiniteError, Status
 from parasolver_core.denoiser.contract import SharedDenoiser
 from parasolver_core.solution import RoundRecord, Solution
@@ -263,7 +263,7 @@ def _denoiser(capture: Capture, choices: Choices) -> RecordedDenoiser:
     recorded, correct = capture.recorder.references, functools.partial(_correct, capture.rule)
     if choices.group is None:
         return RecordedDenoiser(capture.programs, capture.first, Networks(capture.forwards, recorded), correct)
-    from parasolver_adapters.diffusers.sharing import SharedNetworks, SharedSteps, modules_of
+    from parasolver_adapters.diffusers.recording.sharing import SharedNetworks, SharedSteps, modules_of
 
     modules = modules_of(capture.programs)
     networks = SharedNetworks(capture.forwards, recorded, modules, choices.group, choices.timeout)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.capture import Recorder, form_of_call
-from parasolver_adapters.diffusers.changes import (
+from parasolver_adapters.diffusers.passes.changes import (
     are_same,
     positions_of,
     switches_of,
@@ -21,11 +20,12 @@ from parasolver_adapters.diffusers.changes import (
     was_written,
     what_moved,
 )
-from parasolver_adapters.diffusers.listening import Listener, processors_of, with_state
-from parasolver_adapters.diffusers.programs import Call, Program
+from parasolver_adapters.diffusers.passes.listening import Listener, processors_of, with_state
+from parasolver_adapters.diffusers.recording.capture import Recorder, form_of_call
+from parasolver_adapters.diffusers.recording.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.schedulers import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
-from parasolver_adapters.diffusers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
+from parasolver_adapters.diffusers.schedulers.rule import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
+from parasolver_adapters.diffusers.schedulers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
 
 _RULES: dict[tuple[Any, ...], SchedulerRule] = {}
 _MOST_RULES = 16

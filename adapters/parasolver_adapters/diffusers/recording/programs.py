@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec
 
+from parasolver_adapters.diffusers.recording.standins import dense
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import dense
 
 
 @dataclass(frozen=True)

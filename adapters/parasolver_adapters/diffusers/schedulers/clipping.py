@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from parasolver_adapters.bands import Path, as_rows, fit
-from parasolver_adapters.diffusers.probing import Network, check_replay, run_nonlinear, wavy
-from parasolver_adapters.diffusers.stepping import Loop, Node, UnsupportedSchedulerError
+from parasolver_adapters.diffusers.schedulers.probing import Network, check_replay, run_nonlinear, wavy
+from parasolver_adapters.diffusers.schedulers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_core.arrays import DeviceTable
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import Recurrence

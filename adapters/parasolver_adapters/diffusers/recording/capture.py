@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from parasolver_adapters.diffusers.leaving import Exits
-from parasolver_adapters.diffusers.programs import Call, Operation, Program, Ref, indices_of
+from parasolver_adapters.diffusers.recording.leaving import Exits
+from parasolver_adapters.diffusers.recording.programs import Call, Operation, Program, Ref, indices_of
+from parasolver_adapters.diffusers.recording.standins import copies, place_of, stand_in
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.standins import copies, place_of, stand_in
 
 MOST_OPERATIONS = 2000  # of one step outside the networks; more means that a network is being recorded
 UNBATCHED = ("img_ids", "txt_ids", "rotary")  # arguments of these names hold one row a token, never one a sample

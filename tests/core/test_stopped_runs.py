@@ -1,0 +1,157 @@
+"""Exceptions, interrupts and limits leave what was reached."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    ConvergenceError,
+    ParallelIntegralSolver,
+    SequentialSolver,
+    Status,
+    solve,
+    solve_sequential,
+)
+from tests.core.problems import Mixture, normal, relative
+from tests.core.wrong_runs import BOTH, GRID, NETWORK, RULE, TABLE
+
+
+@BOTH
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_error_of_the_network_comes_out_as_it_is(options: dict[str, Any], call: int) -> None:
+    class BoomError(Exception):
+        pass
+
+    calls = 0
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise BoomError("boom", 42)
+        return NETWORK(x, t)
+
+    solver_state: dict[str, Any] = {"seed": 3}
+    with pytest.raises(BoomError, match="boom") as caught:
+        solve(network, normal((2, 3)), GRID, DDPM(TABLE), check=False, **solver_state, **options)
+    error = caught.value
+    assert error.args == ("boom", 42)
+    (note,) = error.__notes__
+    assert f"call {call}" in note
+    assert re.search(r"steps \d+\.\.\d+, timesteps \d+\.\.\d+", note)
+    if options.get("window") != 6:
+        assert f"steps {call - 1}..{call - 1}, timesteps {GRID[call - 1]}..{GRID[call - 1]}" in note
+    assert error.solution.status is Status.FAILED
+    assert error.solution.stats.rounds == call - 1
+    assert error.solution.stats.calls in (call - 1, call)
+    assert np.all(np.isfinite(error.solution.sample))
+    assert min(error.solution.steps) >= call - 1
+
+
+@BOTH
+@pytest.mark.parametrize("raised", [StopIteration, GeneratorExit, SystemExit, RecursionError, torch.OutOfMemoryError])
+def test_unusual_exceptions_of_the_network(options: dict[str, Any], raised: type[BaseException]) -> None:
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        raise raised("from inside")
+
+    with pytest.raises(raised, match="from inside") as caught:
+        solve(network, normal((2, 3)), GRID, RULE, **options)
+    assert caught.value.solution.status is Status.FAILED
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["network", "callback"])
+def test_keyboard_interrupt(options: dict[str, Any], where: str) -> None:
+    interrupted = False
+
+    def interrupt_at(round_: int) -> None:
+        nonlocal interrupted
+        if round_ == 3 and not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    calls = 0
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if where == "network":
+            interrupt_at(calls)
+        return NETWORK(x, t)
+
+    def callback(state: Any) -> None:
+        if where == "callback":
+            interrupt_at(state.stats.rounds)
+
+    method = options.get("method")
+    solver = SequentialSolver(RULE) if method else ParallelIntegralSolver(RULE, options["window"], check=False)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        solver.solve(network, normal((2, 3)), GRID, callback=callback)
+    partial = caught.value.solution
+    assert partial.status is Status.INTERRUPTED
+    assert partial.stats.rounds == (2 if where == "network" else 3)
+    assert np.all(np.isfinite(partial.sample))
+    assert "Interrupted" in partial.message
+
+    again = solver.solve(network, normal((2, 3)), GRID, callback=callback)
+    fresh = solver.solve(NETWORK, normal((2, 3)), GRID)
+    np.testing.assert_array_equal(again.sample, fresh.sample)
+
+
+@BOTH
+def test_stop_iteration_from_the_callback_returns_what_there_is(options: dict[str, Any]) -> None:
+    def callback(state: Any) -> None:
+        if state.stats.rounds == 2:
+            raise StopIteration
+
+    got = solve(NETWORK, normal((2, 3)), GRID, RULE, tolerance=1e-8, callback=callback, **options)
+    assert got.status is Status.STOPPED
+    assert got.statuses == (Status.STOPPED,) * 2
+    assert got.stats.rounds == 2
+    assert not got.success
+    assert np.all(np.isfinite(got.sample))
+    assert "Stopped" in got.message
+
+
+def test_stop_iteration_after_the_last_round_is_still_a_success() -> None:
+    def callback(state: Any) -> None:
+        if Status.RUNNING not in state.statuses:
+            raise StopIteration
+
+    assert solve(NETWORK, normal((2, 3)), GRID, RULE, callback=callback).success
+
+
+def test_an_error_of_the_callback() -> None:
+    with pytest.raises(KeyError, match="missing") as caught:
+        solve(NETWORK, normal((2, 3)), GRID, RULE, callback=lambda state: {}["missing"])
+    assert caught.value.solution.status is Status.FAILED
+    assert caught.value.solution.stats.rounds == 1
+
+
+@BOTH
+def test_max_rounds(options: dict[str, Any]) -> None:
+    arguments = (NETWORK, normal((2, 3)), GRID, RULE)
+    with pytest.raises(ConvergenceError, match=r"max_rounds=1: 1 of 20 steps.*20 always suffice") as caught:
+        solve(*arguments, max_rounds=1, tolerance=1e-6, **options)
+    returned = solve(*arguments, max_rounds=1, tolerance=1e-6, throw=False, **options)
+    for got in (caught.value.solution, returned):
+        assert got.status is Status.MAX_ROUNDS
+        assert got.stats.rounds == 1
+        assert got.steps == (1, 1)
+        assert np.all(np.isfinite(got.sample))
+    assert solve(*arguments, max_rounds=20, tolerance=0, **options).success
+
+
+def test_the_estimate_after_max_rounds_is_better_than_the_last_state() -> None:
+    """What is returned is a guess of the sample, not the noisy state where the rounds ended."""
+    denoiser = Mixture(TABLE, "epsilon")
+    arguments = (denoiser, normal((4, 16)), GRID, DDIM(TABLE))
+    exact = solve_sequential(*arguments).sample
+    got = solve(*arguments, 20, tolerance=1e-9, max_rounds=4, throw=False)
+    assert got.status is Status.MAX_ROUNDS
+    assert relative(got.sample, exact) < 0.5 * relative(got.states, exact)
