@@ -61,6 +61,30 @@ def test_other_methods(method: str) -> None:
     assert distance(torch.as_tensor(got), torch.as_tensor(want)) < 0.1
 
 
+@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_subintervals(scheduler: Any) -> None:
+    """Callbacks see every step, also those between the borders."""
+    pipe = stable_diffusion()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    seen: list[list[torch.Tensor]] = [[], []]
+
+    def watch_steps(way: int) -> Any:
+        def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+            seen[way].append(given["latents"].clone())
+            return given
+
+        return callback
+
+    want = sample(pipe, callback_on_step_end=watch_steps(0))
+    with parallel_sampling(pipe, window=3, tolerance=0.0, subintervals=5) as run:
+        got = sample(pipe, callback_on_step_end=watch_steps(1))
+    assert distance(got, want) < 1e-5
+    assert len(seen[1]) == len(seen[0]) == STEPS
+    assert max(map(distance, seen[1], seen[0])) < 1e-5
+    assert run.stats.rounds == sum(record.turns for record in run.stats.history)
+    assert max(record.turns for record in run.stats.history) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision(dtype: torch.dtype) -> None:
     """A batch differs from its rows by rounding, and the sampler amplifies that."""

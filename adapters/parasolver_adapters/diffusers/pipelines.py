@@ -57,6 +57,7 @@ def parallel_sampling(
     max_seconds: float | None = None,
     max_rows: int | None = None,
     warmup_steps: int = 0,
+    subintervals: int | None = None,
     preview: Preview | None = None,
     fallback: Literal["error", "sequential"] = "error",
     group: dist.ProcessGroup | DeviceMesh | None = None,
@@ -71,7 +72,7 @@ def parallel_sampling(
     Args:
         pipe: a diffusers pipeline with a ``scheduler``.
         window: steps evaluated in one round. 1 leaves the pipeline to itself.
-        tolerance, method, max_rounds, warmup_steps: as in :func:`parasolver_core.solve`.
+        tolerance, method, max_rounds, warmup_steps, subintervals: as in :func:`parasolver_core.solve`.
         max_seconds: a deadline, from the start of a call to the end of its rounds. Steps that are not final then have
             the best estimate of the last latents for their result, and ``run.error_estimate`` says how far that may be
             off. One round is always made; a call that is left to the pipeline has no deadline.
@@ -118,6 +119,7 @@ def parallel_sampling(
         max_seconds=max_seconds,
         max_rows=max_rows,
         warmup_steps=warmup_steps,
+        subintervals=subintervals,
         preview=preview,
         fallback=fallback,
         group=group,
