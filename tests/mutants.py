@@ -137,8 +137,9 @@ def closest(file: Path) -> list[str]:
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
     texts = {one: one.read_text() for one in tests}
+    packages = module.rpartition(".")[0], ".".join(module.split(".")[:2])
     naming = [one for one in tests if module in texts[one] or file.stem in one.stem]
-    others = [one for one in tests if folder == "core" or f"{module.rpartition('.')[0]} import" in texts[one]]
+    others = [one for one in tests if folder == "core" or any(f"{name} import" in texts[one] for name in packages)]
     return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
 
 

@@ -69,7 +69,8 @@ def choose_window(
     else:
         best, other = remembered((key, steps, step_rule, tolerance, method, given, *rounds.values()), choose_now)
     took, told = time.perf_counter() - started, explain(best, other, parallel.max_rounds)
-    if given is None and took > _NOTICED * best.seconds:
+    alike = not isinstance(denoiser, SharedDenoiser)  # processes would tell different seconds
+    if given is None and alike and took > _NOTICED * best.seconds:
         told += f" Timing the network took {seconds(took)}; later runs remember it."
     return best, told
 

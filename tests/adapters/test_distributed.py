@@ -184,7 +184,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 def test_automatic_windows_agree(ranks: int, tmp_path: Path) -> None:
     seen = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
     assert len({str(one) for one in seen}) == 1
-    assert "with a window of" in seen[0]["message"]
+    assert "chose a window of" in seen[0]["message"]
     again = launch(workers.automatic, ranks, tmp_path, str(tmp_path))
     assert again == seen  # from what was kept
 

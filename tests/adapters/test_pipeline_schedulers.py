@@ -9,7 +9,8 @@ import diffusers
 import pytest
 import torch
 
-from parasolver_adapters.diffusers import PipelineNotParallelError, first_pass, parallel_sampling
+from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
+from parasolver_adapters.diffusers.passes import first_pass
 from tests.adapters.scheduler_survey import classes
 from tests.adapters.tiny_pipelines import ddim, distance, generator, picture, sd3, stable_diffusion, text
 

@@ -55,7 +55,7 @@ def test_processes_that_are_called_differently(tmp_path: Path) -> None:
         "steps": "timesteps and step rule: ",
         "window": "window: 5 on rank 0, 4 on rank 1",
         "network": "network: ",
-        "noise": "steps and conditions: ",
+        "noise": "seed or noise: ",
     }
     for seen in launch(scenarios.disagree, 2, tmp_path):
         assert seen.pop("nothing") == {"type": None}  # the group is as good as new

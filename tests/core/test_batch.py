@@ -20,7 +20,7 @@ from parasolver_core import (
 )
 from parasolver_core.methods import sliding, spread
 from parasolver_core.methods import window_batch as batch
-from parasolver_core.rounds import decisions
+from parasolver_core.rounds import decisions, shared
 from parasolver_core.samplers import noise
 from parasolver_core.samplers.held_form import HeldForm
 from tests.core.problems import Rational, normal, relative
@@ -51,7 +51,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (batch, sliding, spread, noise):
+    for module in (batch, sliding, spread, noise, shared):
         monkeypatch.setattr(module, "host_view", lambda array: array)
 
 
@@ -122,7 +122,7 @@ def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch
     monkeypatch.setattr(decisions, "_ROOM", np.inf)
     moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     monkeypatch.undo()
-    for module in (batch, sliding, spread, noise):
+    for module in (batch, sliding, spread, noise, shared):
         monkeypatch.setattr(module, "host_view", lambda array: array)
     made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     assert made < 2e-6

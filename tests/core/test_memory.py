@@ -13,6 +13,7 @@ from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
 from parasolver_core.denoiser.calls import BatchedCall, out_of_memory
 from parasolver_core.methods import sliding, spread
 from parasolver_core.methods import window_batch as batch
+from parasolver_core.rounds import shared
 from parasolver_core.samplers import noise
 from tests.arrays import to_numpy
 from tests.core.problems import Counted, Mixture, Rational, normal, relative
@@ -83,7 +84,7 @@ def test_the_noise_of_final_steps_is_freed(given: str) -> None:
     noise = {"seed": 1} if given == "seed" else {"noise": lambda step, sample: np.full(size, 0.1 * step)}
     tracemalloc.start()
     try:
-        solve(Rational(), normal((1, size)), timesteps, DDPM(SCHEDULE), 3, tolerance=1e-3, **noise)
+        solve(Rational(), normal((1, size)), timesteps, DDPM(SCHEDULE), 3, tolerance=1e-3, check=False, **noise)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -208,7 +209,7 @@ class Waits(TorchFunctionMode):
 )
 @pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DDPM(SCHEDULE)])
 def test_a_round_waits_for_the_device_once(rule: Any, options: dict[str, Any], monkeypatch: Any) -> None:
-    for module in (batch, spread, sliding, noise):
+    for module in (batch, spread, sliding, noise, shared):
         monkeypatch.setattr(module, "host_view", lambda array: array)  # as for an array that is not on the CPU
     options = dict(options)
     timesteps = SCHEDULE.timesteps(options.pop("steps", 20))

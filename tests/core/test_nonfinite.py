@@ -18,6 +18,8 @@ from parasolver_core import (
 from tests.core.problems import normal, relative
 from tests.core.wrong_runs import BOTH, GRID, INF, NAN, NETWORK, RULE, TABLE, failing, start_of_two_signs
 
+LOUD = pytest.mark.filterwarnings("ignore:x_T. has an RMS of:UserWarning")  # which is meant
+
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # see the test after this one
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -45,6 +47,7 @@ def test_nonfinite_prediction(value: float, step: int, options: dict[str, Any]) 
     np.testing.assert_array_equal(returned.sample[[0, 2]], healthy.sample)
 
 
+@LOUD
 @BOTH
 def test_the_first_of_several_samples_that_fail_is_named(options: dict[str, Any]) -> None:
     """Also where a later one has failed rounds before."""
@@ -142,6 +145,7 @@ def test_nan_for_every_sample_names_the_first() -> None:
     np.testing.assert_array_equal(caught.value.solution.sample, normal((3, 2)))
 
 
+@LOUD
 @BOTH
 def test_a_result_beyond_the_range_of_float16_is_not_a_success(options: dict[str, Any]) -> None:
     karras = NoiseSchedule.karras()
@@ -154,6 +158,7 @@ def test_a_result_beyond_the_range_of_float16_is_not_a_success(options: dict[str
     assert bool(torch.all(torch.isfinite(got.sample)))
 
 
+@LOUD
 @BOTH
 def test_float16_states_near_the_end_of_their_range(options: dict[str, Any]) -> None:
     """Squares and sums of such states overflow in float16, and must not be taken there."""

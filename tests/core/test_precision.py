@@ -13,6 +13,7 @@ from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
 from parasolver_core.arrays import matmul
 from parasolver_core.methods import sliding, spread
 from parasolver_core.methods import window_batch as batch
+from parasolver_core.rounds import shared
 from parasolver_core.samplers import noise
 from tests.core.problems import Rational, normal, relative
 
@@ -43,7 +44,7 @@ class Rounded(TorchFunctionMode):
 @pytest.fixture(params=["high", "medium"])
 def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rounded]:
     """Arrays that NumPy does not work in, and products of 11 or 8 significant bits."""
-    for module in (batch, sliding, spread, noise):
+    for module in (batch, sliding, spread, noise, shared):
         monkeypatch.setattr(module, "host_view", lambda array: array)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
