@@ -11,10 +11,7 @@ from numpy.typing import ArrayLike
 
 from parasolver_core.arrays import Array, outside_graphs
 from parasolver_core.denoiser.contract import DenoiserFn
-from parasolver_core.errors import (
-    attach,
-    has_solution,
-)
+from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods.method import Method
 from parasolver_core.planning.auto import Problem, choose_window
 from parasolver_core.planning.costs import CostTable

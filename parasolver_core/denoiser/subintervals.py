@@ -13,6 +13,7 @@ from parasolver_core.arrays import Array, copied, given_back, take_rows, working
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.samplers.noise import NoiseSource
+from parasolver_core.samplers.recurrence import combine
 from parasolver_core.samplers.subintervals import Subintervals
 
 Indices = NDArray[np.int64]
@@ -94,17 +95,15 @@ class SubintervalEvaluator(Evaluator):
         xs, hs, mean = moving[:reads], moving[reads:-1], moving[-1]
         m = xp.astype(super().__call__(xs[0], step, samples), self._states, copy=False)
         p, q = form.held[step].T
-        hs = [xs[0] * self._column(p, m) + m * self._column(q, m), *hs]
-        new = xs[0] * self._column(form.a[step, 0], m)
-        for k in range(1, reads):
-            new = new + xs[k] * self._column(form.a[step, k], m)
-        for k, h in enumerate(hs):
-            new = new + h * self._column(form.b[step, k], m)
+        hs = [combine([(self._column(p, m), xs[0]), (self._column(q, m), m)]), *hs]
+        terms = [(self._column(form.a[step, k], m), x) for k, x in enumerate(xs)]
+        terms += [(self._column(form.b[step, k], m), h) for k, h in enumerate(hs)]
         if np.any(form.c[step]):
             at = zip(step.tolist(), samples.tolist(), strict=True)
             wanted = [(i, sample) if form.c[i] != 0 else None for i, sample in at]
-            z = xp.reshape(given_back(xp, self._draws.block(wanted)), new.shape)
-            new = new + z * self._column(form.c[step], m)
+            z = xp.reshape(given_back(xp, self._draws.block(wanted)), m.shape)
+            terms.append((self._column(form.c[step], m), z))
+        new = combine(terms)
         if self._keep:
             self._note(new, nodes, samples, ahead)
         mean = mean + hs[0] * self._column(tables.weights[nodes, step], m)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, matmul, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, interpolation
+from parasolver_core.rounds.matrix import rectangular
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.squares import largest
 from parasolver_core.samplers.free_states import states_of_noise
@@ -72,9 +73,7 @@ class LevelStates:
             counts: (B,), how many there are.
         """
         xp, (count, k), rows, n = self._xp, picks.shape, self._S.shape[1], len(self.level.nodes)
-        if D.shape[0] != count * k:
-            first = np.cumsum(counts) - counts
-            D = take_rows(D, (first[:, None] + np.minimum(np.arange(k), counts[:, None] - 1)).reshape(-1))
+        D = rectangular(D, counts, k)
         every, shape = np.arange(count)[:, None], (count, k, self.size)
         held = self._form.held[self.level.nodes[picks]]
         X = xp.reshape(take_rows(self._flat(self._S), (every * rows + picks).reshape(-1)), shape)

@@ -91,9 +91,7 @@ class Buffers:
         """
         xp, past, n, count = self._xp, self._form.past, windows.longest, len(windows.n)
         first_row = D[0, :]
-        if D.shape[0] != count * n:  # windows of different lengths: repeat the last row
-            first = np.cumsum(windows.n) - windows.n
-            D = take_rows(D, (first[:, None] + np.minimum(np.arange(n), windows.n[:, None] - 1)).reshape(-1))
+        D = rectangular(D, windows.n, n)
         X, H = self._S[:, past : self._half, :], self._S[:, self._half + past : 2 * self._half, :]
         held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
         said = held[1, ...] * xp.reshape(D, (count, n, self.size))
@@ -284,3 +282,11 @@ class Buffers:
     def _put(self, table: Float64) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
         return uploaded(self._xp, table.astype(self._dtype), self._device)
+
+
+def rectangular(rows: Array, counts: Indices, longest: int) -> Array:
+    """``counts`` (B,) rows of each sample, as ``longest`` of each: shorter lists repeat their last."""
+    if rows.shape[0] == len(counts) * longest:
+        return rows
+    first = np.cumsum(counts) - counts
+    return take_rows(rows, (first[:, None] + np.minimum(np.arange(longest), counts[:, None] - 1)).reshape(-1))

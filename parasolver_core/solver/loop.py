@@ -14,10 +14,7 @@ from numpy.typing import ArrayLike
 
 from parasolver_core.arrays import Array, no_grad, outside_graphs
 from parasolver_core.denoiser.contract import DenoiserFn, Telling
-from parasolver_core.errors import (
-    attach,
-    has_solution,
-)
+from parasolver_core.errors import attach, has_solution
 from parasolver_core.samplers.noise import NoiseFn, Seed
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status

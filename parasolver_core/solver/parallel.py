@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import (
-    Array,
-    fetch,
-)
+from parasolver_core.arrays import Array, fetch
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
@@ -24,10 +21,7 @@ from parasolver_core.solver.loop import Solver
 from parasolver_core.solver.parallel_state import ParallelState
 from parasolver_core.solver.sequential import SequentialState, sequential_round
 from parasolver_core.solver.subintervals import SubintervalState
-from parasolver_core.validation import (
-    check_count,
-    check_tolerance,
-)
+from parasolver_core.validation import check_count, check_tolerance
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import (
-    Array,
-    detach,
-    is_array,
-    to_host,
-)
+from parasolver_core.arrays import Array, detach, is_array, to_host
 from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
@@ -25,9 +20,7 @@ from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.solution import SampleRecord, Stats, Status
 from parasolver_core.solver.state import Reached, SolverState, hash_of, stacked, unchanged
-from parasolver_core.validation import (
-    check_plain,
-)
+from parasolver_core.validation import check_plain
 
 
 class ParallelState(SolverState):

@@ -9,11 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, copied, detach, to_host
-from parasolver_core.errors import (
-    ConvergenceError,
-    NonFiniteError,
-    SolverError,
-)
+from parasolver_core.errors import ConvergenceError, NonFiniteError, SolverError
 from parasolver_core.solution import Solution, Stats, Status
 from parasolver_core.solver.state import Save, SolverState
 from parasolver_core.validation import check_timesteps

@@ -11,13 +11,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import (
-    Array,
-    copied,
-    finite_rows,
-    given_back,
-    integers,
-)
+from parasolver_core.arrays import Array, copied, finite_rows, given_back, integers
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.solution import SampleRecord, Stats, Status
 from parasolver_core.solver.loop import Solver

@@ -7,9 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from parasolver_core.arrays import (
-    Array,
-)
+from parasolver_core.arrays import Array
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.denoiser.subintervals import SubintervalEvaluator
