@@ -19,13 +19,16 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import paper_tables
+from benchmarks.paper_tables import quality
+from benchmarks.paper_tables.__main__ import main
+from benchmarks.paper_tables.models import Model
+from benchmarks.paper_tables.samplers import METHODS, OURS, SAMPLERS
 from tests.adapters.saved_pipelines import save_church, save_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 APP = Typer()
-APP.command()(paper_tables.main)
+APP.command()(main)
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +36,10 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any) -> Any:
         raise URLError("no network")
 
-    monkeypatch.setattr(paper_tables, "_fid", fail)
-    monkeypatch.setattr(paper_tables, "_clip_score", fail)
-    shorter = replace(paper_tables.SAMPLERS["DDPM-1000"], steps=40, window=8)
-    monkeypatch.setitem(paper_tables.SAMPLERS, "DDPM-1000", shorter)
+    monkeypatch.setattr(quality, "_fid", fail)
+    monkeypatch.setattr(quality, "_clip_score", fail)
+    shorter = replace(SAMPLERS["DDPM-1000"], steps=40, window=8)
+    monkeypatch.setitem(SAMPLERS, "DDPM-1000", shorter)
 
 
 def fill(model: str | Path, out: Path, *arguments: str) -> str:
@@ -51,15 +54,15 @@ def lines(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def check(found: dict[tuple[str, str], dict[str, Any]], samplers: list[str]) -> None:
-    assert list(found) == [(sampler, method) for sampler in samplers for method in paper_tables.METHODS]
+    assert list(found) == [(sampler, method) for sampler in samplers for method in METHODS]
     for (sampler, method), line in found.items():
-        steps = paper_tables.SAMPLERS[sampler].steps
+        steps = SAMPLERS[sampler].steps
         if method == "sequential":
             assert (line["rounds"], line["evaluations"], line["speedup"], line["error_worst"]) == (steps, steps, 1, 0)
         else:
             assert line["rounds"] <= steps < line["evaluations"]
-        if method in paper_tables.OURS:
-            assert 0 < line["error_worst"] < paper_tables.OURS[method]
+        if method in OURS:
+            assert 0 < line["error_worst"] < OURS[method]
         assert line["seconds"] > 0
 
 
@@ -80,7 +83,7 @@ def test_stable_diffusion(tmp_path: Path) -> None:
     assert "11 / 49, 1.2 s, 2.8x, FID 61.9, CLIP 25.4" in table
     for name in samplers:
         with Image.open(out / f"{name}.png") as sheet:
-            assert sheet.size == (2 * 64, 64 * len(paper_tables.METHODS))
+            assert sheet.size == (2 * 64, 64 * len(METHODS))
     one, other = ((out / "DDIM-25/default" / f"{n:05d}.png").read_bytes() for n in (0, 1))
     assert one != other
 
@@ -105,7 +108,7 @@ def test_the_embedded_model_has_its_own_distance(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--samples", "2", "--sampler", "DDIM-25", "--method", "default"]
-    draw, drawn = paper_tables.Model.draw, []
+    draw, drawn = Model.draw, []
 
     def interrupted(self: Any, number: int, steps: int, choices: Any) -> Any:
         drawn.append((number, choices.get("method")))
@@ -113,7 +116,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return draw(self, number, steps, choices)
 
-    monkeypatch.setattr(paper_tables.Model, "draw", interrupted)
+    monkeypatch.setattr(Model, "draw", interrupted)
     with pytest.raises(AssertionError):
         fill("embedded", tmp_path, *arguments)
     before = (tmp_path / "DDIM-25/sequential/records.json").read_text()
@@ -160,7 +163,7 @@ def test_fid_is_that_of_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for n in range(8):
             pixels = np.full((16, 16, 3), level + n % 2, dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / f"{n}.png")
-    measure = paper_tables._fid(tmp_path / "real")
+    measure = quality._fid(tmp_path / "real")
     near, far = (measure(sorted((tmp_path / folder).glob("*.png")), []) for folder in ("near", "far"))
     assert near == pytest.approx(3 * 4**2, rel=1e-3)
     assert far == pytest.approx(3 * 80**2, rel=1e-3)
