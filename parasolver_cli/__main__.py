@@ -1,6 +1,6 @@
 """``python -m parasolver_cli``, which is what torchrun can start."""
 
-from parasolver_cli.main import app
+from parasolver_cli.entry import main
 
 if __name__ == "__main__":
-    app()
+    main()

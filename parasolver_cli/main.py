@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from parasolver_adapters.extras import install
+from parasolver_cli.entry import INTERRUPTED, begin_work
 from parasolver_core import __version__
 
 try:
     import typer
 
     from parasolver_cli import options as given
-    from parasolver_cli.terminal import INTERRUPTED, Column, print_json, print_table, reported, results
+    from parasolver_cli.terminal import Column, print_json, print_table, reported, results
 except ImportError as error:  # the solver itself needs neither typer nor rich
     if sys.argv[1:] == ["--version"]:
         print(f"parasolver {__version__}")
@@ -73,6 +74,7 @@ def demo(
     with reported():
         from parasolver_cli.demo import Settings, run
 
+        begin_work()
         count = (4 if quick else 16) if count is None else count
         if not run(Settings(out, count, seed, window, tolerance, threads, quick), as_json):
             raise typer.Exit(INTERRUPTED)
@@ -121,6 +123,7 @@ def sample(
 
         for name, known in CHOICES.items():
             given.check_choice(f"--{name}", values[name], known)
+        begin_work()
         status = run(Settings(**values), as_json)
         if status is not Status.CONVERGED:
             raise typer.Exit(INTERRUPTED if status is Status.INTERRUPTED else 1)
@@ -158,6 +161,7 @@ def bench(
         given.check_choice("--dtype", dtype, CHOICES["dtype"])
         given.check_choice("--preset", preset, CHOICES["preset"])
         names = tuple(name.strip() for name in network.split(","))
+        begin_work()
         run(
             Settings(names, checkpoint, preset, sampler, steps, tolerance, batch, device, dtype, threads, budget),
             as_json,
@@ -203,6 +207,7 @@ def plan(
         raise typer.BadParameter(str(error), param_hint="--costs" if device is None else "--device") from error
     counts = given.read_counts(devices)
     with reported("nothing was kept"):
+        begin_work()
         run(Settings(sampler, steps, tolerance, batch, counts, table, source), as_json)
 
 
@@ -237,7 +242,3 @@ def _is_step_rule(thing: object) -> bool:
 def _summary(thing: type) -> str:
     """The first sentence of the docstring."""
     return (thing.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("``", "")
-
-
-if __name__ == "__main__":
-    app()

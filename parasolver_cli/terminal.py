@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from parasolver_adapters.extras import install
+from parasolver_cli.entry import INTERRUPTED
 from parasolver_core import SolverError
 
-INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 _OPTIONS = {"spacing": "steps", "timesteps": "steps", "denoiser": "network"}  # other words of the library
 _PYTHON_ONLY = {"x_T", "step_rule"}
 
