@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, DeviceTable, take_at, to_host, uploaded
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import predicted_sample_coefficients
-from parasolver_core.samplers.schedules import DiscreteSchedule, NoiseSchedule, check_prediction_type
+from parasolver_core.samplers.schedules import (
+    ContinuousSchedule,
+    DiscreteSchedule,
+    NoiseSchedule,
+    check_prediction_type,
+)
 
 
 class Clipping:
@@ -44,6 +49,9 @@ class Clipping:
         xp: Any = array_api_compat.array_namespace(x)
         if self._tables and xp.isdtype(t.dtype, "integral"):
             return [take_at(table.like(x), t) for table in self._tables]
+        if isinstance(self._schedule, ContinuousSchedule):
+            coefficients = predicted_sample_coefficients(self._kind, *self._schedule.path(t))
+            return [xp.astype(one, x.dtype, copy=False) for one in coefficients]
         where = array_api_compat.device(x)
         return [uploaded(xp, one, where, x.dtype) for one in self._coefficients_at(to_host(t))]
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_core.arrays import Array
 from parasolver_core.validation import check_count
 
 Float64 = NDArray[np.float64]
@@ -346,17 +348,18 @@ def posterior_slope(alpha: Float64, sigma: Float64, sigma_data: float) -> Float6
     return alpha * sigma_data**2 / (alpha**2 * sigma_data**2 + sigma**2)
 
 
-def predicted_sample_coefficients(prediction_type: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
-    """``(p, q)`` of ``x_0 = p x + q m`` on the path ``x = alpha x_0 + sigma eps``.
+def predicted_sample_coefficients(prediction_type: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+    """``(p, q)`` of ``x_0 = p x + q m`` on the path ``x = alpha x_0 + sigma eps``, in the arrays' own library.
 
     ``epsilon`` predicts eps; ``sample`` predicts x_0; ``v_prediction`` predicts ``(alpha eps - sigma x_0) / n`` with
     ``n = sqrt(alpha^2 + sigma^2)`` (Salimans and Ho, 2022, on a path of unit variance); ``flow`` predicts
     ``eps - x_0`` (Lipman et al., 2023).
     """
-    n = np.sqrt(alpha**2 + sigma**2)
+    xp = array_api_compat.array_namespace(alpha)
+    n = xp.sqrt(alpha**2 + sigma**2)
     with np.errstate(divide="ignore"):
         table = {
-            "sample": (np.zeros_like(alpha), np.ones_like(alpha)),
+            "sample": (xp.zeros_like(alpha), xp.ones_like(alpha)),
             "epsilon": (1 / alpha, -sigma / alpha),
             "v_prediction": (alpha / n**2, -sigma / n),
             "flow": (1 / (alpha + sigma), -sigma / (alpha + sigma)),

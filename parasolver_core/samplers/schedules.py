@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
 
+import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import is_array, to_host
+from parasolver_core.arrays import Array, is_array, to_host
 from parasolver_core.validation import check_count, check_plain
 
 Float64 = NDArray[np.float64]
@@ -206,8 +207,16 @@ class DiscreteSchedule(NoiseSchedule):
         return np.sqrt(bar), np.sqrt(1 - bar)
 
 
+class ContinuousSchedule(NoiseSchedule):
+    """A path given by formulas, at any time."""
+
+    @abstractmethod
+    def path(self, t: Array) -> tuple[Array, Array]:
+        """``(alpha, sigma)`` at times (rows,) of any array library, wherever they lie; not checked."""
+
+
 @dataclass(frozen=True)
-class KarrasSchedule(NoiseSchedule):
+class KarrasSchedule(ContinuousSchedule):
     """Variance exploding path, ``alpha = 1``; the network is given ``sigma`` (Karras et al., 2022, section 3).
 
     ``x_T`` is noise of standard deviation ``sigma_max``, not 1: ``noise * schedule.init_noise_sigma``.
@@ -253,11 +262,14 @@ class KarrasSchedule(NoiseSchedule):
                 f"timesteps: noise levels must be > 0 (the step to {self.final_sigma:g} is implied by the last), "
                 f"got {_first(sigma[:-1] <= 0, sigma)}"
             )
-        return np.ones_like(sigma), sigma
+        return self.path(sigma)
+
+    def path(self, t: Array) -> tuple[Array, Array]:
+        return array_api_compat.array_namespace(t).ones_like(t), t
 
 
 @dataclass(frozen=True)
-class FlowSchedule(NoiseSchedule):
+class FlowSchedule(ContinuousSchedule):
     """Linear path ``x_t = (1 - t) x_0 + t eps``, t from 1 (noise) to 0 (data); the network is given ``t``.
 
     Args:
@@ -297,6 +309,9 @@ class FlowSchedule(NoiseSchedule):
                 f"{_first(outside, t[:-1])}; "
                 f"for a network trained on 0..1000, divide the timesteps and multiply t in the denoiser. {DATA_AT_0}"
             )
+        return self.path(t)
+
+    def path(self, t: Array) -> tuple[Array, Array]:
         return 1 - t, t
 
 

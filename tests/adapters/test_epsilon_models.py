@@ -17,8 +17,10 @@ from parasolver_adapters.epsilon_models import (
     space_timesteps,
     starting_noise,
 )
-from parasolver_core import DDIM, DDPM, NoiseSchedule, check_denoiser, solve, solve_sequential
+from parasolver_core import DDIM, DDPM, NoiseSchedule, ParallelIntegralSolver, check_denoiser, solve, solve_sequential
 from tests.adapters.weights import relative
+from tests.away import away
+from tests.traffic import Traffic
 
 SCHEDULES = {"linear": NoiseSchedule.linear(), "cosine": NoiseSchedule.squared_cosine(1000)}
 SCHEDULE = SCHEDULES["linear"]
@@ -124,6 +126,23 @@ def test_ddpm_with_learned_variance(schedule: str, options: Any, spacing: str, v
     assert relative(solve_sequential(*arguments, noise=noise).sample, expected) < 1e-11
     assert relative(solve(*arguments, window=5, tolerance=0, noise=noise).sample, expected) < 1e-11
     assert relative(solve(*arguments, window=5, tolerance=1e-2, noise=noise).sample, expected) < 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_denoised": True}])
+def test_a_round_with_learned_variance_waits_once(options: Any) -> None:
+    def tables_there(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return torch.cat([0.3 * torch.sin(x), torch.tanh(x)], dim=1)
+
+    with away() as device:
+        one = EpsilonModel(tables_there, SCHEDULE, (0, 4), num_classes=CLASSES, **options)
+        solver = ParallelIntegralSolver(DDPM(SCHEDULE), 4)
+        state = solver.init(LearnedVariance(one), starting_noise(2, EVENT).to(device), one.timesteps(60))
+        for _ in range(3):
+            solver.step(state)
+        assert not solver.done(state)
+        with Traffic() as traffic:
+            solver.step(state)
+    assert traffic.seen["to the host"] == 1
 
 
 def test_one_step_of_ddpm_gives_the_predicted_sample() -> None:

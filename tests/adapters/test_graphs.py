@@ -186,13 +186,20 @@ def wrapped() -> dict[str, tuple[Any, tuple[int, ...]]]:
         "clipped": (EpsilonModel(labelled, SCHEDULE, 1, **plain, clip_denoised=True), (5,)),
         "model": (ModelDenoiser(Network(), SCHEDULE, "epsilon", **unit), (5,)),
         "clip_sample": (clip_sample(Network(), SCHEDULE), (5,)),
+        "clip_sample of noise levels": (clip_sample(Network(), NoiseSchedule.karras()), (5,)),
+        "clip_sample of flow matching": (clip_sample(Network(), NoiseSchedule.flow_matching()), (5,)),
     }
 
 
-@pytest.mark.parametrize("name", ["embedded", "labels and guidance", "classifier", "clipped", "model", "clip_sample"])
+TIMES = {"clip_sample of noise levels": [80.0, 0.5], "clip_sample of flow matching": [1.0, 0.2]}
+
+
+@pytest.mark.parametrize(
+    "name", ["embedded", "labels and guidance", "classifier", "clipped", "model", "clip_sample", *TIMES]
+)
 def test_the_projects_own_denoisers_can_be_captured(name: str, card: torch.device) -> None:
     denoiser, event = wrapped()[name]
-    x, t = start(2, *event).to(card), torch.tensor([999, 10]).to(card)
+    x, t = start(2, *event).to(card), torch.tensor(TIMES.get(name, [999, 10])).to(card)
     expected = denoiser(x, t)
     assert type(expected) is Away
     graphed = GraphedDenoiser(denoiser, rows=(2,), capture=record)
