@@ -10,7 +10,6 @@ step makes of the same state and the same outputs. It takes place before the use
 from __future__ import annotations
 
 import hashlib
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from parasolver_adapters.diffusers.passes.changes import hooks_of, serial_of
 from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Prelude
 from parasolver_adapters.diffusers.passes.listening import Listener, networks_of, processors_of, with_state
+from parasolver_adapters.diffusers.recording.agreement import apart, rounding
 from parasolver_adapters.diffusers.recording.batching import Networks, compare_rows
 from parasolver_adapters.diffusers.recording.capture import form_of_call
 from parasolver_adapters.diffusers.recording.programs import Call, Program, Ref
@@ -96,9 +96,9 @@ class Check(Listener):
             sent = outputs
         pairs = {"sample": (self._state if own_x is None else own_x, x), "model_output": (own_m, m)}
         for name, (own, real) in pairs.items():
-            apart = _apart(own, real)
-            if not apart <= _limit(real.dtype):
-                raise self._failure(i, f"gives scheduler.step a {name} that is off by {apart:.2g} of its size")
+            off = apart(own, real)
+            if not off <= rounding(real.dtype):
+                raise self._failure(i, f"gives scheduler.step a {name} that is off by {off:.2g} of its size")
 
     def _made(self, i: int, call: Call, leaves: list[Any]) -> list[Any]:
         """The outputs of the loop's own call that this one stands for."""
@@ -224,24 +224,5 @@ def _structure(program: Program, described: Callable[[Any], Any] = _wiring) -> t
 def _are_alike(one: Any, other: Any) -> bool:
     """Whether two arguments of a network are the same, but for rounding."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return _apart(one, other) <= _limit(other.dtype)
+        return apart(one, other) <= rounding(other.dtype)
     return one == other if isinstance(one, (bool, int, float, str)) else True
-
-
-def _apart(one: Any, other: torch.Tensor) -> float:
-    """The largest difference, over the largest value; what is not finite is equal to itself."""
-    if not isinstance(one, torch.Tensor) or one.shape != other.shape:
-        return math.inf
-    if torch.equal(one, other):
-        return 0.0
-    dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    one, other = one.to(dtype), other.to(dtype)
-    same = (one == other) | (one.isnan() & other.isnan())
-    difference = float(torch.where(same, 0, (one - other).abs()).max())
-    size = float(torch.where(other.isfinite(), other, 0).abs().max())
-    return difference / size if size else difference and math.inf
-
-
-def _limit(dtype: torch.dtype) -> float:
-    """The same operations on the same numbers differ by rounding at most."""
-    return torch.finfo(dtype).eps ** 0.75 if dtype.is_floating_point else 0.0

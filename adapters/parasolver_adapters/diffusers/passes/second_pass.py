@@ -31,6 +31,7 @@ from parasolver_adapters.diffusers.recording.standins import zeros
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers.rule import SchedulerRule
 from parasolver_core import ConvergenceError, NonFiniteError, Status
+from parasolver_core.arrays import uploaded
 from parasolver_core.denoiser.contract import SharedDenoiser
 from parasolver_core.solution import RoundRecord, Solution
 from parasolver_core.solver.deadline import Deadline
@@ -132,7 +133,7 @@ class Replay(Listener):
         want, limit = target, max(self._choices.solver.tolerance, 0.1)
         if self._rule.table.memory == 1:
             x = given["sample"].to(target.dtype)
-            m = _correct(self._rule, i, x, None, given["model_output"].to(target.dtype))
+            m = _correct(self._rule, [i], x[None], None, given["model_output"].to(target.dtype)[None])[0]
             z = None if self._noise is None else self._noise[i, 0]
             want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(own.dtype).eps ** 0.5, 1e-3)
         error = float((own.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
@@ -271,14 +272,15 @@ def _denoiser(capture: Capture, choices: Choices) -> RecordedDenoiser:
 
 
 def _correct(
-    rule: SchedulerRule, node: int, state: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor
+    rule: SchedulerRule, nodes: list[int], states: torch.Tensor, x: torch.Tensor | None, m: torch.Tensor
 ) -> torch.Tensor:
-    """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x."""
+    """What the recurrence of the state needs instead of m, where the scheduler clips or the loop changes x; of rows."""
     if rule.clip is not None:
-        m = rule.clip.correct(node, state if x is None else x.to(m.dtype), m)
+        m = rule.clip.correct_all(nodes, states if x is None else x.to(m.dtype), m)
     if x is None:
         return m
-    return m + (x.to(m.dtype) - state) * _weight(rule, node)
+    weights = uploaded(torch, np.array([_weight(rule, node) for node in nodes]), m.device, m.dtype)
+    return m + (x.to(m.dtype) - states) * weights.view(-1, *[1] * (m.ndim - 1))
 
 
 def _weight(rule: SchedulerRule, node: int) -> float:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from parasolver_adapters.diffusers.recording.capture import Reference
 from parasolver_adapters.diffusers.recording.programs import Call, Program
 from parasolver_adapters.diffusers.recording.standins import dense
+from parasolver_adapters.diffusers.recording.together import Together
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_core import Rows, SolverError
 
@@ -33,6 +34,7 @@ class Networks:
         self._forwards, self._references = forwards, references
         self._repeated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._checked: set[tuple[Any, ...]] = set()
+        self._comparable: dict[tuple[Any, ...], Reference | None] = {}
         self.calls = 0
 
     def together(self, requests: Sequence[tuple[Call, list[Any]]]) -> list[list[Any]]:
@@ -66,7 +68,12 @@ class Networks:
         return results
 
     def reference(self, call: Call) -> Reference | None:
-        """The known call, if it could be part of this batch."""
+        """The known call, if it could be part of this batch; looked for once, as numbers on a device are waited for."""
+        if call.signature not in self._comparable:
+            self._comparable[call.signature] = self._find_reference(call)
+        return self._comparable[call.signature]
+
+    def _find_reference(self, call: Call) -> Reference | None:
         reference = self._references.get(call.signature[0])
         if reference is None:
             return None
@@ -119,8 +126,8 @@ class RecordedDenoiser:
         programs: one for each node but the first.
         first: the first node's output, known from the pipeline's own call at its only input.
         networks: makes the calls.
-        correct: ``correct(node, state, x, m)``: the output that the recurrence is to be given in place of m; x is the
-            state as the loop has changed it, or None.
+        correct: ``correct(nodes, states, x, m)``, of some rows: the outputs that the recurrence is to be given in place
+            of m; x are the states as the loop has changed them, or None.
     """
 
     takes_rows = True
@@ -130,29 +137,53 @@ class RecordedDenoiser:
         programs: Sequence[Program],
         first: torch.Tensor,
         networks: Networks,
-        correct: Callable[[int, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
+        correct: Callable[[list[int], torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
     ) -> None:
         self._programs, self._first, self._networks, self._correct = programs, first, networks, correct
+        self._steps = Together(programs)
         self.outputs: dict[int, torch.Tensor] = {}  # of each node, as the pipeline would give it to its scheduler
 
     def __call__(self, x: torch.Tensor, nodes: torch.Tensor, rows: Rows | None = None, /) -> torch.Tensor:
         numbers = nodes.tolist() if rows is None else rows.steps.tolist()
-        runs = {row: self._programs[node - 1].run(x[row]) for row, node in enumerate(numbers) if node > 0}
-        results: list[Any] = [(None, self._first) for row in range(len(numbers))]
-        waiting: dict[int, Any] = dict.fromkeys(runs)
+        groups: dict[Any, list[int]] = {}
+        for row, node in enumerate(numbers):
+            groups.setdefault(self._steps.kind(node - 1) if node > 0 else None, []).append(row)
+        first = len(groups.get(None, ()))
+        results = self._run(groups, numbers, x) | {None: (None, self._first.expand(first, *self._first.shape))}
+        corrected: list[Any] = [None] * len(numbers)
+        for kind, group in groups.items():
+            own, m = results[kind]
+            of_group = [numbers[row] for row in group]
+            self.outputs.update(zip(of_group, m.unbind(), strict=True))
+            parts = self._correct(of_group, _chosen(x, group), own, m.to(x.dtype)).unbind()
+            for row, part in zip(group, parts, strict=True):
+                corrected[row] = part
+        return torch.stack(corrected)
+
+    def _run(self, groups: dict[Any, list[int]], numbers: list[int], x: torch.Tensor) -> dict[Any, tuple[Any, Any]]:
+        """``(x, m)`` of the rows of each group; their network calls are made together."""
+        runs = {
+            kind: self._steps.run([numbers[row] - 1 for row in group], _chosen(x, group))
+            for kind, group in groups.items()
+            if kind is not None
+        }
+        results: dict[Any, tuple[Any, Any]] = {}
+        waiting: dict[Any, Any] = dict.fromkeys(runs)
         while waiting:
             requests = {}
-            for row, sent in waiting.items():
+            for kind, sent in waiting.items():
                 try:
-                    requests[row] = runs[row].send(sent)
+                    requests[kind] = runs[kind].send(sent)
                 except StopIteration as end:
-                    results[row] = end.value
-            waiting = dict(zip(requests, self._networks.together(list(requests.values())), strict=True))
-        corrected = []
-        for row, (node, (own, m)) in enumerate(zip(numbers, results, strict=True)):
-            self.outputs[node] = m
-            corrected.append(self._correct(node, x[row], own, m.to(x.dtype)))
-        return torch.stack(corrected)
+                    results[kind] = end.value
+            outputs = iter(self._networks.together([one for every in requests.values() for one in every]))
+            waiting = {kind: [next(outputs) for _ in every] for kind, every in requests.items()}
+        return results
+
+
+def _chosen(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These rows, in rising order, without an index that the device would have to be sent."""
+    return x if len(rows) == len(x) else torch.stack([x[row] for row in rows])
 
 
 def _split(call: Call, output: Any, count: int) -> Sequence[Any]:

@@ -90,13 +90,7 @@ class Program:
                 for index, output in zip(operation.results, outputs, strict=True):
                     values[index] = output
                 continue
-            result = _repeated(operation, values)
-            if isinstance(operation.results, int):
-                values[operation.results] = result
-            elif operation.results is not None:
-                for index, one in zip(operation.results, result, strict=True):
-                    if index is not None:
-                        values[index] = one
+            perform(operation, values)
         return values[self.x] if self.x else None, values[self.m]
 
     def prune(self) -> None:
@@ -112,16 +106,27 @@ class Program:
         self.operations = kept[::-1]
 
 
-def _repeated(operation: Operation, values: Sequence[Any]) -> Any:
-    """The result of a recorded operation on these values."""
+def perform(operation: Any, values: list[Any]) -> None:
+    """Repeat a recorded operation on these values, which its results join."""
     try:
-        return operation.function(*_resolve(operation.args, values), **_resolve(operation.kwargs, values))
+        result = operation.function(*_resolve(operation.args, values), **_resolve(operation.kwargs, values))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise PipelineNotParallelError(
             f"an operation of the loop cannot be repeated with other values ({operation.function}): {error}"
         ) from error
+    keep(operation, result, values)
+
+
+def keep(operation: Operation, result: Any, values: Any) -> None:
+    """Put what an operation gave under its numbers."""
+    if isinstance(operation.results, int):
+        values[operation.results] = result
+    elif operation.results is not None:
+        for index, one in zip(operation.results, result, strict=True):
+            if index is not None:
+                values[index] = one
 
 
 _NESTED = (Ref, tuple, list, dict)

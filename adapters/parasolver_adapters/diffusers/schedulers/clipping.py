@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from parasolver_adapters.bands import Path, as_rows, fit
 from parasolver_adapters.diffusers.schedulers.probing import Network, check_replay, run_nonlinear, wavy
 from parasolver_adapters.diffusers.schedulers.stepping import Loop, Node, UnsupportedSchedulerError
-from parasolver_core.arrays import DeviceTable
+from parasolver_core.arrays import DeviceTable, uploaded
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
 from parasolver_core.samplers.recurrence import Recurrence
 
@@ -49,8 +49,20 @@ class Clip:
 
     def correct(self, i: int, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """``m'`` of one node, from its state."""
-        h = x * float(self.p[i]) + m * float(self.q[i])
-        return m + (self.function(h) - h) * float(self.w[i])
+        return _corrected(self.function, x, m, float(self.p[i]), float(self.q[i]), float(self.w[i]))
+
+    def correct_all(self, nodes: list[int], x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """``m'`` of several nodes, from their states ``(nodes, rows, *event)``."""
+        table = uploaded(torch, np.stack([self.p, self.q, self.w])[:, nodes], m.device, m.dtype)
+        p, q, w = table.reshape(3, -1, *[1] * (m.ndim - 1))
+        return _corrected(lambda h: self.function(h.flatten(0, 1)).view_as(h), x, m, p, q, w)
+
+
+def _corrected(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, m: torch.Tensor, p: Any, q: Any, w: Any
+) -> torch.Tensor:
+    h = x * p + m * q
+    return m + (function(h) - h) * w
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +96,7 @@ class ClippingDenoiser:
         clip, m = self.clip, self.denoiser(x, t, *rows)
         node = (t[:, None] == self._grid.like(t)).to(torch.int8).argmax(dim=1)
         p, q, w = self._table.like(x)[:, node].reshape(3, -1, *[1] * (x.ndim - 1))
-        h = p * x + q * m
-        return m + w * (clip.function(h) - h)
+        return _corrected(clip.function, x, m, p, q, w)
 
 
 def clips(scheduler: Any) -> list[str]:
