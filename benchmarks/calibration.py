@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.pareto import MAX_ROWS, SETTINGS, Bench, markdown, show, spent
+from benchmarks.pareto.runs import Bench, spent
+from benchmarks.pareto.settings import MAX_ROWS, SETTINGS
 from benchmarks.problems import PROBLEMS
+from benchmarks.tables import markdown, show
 from parasolver_cli.figures import FRONT, INK, MUTED, STYLE
 from parasolver_core import solve
 

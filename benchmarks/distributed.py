@@ -142,7 +142,7 @@ def own_part(window: int, tries: int) -> float:
 
 def automatic(name: str, sampler: str, steps: int, tries: int) -> dict[str, Any]:
     """Median seconds of each choice, run in turn; the costs that auto needs have been measured before."""
-    from benchmarks.pareto import Setting, step_rule
+    from benchmarks.pareto.settings import Setting, step_rule
     from benchmarks.problems import PROBLEMS as NETWORKS
 
     problem = NETWORKS[name]

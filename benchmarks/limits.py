@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.pareto import SETTINGS, Bench, Setting, show
+from benchmarks.pareto.runs import Bench
+from benchmarks.pareto.settings import SETTINGS, Setting
 from benchmarks.problems import PROBLEMS
+from benchmarks.tables import show
 
 STEP = 1e-2  # of the state's norm: where the network is evaluated for the products with its Jacobian
 KINDS = ("identity", "secant", "full Jacobian")

@@ -16,8 +16,10 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.pareto import MAX_ROWS, Bench, Point, Setting, at_error, markdown, show, spent
+from benchmarks.pareto.runs import Bench, Point, at_error, spent
+from benchmarks.pareto.settings import MAX_ROWS, Setting
 from benchmarks.problems import PROBLEMS, Denoiser
+from benchmarks.tables import markdown, show
 from parasolver_core import Memory, Solution, solve
 
 SETTINGS = tuple(

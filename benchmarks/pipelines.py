@@ -21,7 +21,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.pareto import show
+from benchmarks.tables import show
 from benchmarks.torch_memory import TorchMemory
 from parasolver_adapters.diffusers import parallel_sampling
 

@@ -18,8 +18,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.pareto import MAX_ROWS, Setting, show, step_rule
+from benchmarks.pareto.settings import MAX_ROWS, Setting, step_rule
 from benchmarks.problems import PROBLEMS, Denoiser
+from benchmarks.tables import show
 from parasolver_core import solve
 from parasolver_core.methods.expected import _SLIDING, _SLIDING_NOISY
 from parasolver_core.methods.presets import get_method

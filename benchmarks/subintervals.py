@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.pareto import markdown
 from benchmarks.problems import PROBLEMS
+from benchmarks.tables import markdown
 from parasolver_core import DDIM, DDPM, Solution, StepRule, solve, solve_sequential
 
 NETWORKS = ("mixture", "policy")

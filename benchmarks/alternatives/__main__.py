@@ -10,7 +10,7 @@ from rich.console import Console
 from benchmarks.alternatives.methods import STEPS, Bench
 from benchmarks.alternatives.report import best_table, draw, point_table
 from benchmarks.alternatives.results import Results
-from benchmarks.pareto import markdown, show
+from benchmarks.tables import markdown, show
 
 
 def main(

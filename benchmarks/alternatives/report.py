@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 
 from benchmarks.alternatives.results import OURS, SEQUENTIAL, Results, Run, frechet, mean_error
-from benchmarks.latency import Device
+from benchmarks.latency.devices import Device
 from parasolver_cli.figures import INK, MUTED, STYLE
 
 DEVICES = (1, 2, 4, 8)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.frechet import fit_gaussian, gaussian_distance, load_reference
-from benchmarks.latency import Device
+from benchmarks.latency.devices import Device
 
 SEQUENTIAL, OURS = "sequential", "ParaSolver"
 Calls = list[tuple[int, float]]

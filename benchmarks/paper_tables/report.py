@@ -17,7 +17,7 @@ from benchmarks.paper_tables.models import Model
 from benchmarks.paper_tables.printed import PRINTED
 from benchmarks.paper_tables.quality import Quality
 from benchmarks.paper_tables.samplers import METHODS, Sampler
-from benchmarks.pareto import markdown
+from benchmarks.tables import markdown
 
 
 def summary(model: Model, folder: Folder, sampler: str, method: str, columns: list[Quality]) -> dict[str, Any]:

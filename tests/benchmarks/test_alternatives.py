@@ -32,7 +32,7 @@ from benchmarks.alternatives.caches import (
 from benchmarks.alternatives.methods import Sample
 from benchmarks.alternatives.report import front
 from benchmarks.alternatives.results import OURS, SEQUENTIAL, Results, Run
-from benchmarks.latency import Device
+from benchmarks.latency.devices import Device
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 

@@ -14,9 +14,12 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import latency
-from benchmarks.latency import BatchCost, Device, break_even
-from benchmarks.pareto import Setting, step_rule
+from benchmarks.latency import __main__ as command
+from benchmarks.latency import timings
+from benchmarks.latency.devices import BatchCost, Device, break_even, mean_speedup
+from benchmarks.latency.replays import replay
+from benchmarks.latency.timings import bare_loop
+from benchmarks.pareto.settings import Setting, step_rule
 from benchmarks.problems import PROBLEMS
 from parasolver_core import solve_sequential
 
@@ -49,8 +52,8 @@ def test_break_even_is_the_smallest_k_that_pays() -> None:
     histories = [[8, 8, 8], [4, 8, 8]]  # 24 and 20 rows for 10 steps
     k = break_even(10, histories, gpus=1, overhead=0.0)
     assert k == 3
-    assert latency.mean_speedup(10, histories, Device(3, overhead=0.0)) >= 1
-    assert latency.mean_speedup(10, histories, Device(2, overhead=0.0)) < 1
+    assert mean_speedup(10, histories, Device(3, overhead=0.0)) >= 1
+    assert mean_speedup(10, histories, Device(2, overhead=0.0)) < 1
     assert break_even(10, histories, gpus=4, overhead=0.0) == 1
     assert break_even(2, histories, gpus=1, overhead=0.0) is None
 
@@ -67,24 +70,24 @@ def test_the_bare_loop_is_the_sequential_sampler(sampler: str) -> None:
     denoiser, x_T = problem.make(), problem.starts(2)
     rule, timesteps = step_rule(problem, Setting("", sampler, 12, 1))
     truth = solve_sequential(denoiser, x_T, timesteps, rule).sample
-    torch.testing.assert_close(latency.bare_loop(denoiser, x_T, timesteps, rule, torch.Generator()), truth)
+    torch.testing.assert_close(bare_loop(denoiser, x_T, timesteps, rule, torch.Generator()), truth)
 
 
 def test_a_replay_records_the_rows_of_each_sample() -> None:
     problem = PROBLEMS["policy"]
-    one = latency.replay(problem, problem.make(), "DDIM", 25, 8, seeds=2, tolerance=1e-2)
+    one = replay(problem, problem.make(), "DDIM", 25, 8, seeds=2, tolerance=1e-2)
     assert len(one.rounds) == 2
     assert all(max(rounds) <= 8 and sum(rounds) >= len(rounds) for rounds in one.rounds)
     assert one.error < 1e-2
 
 
 def test_command_writes_table_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "SAMPLERS", (("DDIM", 12),))
-    monkeypatch.setattr(latency, "WINDOWS", (4, 100))
-    monkeypatch.setattr(latency, "MEASURED", ("policy",))
-    monkeypatch.setattr(latency, "REPLAYED", {"policy": (("DDPM", 12, (4, 12)),)})
+    monkeypatch.setattr(command, "SAMPLERS", (("DDIM", 12),))
+    monkeypatch.setattr(timings, "WINDOWS", (4, 100))
+    monkeypatch.setattr(command, "MEASURED", ("policy",))
+    monkeypatch.setattr(command, "REPLAYED", {"policy": (("DDPM", 12, (4, 12)),)})
     app = Typer()
-    app.command()(latency.main)
+    app.command()(command.main)
     arguments = ["--out", str(tmp_path), "--repeats", "1", "--seeds", "1"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
