@@ -7,6 +7,6 @@ so that "different, but as good" is visible.
 
 Time is that of the network, counted and not measured: each call with its rows and the share of the network that ran.
 What that takes follows from what a batch costs (:class:`benchmarks.latency.devices.Device`), on one device or several.
-Every sample is kept in a file of its own, from which an interrupted benchmark goes on; further processes can work on others
-(``--first``).
+Every sample is kept in a file of its own, from which an interrupted benchmark goes on; further processes can work on
+others (``--first``).
 """
