@@ -82,6 +82,6 @@ def draw_all(
             given = options(sampler, method, model.table)
             if method != "sequential":
                 given["window"] = window or sampler.window
-            model.draw(0, 3, given)  # what a first call of a process costs is nobody's
+            model.draw(0, 3, {**given, "subintervals": None})  # what a first call of a process costs is nobody's
             for number in track(range(done, samples), f"{sampler.name}, {METHODS[method]}"):
                 folder.add(sampler.name, method, number, model.draw(number, sampler.steps, given))

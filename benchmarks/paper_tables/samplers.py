@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +38,13 @@ METHODS = {
     "sequential": "sequential",
     "paradigms": "ParaDiGMS",
     "parasolver": "ParaSolver",
+    "halves": "ParaSolver, N / 2 subintervals",
+    "fifths": "ParaSolver, N / 5 subintervals",
     "loose": "ours, tolerance 5 %",
     "default": "ours, tolerance 1 %",
 }
 OURS = {"loose": 5e-2, "default": 1e-2}
+GROUPED = {"halves": 2, "fifths": 5}  # the most steps of a subinterval
 
 
 def options(sampler: Sampler, method: str, table: str) -> dict[str, Any]:
@@ -49,6 +53,9 @@ def options(sampler: Sampler, method: str, table: str) -> dict[str, Any]:
         return {"method": "sequential"}
     if method in OURS:
         return {"tolerance": OURS[method]}
+    if method in GROUPED:
+        subintervals = math.ceil(sampler.steps / GROUPED[method])
+        return {**options(sampler, "parasolver", table), "subintervals": subintervals}
     if sampler.noisy:
         published = {"paradigms": 0.5, "parasolver": 0.55}[method]
     elif table == "SD-v2":

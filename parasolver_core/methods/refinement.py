@@ -13,21 +13,50 @@ from parasolver_core.methods.levels import Level
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import Recurrence
 
-_FIRST, _FIRST_NOISY = 13, 50  # nodes of the first level, or what the window holds; noise makes a trajectory rough
-_FEWEST = 1.5  # nodes at the end, in units of that first level: fewer may step over what the network does between them;
-_FEWEST_SHARE = 0.5  # of the steps, if that is less
-_SKIP = 0.1  # a node moved by less, in units of the tolerance, keeps its last evaluation
-_NEAR = 0.03  # by trial: with more nodes due than the window holds, those moved by less of the most wait
-_EARLY = 7.5  # midpoints that fit into one round join when a sweep changes the sample by less interpolation errors
-_UNMEASURED = 0.067  # by trial: the interpolation error of the first level, until it is measured
-_SETTLED = 0.2  # the last sweep's change of the sample, in units of the tolerance
-_SWEEPS = 3  # sweeps over a level that follow its last refinement
-_MOST_SWEEPS = 7  # over one level; where the network expands more are needed, and a short window is solved sooner
-_MOST_DROPPED = 3  # rounds in which outputs were not finite, before a sliding window goes on
-_ASTRAY = 0.8  # a sample that the third sweep over a level, or a later one, changes by so much of its size is lost;
-_PATIENCE = 20.0  # from the (N / window / 20)^2-th on, as much is at stake where a window would slide for long
-_GAIN, _GAIN_NOISY = 3.0, 2.0  # by what twice as many nodes divide the interpolation error
-_MISSED = 2.0  # without noise: the interpolation error, in units of what the slopes say of it
+
+@dataclass(frozen=True)
+class Rules:
+    """What spread nodes are judged by. Chosen on the networks of ``docs/theory.md``, "Few nodes first", which says why.
+
+    Errors, and changes of the sample, are meant as the tolerance is, relative to the sample.
+
+    Args:
+        first: nodes of the first level, or what the window holds; noise makes a trajectory rough, and takes more.
+        fewest: nodes at the end, in units of that level: fewer may step over what the network does between them;
+        fewest_share: or this share of the steps, if that is less.
+        skip: a node moved by less, in units of the tolerance, keeps its last evaluation.
+        near: with more nodes due than the window holds, those moved by less of the most wait; by trial.
+        early: midpoints that fit into a round join when a sweep changes the sample by fewer interpolation errors.
+        unmeasured: the interpolation error of the first level, until it is measured; by trial.
+        settled: the last sweep's change of the sample, in units of the tolerance.
+        sweeps: over a level, that follow its last refinement.
+        most_sweeps: over one level; where the network expands more are needed, and a short window is solved sooner.
+        most_dropped: rounds in which outputs were not finite, before a sliding window goes on.
+        astray: a sample that the third sweep over a level, or a later one, changes by so much of its size is lost;
+        patience: from the (N / window / patience)^2-th on, as much is at stake where a window would slide for long.
+        gain: by what twice as many nodes divide the interpolation error.
+        missed: the interpolation error, in units of what the slopes say of it.
+    """
+
+    first: int = 13
+    fewest: float = 1.5
+    fewest_share: float = 0.5
+    skip: float = 0.1
+    near: float = 0.03
+    early: float = 7.5
+    unmeasured: float = 0.067
+    settled: float = 0.2
+    sweeps: int = 3
+    most_sweeps: int = 7
+    most_dropped: int = 3
+    astray: float = 0.8
+    patience: float = 20.0
+    gain: float = 3.0
+    missed: float = 2.0
+
+
+WITHOUT_NOISE = Rules()
+WITH_NOISE = Rules(first=50, gain=2.0, missed=1.0)
 
 
 class Verdict(Enum):
@@ -61,21 +90,20 @@ class Aims:
         return sliding_rounds(self.recurrence, self.width, self.wanted)
 
     @property
-    def gain(self) -> float:
-        """By what twice as many nodes divide the interpolation error."""
-        return _GAIN_NOISY if self.recurrence.stochastic else _GAIN
+    def rules(self) -> Rules:
+        """What they are judged by."""
+        return WITH_NOISE if self.recurrence.stochastic else WITHOUT_NOISE
 
     @property
     def first(self) -> int:
         """Nodes of the first level."""
-        first = _FIRST_NOISY if self.recurrence.stochastic else _FIRST
-        return min(first * self.recurrence.stages, self.width)
+        return min(self.rules.first * self.recurrence.stages, self.width)
 
     @property
     def fewest(self) -> float:
         """Nodes at the end."""
-        first = (_FIRST_NOISY if self.recurrence.stochastic else _FIRST) * self.recurrence.stages
-        return min(_FEWEST * first, _FEWEST_SHARE * len(self.recurrence))
+        first = self.rules.first * self.recurrence.stages
+        return min(self.rules.fewest * first, self.rules.fewest_share * len(self.recurrence))
 
 
 class Refinement:
@@ -91,7 +119,8 @@ class Refinement:
 
     def __init__(self, aims: Aims, level: Level) -> None:
         count = len(level.nodes)
-        self.aims, self._influence, self.level = aims, aims.recurrence.influence, level
+        self.aims, self._rules = aims, aims.rules
+        self._influence, self.level = aims.recurrence.influence, level
         self.moved = np.full(count, np.inf)  # RMS of each node's moves since its last evaluation, relative; inf: never
         self.scale = np.ones(count)  # RMS of the inputs,
         self.smallness = np.ones(len(aims.recurrence))  # of which so much counts, at each step of the sampler
@@ -101,7 +130,7 @@ class Refinement:
         self._waiting = np.ones(count, dtype=bool)  # rows that the sweep has still to evaluate
         self._change = 0.0  # of the sample, in this sweep
         self._midpoints = 0.0  # the part of it that is due to nodes evaluated for the first time
-        self._left = _UNMEASURED  # the interpolation error of this level,
+        self._left = self._rules.unmeasured  # the interpolation error of this level,
         self._measured, self._measuring = False, False  # known from a level's midpoints after their first sweep
         self._changes: list[float] = []  # of the sample, in the sweeps over this level
 
@@ -132,7 +161,7 @@ class Refinement:
         self._waiting[self.picked] = False
         self._change = float(np.hypot(self._change, change))
         self._midpoints = float(np.hypot(self._midpoints, midpoints))
-        return Verdict.GIVE_WAY if self._dropped > _MOST_DROPPED else self._continue()
+        return Verdict.GIVE_WAY if self._dropped > self._rules.most_dropped else self._continue()
 
     def refine(self, level: Level, weights: Float64, known: NDArray[np.bool_]) -> Verdict:
         """Go on with a finer level: what is known is interpolated, what is new is due."""
@@ -146,20 +175,20 @@ class Refinement:
     @property
     def exhausted(self) -> bool:
         """Whether a sliding window should go on: it does not settle, or the window would be done by now."""
-        slow = len(self._changes) > _MOST_SWEEPS or self.rounds >= self.aims.patience
+        slow = len(self._changes) > self._rules.most_sweeps or self.rounds >= self.aims.patience
         return self._astray or slow
 
     @property
     def _astray(self) -> bool:
         """Whether the sample is as far from settling as networks are that expand everywhere."""
         sweeps, lengths = len(self._changes), len(self.aims.recurrence) / self.aims.width
-        judged = not self._opening and sweeps >= max(3.0, (lengths / _PATIENCE) ** 2)
-        return judged and self._changes[-1] > _ASTRAY
+        judged = not self._opening and sweeps >= max(3.0, (lengths / self._rules.patience) ** 2)
+        return judged and self._changes[-1] > self._rules.astray
 
     @property
     def worthless(self) -> bool:
         """Whether what is known is worse than nothing: numbers ran out of range, or very few nodes went astray."""
-        return self._wild or (self._astray and self.aims.width < _FIRST)
+        return self._wild or (self._astray and self.aims.width < WITHOUT_NOISE.first)
 
     @property
     def opening(self) -> bool:
@@ -183,9 +212,9 @@ class Refinement:
     def _due(self) -> NDArray[np.bool_]:
         """The rows whose input has moved since they were evaluated, as seen from the sample."""
         moved, width = self.moved * self._influence[self.level.nodes], self.aims.width
-        due = ~(moved <= _SKIP * self.aims.tolerance)  # NaN is due
+        due = ~(moved <= self._rules.skip * self.aims.tolerance)  # NaN is due
         if due.sum() > width:
-            due &= moved > _NEAR * np.max(moved[np.isfinite(moved)], initial=0.0)
+            due &= moved > self._rules.near * np.max(moved[np.isfinite(moved)], initial=0.0)
         return due
 
     def _settle(self) -> Verdict:
@@ -194,12 +223,12 @@ class Refinement:
         complete = count == len(aims.recurrence)
         if self._measuring:
             self._measured, self._measuring = True, False
-            self._left = self._midpoints / (aims.gain - 1)  # what all further levels would add, a geometric series
+            self._left = self._midpoints / (self._rules.gain - 1)  # of all further levels, a geometric series
         self._changes.append(self._change)
         left = 0.0 if complete else self._left * self._growth
-        remains = left * (1.0 if aims.recurrence.stochastic else _MISSED)
-        self.error = max(self._change / _SETTLED, remains) * aims.wanted / aims.tolerance
-        settled = self._change <= _SETTLED * aims.tolerance
+        remains = left * self._rules.missed
+        self.error = max(self._change / self._rules.settled, remains) * aims.wanted / aims.tolerance
+        settled = self._change <= self._rules.settled * aims.tolerance
         if complete or (self._measured and count >= aims.fewest and remains <= aims.tolerance):
             return Verdict.CONVERGED if settled else Verdict.GO_ON
         if self._opening or settled or self._change <= self._early * left:
@@ -212,7 +241,7 @@ class Refinement:
 
         Less where the finer level takes several rounds a sweep: rounds on this level are cheaper then.
         """
-        return _EARLY * min(1.0, self.aims.width / (2 * len(self.level.nodes) - 1))
+        return self._rules.early * min(1.0, self.aims.width / (2 * len(self.level.nodes) - 1))
 
     @property
     def _growth(self) -> float:
@@ -224,5 +253,5 @@ class Refinement:
     def _worth_refining(self) -> bool:
         """Whether the nodes that the tolerance needs take fewer rounds than a window that slides over the steps."""
         n, aims = len(self.aims.recurrence), self.aims
-        needed = len(self.level.nodes) * (self._left / aims.tolerance) ** (1 / np.log2(aims.gain))
-        return bool(needed <= n / _SWEEPS + aims.width)
+        needed = len(self.level.nodes) * (self._left / aims.tolerance) ** (1 / np.log2(self._rules.gain))
+        return bool(needed <= n / self._rules.sweeps + aims.width)
