@@ -48,12 +48,14 @@ class Aims:
         width: the most nodes of a round.
         wanted: wanted relative error.
         tolerance: what changes and the interpolation error must be within.
+        rounding: rounding unit of the states, the least error that is told.
     """
 
     recurrence: Recurrence
     width: int
     wanted: float
     tolerance: float
+    rounding: float
 
     @property
     def patience(self) -> float:
@@ -198,7 +200,7 @@ class Refinement:
         self._changes.append(self._change)
         left = 0.0 if complete else self._left * self._growth
         remains = left * (1.0 if aims.recurrence.stochastic else _MISSED)
-        self.error = max(self._change / _SETTLED, remains) * aims.wanted / aims.tolerance
+        self.error = max(max(self._change / _SETTLED, remains) * aims.wanted / aims.tolerance, aims.rounding)
         settled = self._change <= _SETTLED * aims.tolerance
         if complete or (self._measured and count >= aims.fewest and remains <= aims.tolerance):
             return Verdict.CONVERGED if settled else Verdict.GO_ON
