@@ -145,7 +145,9 @@ class Solution:
         message: one sentence that says what happened and, after a failure, what to do.
         statuses: one status a sample.
         steps: (batch,), how many steps of each sample are final.
-        error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS.
+        error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS. At least the rounding unit
+            of states and outputs after a parallel run, without what a sampler or a network makes of it, which the
+            sequential run has, too; 0 after a sequential run.
         stats: what it cost.
         trajectory: ``(N + 1, batch, *event)`` with ``save="trajectory"``: all states, ``x_T`` first, the sample
             last, to the bit; NaN where a state is not final; on the device of the states. Else None.

@@ -125,6 +125,7 @@ class AndersonWindow(SampleRun):
     ) -> None:
         super().__init__(sample, start if shared.keep else None)
         self._shared, self._method, self._noise, self._xp = shared, method, noise, shared.xp
+        self._eps = float(shared.xp.finfo(start.dtype).eps)  # what is told of an error is at least rounding
         self.hi = shared.width
         self._X = shared.xp.stack([start] * (shared.width + 1))  # the states lo .. hi, at first copies
         self._past: list[Iterate] = []
@@ -184,7 +185,7 @@ class AndersonWindow(SampleRun):
             new = new - self._column(weight) * (change.states + change.residuals)
         # what is final is not x + (target - x), which loses the target where x was far off
         new = self._xp.concat([self._first(D)[None, :], self._target[1:count, :], new[count:, :]])
-        self.error = max(self.error, float(np.max(residual[: count - 1], initial=0.0)))
+        self.error = max(self.error, float(np.max(residual[: count - 1], initial=self._eps)))
         move = np.sqrt(high / np.maximum(squared, np.finfo(float).tiny))
         self._slide(new, count)
         return self.record(nodes, count, np.append(0.0, move[:-1]), residual)

@@ -77,12 +77,14 @@ class Aims:
         width: the most nodes of a round.
         wanted: wanted relative error.
         tolerance: what changes and the interpolation error must be within.
+        rounding: rounding unit of the states, the least error that is told.
     """
 
     recurrence: Recurrence
     width: int
     wanted: float
     tolerance: float
+    rounding: float
 
     @property
     def patience(self) -> float:
@@ -227,7 +229,8 @@ class Refinement:
         self._changes.append(self._change)
         left = 0.0 if complete else self._left * self._growth
         remains = left * self._rules.missed
-        self.error = max(self._change / self._rules.settled, remains) * aims.wanted / aims.tolerance
+        left_open = max(self._change / self._rules.settled, remains)
+        self.error = max(left_open * aims.wanted / aims.tolerance, aims.rounding)
         settled = self._change <= self._rules.settled * aims.tolerance
         if complete or (self._measured and count >= aims.fewest and remains <= aims.tolerance):
             return Verdict.CONVERGED if settled else Verdict.GO_ON

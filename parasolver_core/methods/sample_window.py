@@ -95,8 +95,8 @@ class SampleWindow(SampleRun):
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
         D, nodes, (compared, (unit, square)) = self._shared.taken(D), self.nodes, np.split(sums, [-2])
-        unit, smallness = max(self._eps, float(unit)), self._recurrence.smallness(self.hi - 1, float(square))
-        told = self._correction.read(compared, self.lo)
+        unit, told = max(self._eps, float(unit)), self._correction.read(compared, self.lo)
+        smallness = self._recurrence.smallness(self.hi - 1, float(square), float(told.size[-1]))
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
@@ -107,7 +107,7 @@ class SampleWindow(SampleRun):
             told = self._correction.read(compared, self.lo)
         known = self._evaluated[self.nodes] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[self.nodes]
-        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross)
+        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, unit)
         self._measured[self.nodes] |= slope != old
         still = np.where(self._measured[self.nodes], 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
@@ -229,7 +229,7 @@ class SampleWindow(SampleRun):
         if input_ok and output_ok:
             self._correction.write("M", self.lo, D[0, :])
             if finite_rows(self._xp, self._correction.behind(self.lo)[None, :])[0]:
-                self._evaluated[self.lo] = True
+                self._evaluated[self.lo], self.error = True, max(self.error, self._eps)
                 self._slide(1, 1)
                 return self.record(nodes, 1, nothing, nothing)
             input_ok = False  # the step itself overflows

@@ -97,7 +97,7 @@ class SpreadNodes(Run):
         own = np.einsum("bii->bi", gram)  # a view
         own[...] = at_most(own, most, size, self._states.dtype)
         new = self._update(picks, real, cross, moved, squares)
-        self._note_sizes(picks, real, said / size)
+        self._note_sizes(picks, real, said / size, squares / size)
         g = self._slope[:, self._states.level.nodes]
         T = _propagation(self._states.level.response, g, picks, real)
         at_end = self._states.level.end[picks] * real + ((self._states.level.end * g)[:, None, :] @ T)[:, 0]
@@ -153,21 +153,20 @@ class SpreadNodes(Run):
         new = never[every, picks] & real
         old = self._slope[every, nodes]
         at = np.nonzero(real)
-        self._slope[at[0], nodes[at]] = new_slopes(
-            self._shared, old[real], np.where(new, 0.0, moved)[real], cross[real]
-        )
+        told = old[real], np.where(new, 0.0, moved)[real], cross[real]
+        self._slope[at[0], nodes[at]] = new_slopes(self._shared, *told, self.refinements[0].aims.rounding)
         scale = np.sqrt(squares / self._states.size)
         for row, one in enumerate(self.refinements):
             one.scale[picks[row, real[row]]] = scale[row, real[row]]
         return new
 
-    def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64) -> None:
-        """How small each sample's data are, by the mean squares of what was predicted at its last node evaluated."""
+    def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64, states: Float64) -> None:
+        """How small each sample's data are, by mean squares of the prediction and the state at its last node."""
         recurrence, last = self._shared.recurrence, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
         for row, (one, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
             node = int(self._states.level.nodes[picks[row, k]])
             if recurrence.tells_size(np.array([node])) and real[row, k]:
-                one.smallness = recurrence.smallness(node, float(said[row, k]))
+                one.smallness = recurrence.smallness(node, float(said[row, k]), float(states[row, k]))
 
     def successors(self) -> list[Run]:
         born, self._born = self._born, []
@@ -280,7 +279,8 @@ def spread(shared: Shared, samples: Indices, start: Array, sliding: Sliding) -> 
     """The run that takes these samples from ``start``, (B, size), their ``x_T``, over nodes that are spread."""
     recurrence = shared.recurrence
     within = shared.acceptance.spread_tolerance(recurrence, shared.tolerance)
-    aims, levels = Aims(recurrence, shared.width, shared.tolerance, within), Levels.of(recurrence)
+    aims = Aims(recurrence, shared.width, shared.tolerance, within, float(shared.xp.finfo(shared.dtype).eps))
+    levels = Levels.of(recurrence)
     level = levels.opening(aims.first)
     refinements = [Refinement(aims, level) for _ in samples]
     states = LevelStates(shared, level, samples, host_view(start))

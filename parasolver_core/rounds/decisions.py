@@ -160,7 +160,7 @@ class Windows:
         new, at = old.copy(), np.nonzero(inside)
         # <dX, r> of the held quantity is q times that of the output
         told = old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
-        new[inside] = new_slopes(self._shared, *told)
+        new[inside] = new_slopes(self._shared, *told, sums.unit)
         self._slope[at[0], nodes[at]] = new[at]
         self._measured[at[0], nodes[at]] |= (new != old)[at]
         return p + q * new
@@ -169,7 +169,8 @@ class Windows:
         """How many leading nodes of each sample are final."""
         accepted = np.ones(len(move), dtype=np.int64)
         for row, (lo, n, last) in enumerate(zip(self.lo.tolist(), usable.tolist(), self.last.tolist(), strict=True)):
-            smallness = self._shared.recurrence.smallness(last, float(sums.predicted[row]) / self._size)
+            told = float(sums.predicted[row]) / self._size, float(length[row, last - lo]) ** 2
+            smallness = self._shared.recurrence.smallness(last, *told)
             count, error = accept(self._shared, lo, move[row, :n], length[row, :n], smallness, sums.unit)
             accepted[row] = min(count, sound[row])
             self.error[row] = max(self.error[row], error)
@@ -228,14 +229,21 @@ def finite_slopes(shared: Shared, slope: Float64) -> Float64:
     return np.where(np.isfinite(slope), slope, shared.recurrence.slope)
 
 
-def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64) -> Float64:
-    """Slopes of the nodes of a round by the linearization, as in its ``update``; the old ones where it finds none."""
+def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64, unit: float) -> Float64:
+    """Slopes of the nodes of a round by the linearization, as in its ``update``; the old ones where it finds none.
+
+    What rounding leaves of a slope that cancels is none: a network that says 0 whatever its input is then believed to.
+    """
     new = shared.linearization.update(old, moved, cross)
+    new = np.where(np.abs(new) <= ROUNDING * unit * np.abs(old), 0.0, new)
     return np.where(np.isfinite(new), new, old)
 
 
 def accept(shared: Shared, lo: int, move: Float64, size: Float64, smallness: Float64, unit: float) -> tuple[int, float]:
     """How many leading nodes of one sample are final, at least 1 as the first node's input was, and the error left.
+
+    The error is never less than the rounding unit: a round makes states, and the network its outputs, in another order
+    of additions than the plain loop does, so that no more is known of a node whose move was 0.
 
     Args:
         shared: what all samples share.
@@ -246,7 +254,7 @@ def accept(shared: Shared, lo: int, move: Float64, size: Float64, smallness: Flo
     nodes = slice(lo, lo + len(move))
     view = RoundView(lo, move, size, shared.bound[nodes], ROUNDING * unit, smallness[nodes])
     count, error = shared.acceptance.accept(view, shared.tolerance)
-    return max(count, 1), error
+    return max(count, 1), max(error, unit)
 
 
 def leading(flags: NDArray[np.bool_]) -> Indices:

@@ -135,10 +135,12 @@ class Recurrence:
         return np.maximum(self.signal, UNDECIDED) ** (self.noise_share - 1)
 
     def tells_size(self, nodes: NDArray[np.int64]) -> bool:
-        """Whether the predicted sample at any of these nodes is about as large as the sample."""
-        return self.signal is not None and bool(np.any(self.signal[nodes] >= _TOLD))
+        """Whether the prediction at any of these nodes tells how large the sample is; that at the last always does."""
+        if self.signal is None:
+            return False
+        return bool(np.any(self.signal[nodes] >= _TOLD) or np.any(nodes == len(self) - 1))
 
-    def smallness(self, node: int, square: float) -> Float64:
+    def smallness(self, node: int, square: float, state: float = 0.0) -> Float64:
         """(N,), at most 1: by how much less a state's size tells of the sample's, where the data are small.
 
         An error in the sample counts relative to the sample, of which a state holds ``alpha``, and noise for the rest.
@@ -147,13 +149,26 @@ class Recurrence:
         ``sqrt(alpha^2 s^2 + sigma^2)``.
 
         Args:
-            node: where the predicted sample is known. With much noise it is the mean of the data and tells nothing.
+            node: where the predicted sample is known. With much noise it is the mean of the data and tells nothing; but
+                of the last node it is what the sample is made of, with a share of the state and of noise.
             square: the mean of its squares.
+            state: that of the state at the node.
         """
-        if self.signal is None or not self.tells_size(np.array([node])) or not square < _USUAL**2:
+        if self.signal is None or not self.tells_size(np.array([node])):
+            return np.ones(len(self))
+        if node == len(self) - 1:
+            a, b, c = self._last_step
+            square = b**2 * square + a**2 * state + c**2
+        if not square < _USUAL**2:
             return np.ones(len(self))
         square = max(square, _TINY)
         return np.sqrt(square / (1 - self.signal**2 * (1 - square)))
+
+    @cached_property
+    def _last_step(self) -> tuple[float, float, float]:
+        """What the last step takes of the state, of the held quantity and of noise, as if all it reads were alike."""
+        a, b = self.held_form()
+        return float(a[-1].sum()), float(b[-1].sum()), float(self.c[-1])
 
     @property
     def blind(self) -> int:

@@ -6,7 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DPMSolver, Method, NoiseSchedule, Recurrence, StepRule, solve, solve_sequential
+from parasolver_core import (
+    DDIM,
+    DPMSolver,
+    Euler,
+    Method,
+    NoiseSchedule,
+    Recurrence,
+    StepRule,
+    solve,
+    solve_sequential,
+)
 from parasolver_core.rounds.squares import at_most, largest, sums_of_squares
 from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import to_numpy
@@ -14,6 +24,7 @@ from tests.core.problems import normal, relative
 from tests.core.test_sizes import Points
 
 LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.flow_matching()
+KARRAS = NoiseSchedule.karras(0.3, 80.0, 5.0)
 
 
 class Table(StepRule):
@@ -140,3 +151,62 @@ def test_nodes_that_are_spread_know_small_data(size: float, steps: int) -> None:
     expected = solve_sequential(network, x_T, grid, DDIM(LINEAR)).sample
     errors = np.array([relative(a, b) for a, b in zip(got.sample, expected, strict=True)])
     assert np.mean(errors <= 1e-2) >= 0.95, sorted(errors)[-4:]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("batch", "steps", "tolerance"), [(1, 12, 1e-2), (3, 12, 1e-2), (3, 12, 0.0), (2, 200, 1e-2)])
+@pytest.mark.parametrize("method", ["secant", "identity", "parataa", "paradigms"])
+def test_the_estimate_of_a_parallel_run_is_at_least_rounding(
+    method: str, batch: int, steps: int, tolerance: float, dtype: Any
+) -> None:
+    """The network says the same everywhere, so nothing moves after the first round."""
+    rule, grid, x_T = DDIM(LINEAR, prediction_type="sample"), LINEAR.timesteps(steps), normal((batch, 4)).astype(dtype)
+    network = lambda x, t: np.full_like(x, 0.3)  # noqa: E731
+    got = solve(network, x_T, grid, rule, 6, tolerance=tolerance, method=method)
+    assert np.all(got.error_estimate >= np.finfo(dtype).eps)
+    assert np.all(got.error_estimate <= max(tolerance, 1e3 * np.finfo(dtype).eps))
+    one = solve(network, x_T, grid, rule, 1, tolerance=tolerance, method=method)
+    plain = solve_sequential(network, x_T, grid, rule)
+    np.testing.assert_array_equal([one.error_estimate, plain.error_estimate], np.zeros((2, batch)))
+
+
+@pytest.mark.parametrize("method", ["secant", "identity"])
+def test_rounding_that_the_sampler_amplifies_is_told(method: str) -> None:
+    """By as much as the plain loop makes of a change of x_T in the last place: 1e7 times as much as it was."""
+    rule, grid, x_T = DDIM(KARRAS, prediction_type="epsilon"), KARRAS.timesteps(16), 0.8 * normal((2, 4))
+    network = lambda x, t: -0.81 * (x - np.floor(x))  # noqa: E731
+    got = solve(network, x_T, grid, rule, 8, tolerance=1e-3, method=method)
+    plain = solve_sequential(network, x_T, grid, rule).sample
+    shaken = relative(solve_sequential(network, np.nextafter(x_T, np.inf), grid, rule).sample, plain)
+    assert 1e-10 < relative(got.sample, plain) < 10 * shaken < 1e-7
+    assert np.all(got.error_estimate >= np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize(("batch", "warmup_steps"), [(1, 0), (1, 12), (3, 0), (3, 12)])
+@pytest.mark.parametrize("method", ["secant", "identity"])
+def test_a_network_that_the_rounding_of_its_input_decides(method: str, batch: int, warmup_steps: int) -> None:
+    """The last place of x_T decides of the sample, in the plain loop, so that an estimate of 0 would be no one's."""
+    rule, grid, x_T = Table(0.5, 0.5), np.arange(23)[::-1].copy(), normal((batch, 1)).astype(np.float32)
+    network = lambda x, t: np.float32(1e8) * (x - np.floor(x))  # noqa: E731
+    plain = solve_sequential(network, x_T, grid, rule).sample
+    assert relative(solve_sequential(network, np.nextafter(x_T, np.float32(9)), grid, rule).sample, plain) > 0.5
+    options: dict[str, Any] = {"tolerance": 1e-2, "method": method, "warmup_steps": warmup_steps, "check": False}
+    assert np.all(solve(network, x_T, grid, rule, 12, **options).error_estimate >= np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize(("batch", "size"), [(1, 4), (3, 4), (8, 4), (8, 16)])
+def test_a_sample_of_zero_is_zero(batch: int, size: int, tolerance: float) -> None:
+    """The slope of a network that says 0 is 0, not what rounding leaves of a first guess."""
+    rule, grid = Euler(LINEAR, prediction_type="sample"), LINEAR.timesteps(30)
+    x_T = normal((batch, size)).astype(np.float32)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.float32(-0.09) * x * (t > 1.5 * grid[-1])[:, None]
+
+    plain = solve_sequential(network, x_T, grid, rule, save="trajectory").trajectory
+    assert plain is not None
+    start = (plain * (1 + 0.01 * normal(plain.shape, seed=2))).astype(np.float32)
+    got = solve(network, x_T, grid, rule, 12, tolerance=tolerance, start=start)
+    assert got.stats.rounds < 12
+    np.testing.assert_array_equal(got.sample, np.zeros((batch, size)))

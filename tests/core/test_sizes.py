@@ -8,6 +8,7 @@ from parasolver_core import DDIM, DDPM, Euler, NoiseSchedule, StepRule, solve, s
 from tests.core.problems import normal, prediction, relative
 
 LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.flow_matching(2.0)
+FEW = NoiseSchedule.flow_matching(3.0)
 
 
 class Points:
@@ -38,6 +39,42 @@ def test_the_tolerance_holds_for_data_much_smaller_than_the_noise(
     expected = solve_sequential(network, x_T, grid, rule).sample
     errors = np.array([relative(a, b) for a, b in zip(got, expected, strict=True)])
     assert np.mean(errors <= tolerance) >= 0.95, sorted(errors)[-4:]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("steps", [2, 4, 8])
+@pytest.mark.parametrize("near", [False, True], ids=["cold", "near"])
+@pytest.mark.parametrize("rule", [DDIM(FEW, prediction_type="sample", eta=1.0), Euler(FEW)], ids=["ddim", "flow"])
+def test_so_few_steps_that_the_last_node_alone_tells_the_size_of_the_data(
+    rule: StepRule, near: bool, steps: int, batch: int
+) -> None:
+    """Half of the last node's state is noise, and yet what is predicted there is the sample."""
+    grid, x_T, weights = FEW.timesteps(steps), normal((batch, 4)), np.cos(np.arange(16)).reshape(4, 4)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        clean = 1e-3 * np.tanh(x @ weights)
+        return clean if isinstance(rule, DDIM) else (x - clean) / t[:, None]
+
+    plain = solve_sequential(network, x_T, grid, rule, save="trajectory")
+    assert plain.trajectory is not None
+    start = plain.trajectory * (1 + 0.01 * normal(plain.trajectory.shape, seed=2)) if near else None
+    got = solve(network, x_T, grid, rule, 5, tolerance=0.05, start=start)
+    assert got.stats.rounds <= 5
+    for one, expected, told in zip(got.sample, plain.sample, got.error_estimate, strict=True):
+        assert relative(one, expected) <= 0.05
+        assert told <= 0.05
+
+
+def test_what_the_last_step_takes_of_noise_is_part_of_the_sample() -> None:
+    recurrence = Euler(NoiseSchedule.flow_matching(3.0, final_sigma=0.1)).recurrence(FEW.timesteps(4))
+    alpha, sigma = 0.5, 0.5  # at the last node
+    a, b = 0.1 / sigma, 0.9 - alpha * 0.1 / sigma
+    size = np.sqrt(b**2 * 1e-6 + a**2 * 0.25)
+    assert recurrence.signal is not None
+    expected = size / np.sqrt(1 - recurrence.signal**2 * (1 - size**2))
+    np.testing.assert_allclose(recurrence.smallness(3, 1e-6, 0.25), expected, rtol=1e-9)
+    np.testing.assert_array_equal(recurrence.smallness(2, 1e-6, 0.25), np.ones(4))
+    np.testing.assert_array_equal(recurrence.smallness(3, 1e-6, 2.0), np.ones(4))
 
 
 @pytest.mark.parametrize("size", [1.0, 0.001])

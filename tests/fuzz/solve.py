@@ -154,7 +154,9 @@ def _check_form(drawn: Program, got: Solution, ways: list[oracle.Way], outcome: 
         outcome.expect(0 <= steps <= n and (steps == n) == complete, f"{steps} steps, {status}")
         if status is Status.CONVERGED:
             outcome.expect(bool(np.isfinite(sample[i]).all()), f"sample {i}: converged and not finite")
-            outcome.expect(np.isfinite(error) and error >= 0, f"sample {i}: error_estimate {error}")
+            # a parallel run is never sure of the last place, and the plain loop is what it is
+            least, most = (0.0, 0.0) if _alone(drawn) else (oracle.eps(drawn), np.finfo(np.float64).max)
+            outcome.expect(least <= error <= most, f"sample {i}: error_estimate {error}, at least {least:.2g}")
             outcome.expect(np.array_equal(trajectory[-1, i], sample[i]), f"sample {i}: the trajectory ends elsewhere")
             outcome.expect(bool(np.isfinite(trajectory[:, i]).all()), f"sample {i}: a hole in the trajectory")
         else:
@@ -197,7 +199,7 @@ def _check_counts(drawn: Program, got: Solution, outcome: Outcome) -> None:
 
 def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, outcome: Outcome) -> None:
     """One sample against the plain loop."""
-    status, exact = got.statuses[sample], drawn.tolerance == 0 or drawn.window == 1 or drawn.method == "sequential"
+    status, exact = got.statuses[sample], drawn.tolerance == 0 or _alone(drawn)
     end = (Status.CONVERGED, Status.MAX_ROUNDS, Status.STOPPED, Status.FAILED, Status.INTERRUPTED)
     ulp = oracle.eps(drawn)
     share = ROUNDING * ulp if exact else max(drawn.tolerance, ROUNDING * ulp)
@@ -232,10 +234,6 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
             outcome.expect(error <= DISTANCE * moved + near, f"sample {sample}: {told}; {estimate}")
     if status is not Status.CONVERGED:
         return
-    if not exact and distance and drawn.network.kind.exact and error > 4 * last + 1e3 * ulp * size:
-        outcome.expect(
-            got.error_estimate[sample] > 0, f"sample {sample}: error_estimate 0, off by {error:.2g} of {size:.2g}"
-        )
     tame = drawn.tame and drawn.network.scale == 1 and not isinstance(drawn.method, Method)
     if (
         tame
@@ -246,6 +244,11 @@ def _check_sample(drawn: Program, got: Solution, sample: int, way: oracle.Way, o
         and not exact
     ):
         outcome.tame.append(error / size / drawn.tolerance)
+
+
+def _alone(drawn: Program) -> bool:
+    """Whether the run is the plain loop itself."""
+    return min(drawn.window, len(drawn.grid)) == 1 or drawn.method == "sequential"
 
 
 def _is_distance(method: Any) -> bool:
