@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-# Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise.
+# Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise. JAX,
+# which compiles each operation for each shape that it meets, would take over ten minutes: its cases are in
+# tests/core/test_jax.py.
 LIBRARIES = {
     "numpy": "array_api_compat.numpy",
     "torch": "array_api_compat.torch",

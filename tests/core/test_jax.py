@@ -1,8 +1,10 @@
-"""JAX, in its 32-bit mode: its arrays cannot be written to, and a compiled network is compiled for each number of rows.
+"""JAX: its arrays cannot be written to, and a compiled network is compiled for each number of rows.
 
-Warnings are errors here as everywhere.
+In its 32-bit mode, which is the usual one, but for the promises: those are of float64. The promises are tried on a few
+runs each and not on any, as JAX compiles each operation for each shape.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, NoiseSchedule, StepRule, solve, solve_sequential
+from tests.core import test_promises as promises
+from tests.core.any_runs import Run
 from tests.core.problems import normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
@@ -48,3 +52,27 @@ def test_a_sample_that_fails_leaves_the_plain_loop() -> None:
     got = solve_sequential(network, x_T, SCHEDULE.timesteps(4), DDIM(SCHEDULE), throw=False)
     assert np.isfinite(np.asarray(got.sample[0, :])).all()
     assert [status.name for status in got.statuses] == ["CONVERGED", "NONFINITE_MODEL"]
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """64-bit arrays, which are off unless a user asks for them."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+PROMISES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "window of one": (promises.test_window_one_is_the_sequential_sampler_to_the_last_bit, {"tolerance": 0.1}),
+    "k rounds": (promises.test_after_k_rounds_the_first_k_states_are_exact, {"method": "secant"}),
+    "tolerance of zero": (promises.test_tolerance_zero_is_the_sequential_sample, {}),
+}
+
+
+@pytest.mark.parametrize("name", PROMISES)
+@pytest.mark.parametrize(
+    "run", [Run("dpm 2", 6, 3, 2, "float64", 0), Run("ddpm", 5, 8, 1, "float64", 1)], ids=lambda run: run.sampler
+)
+def test_the_promises_hold(double: None, name: str, run: Run) -> None:
+    promise, options = PROMISES[name]
+    promise.hypothesis.inner_test(jnp, run=run, **options)
