@@ -20,7 +20,7 @@ HEADS, STRUCTURES, ATOMS = 3, 8, 12
 SAMPLERS: dict[str, dict[str, float]] = {
     "AlphaFold 3's": {},
     "ESMFold2's": {"noise_scale": 0.0, "step_scale": 1.0, "gamma_0": 0.605, "gamma_min": 1.107},
-    "`noise_scale=0`": {"noise_scale": 0.0},
+    "without noise": {"noise_scale": 0.0},
 }
 
 
@@ -57,9 +57,14 @@ def distances(steps: int, tolerance: float, options: dict[str, Any]) -> tuple[Te
     return torch.cat(errors), torch.cat(growths), rounds
 
 
+def _short(value: torch.Tensor) -> str:
+    """Two digits, and no exponent."""
+    return f"{float(f'{value:.1e}'):g}"
+
+
 def main() -> None:
     """Print the table."""
-    print("| sampler | steps | tolerance | rounds | within 1e-2 | largest distance | growth: median | largest |")
+    print("| sampler | steps | tolerance | rounds | within 1 % | largest distance | growth: median | largest |")
     print("|---|---|---|---|---|---|---|---|")
     for name, options in SAMPLERS.items():
         for steps in (68, 200):
@@ -67,7 +72,7 @@ def main() -> None:
                 errors, growths, rounds = distances(steps, tolerance, options)
                 within = f"{int((errors < 1e-2).sum())} of {len(errors)}"
                 cells = [name, steps, f"{tolerance:.0e}", f"{min(rounds)} - {max(rounds)}", within]
-                cells += [f"{errors.max():.1e}", f"{growths.median():.2g}", f"{growths.max():.2g}"]
+                cells += [f"{errors.max():.1e}", _short(growths.median()), _short(growths.max())]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

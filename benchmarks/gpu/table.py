@@ -67,21 +67,24 @@ def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def page_table(cards: dict[str, Any]) -> str:
-    """Markdown, a row a network."""
+    """Markdown, two rows a network."""
     text = ""
     for one in cards.values():
         how = "Measured on" if one["measured"] else "**Expected** of, and not measured on,"
-        text += f"{how} an {one['card']}; milliseconds of k nodes, plain / captured.\n\n"
-        text += f"| network | {' | '.join(f'k = {k}' for k in NODES)} |\n|---|{'---|' * len(NODES)}\n"
+        text += f"{how} an {one['card']}; milliseconds of a call with so many nodes.\n\n"
+        text += f"| network | calls | {' | '.join(map(str, NODES))} |\n|---|---|{'---|' * len(NODES)}\n"
         for name, costs in one["networks"].items():
-            cells = [_cell(costs, str(k)) for k in NODES]
-            text += f"| {name} | {' | '.join(cells)} |\n"
+            for title, way in ((name, "plain"), ("", "captured")):
+                text += f"| {title} | {way} | {' | '.join(_cell(costs[way], str(k)) for k in NODES)} |\n"
         text += "\n"
     return text
 
 
-def _cell(costs: dict[str, dict[str, float]], k: str) -> str:
-    return f"{1e3 * costs['plain'][k]:.3g} / {1e3 * costs['captured'][k]:.3g}" if k in costs["plain"] else ""
+def _cell(seconds: dict[str, float], k: str) -> str:
+    if k not in seconds:
+        return ""
+    milliseconds = 1e3 * seconds[k]
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def main(folder: Annotated[Path | None, typer.Argument(help="Of a run on a card.")] = None) -> None:
