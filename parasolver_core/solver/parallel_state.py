@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from parasolver_core.arrays import Array, detach, is_array, to_host
+from parasolver_core.arrays import Array, detach, given_back, is_array, to_host
 from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
@@ -88,7 +88,7 @@ class ParallelState(SolverState):
         outcome = self._outcomes.get(sample)
         if outcome is None or outcome.expected is None:
             return None
-        return self.xp.reshape(outcome.expected(i), self.x_T.shape[1:])
+        return self.xp.reshape(given_back(self.xp, outcome.expected(i)), self.x_T.shape[1:])
 
     @property
     def converged(self) -> bool:
