@@ -26,10 +26,10 @@ from parasolver_core.solution import SampleRecord
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_AT_END = 3  # rows of the finished trajectory that are looked at alone
+_AT_END = 5  # rows of the finished trajectory that are looked at alone
 _TOGETHER = 6  # further rows of it that are looked at in one call,
 _MANY = 32  # so many where states are small, but not more than a round has
-_SMALL = 2**22  # elements of a round's states: one more copy of them is no matter
+_SMALL = 2**22  # elements of a trajectory: one more copy of it is no matter
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -37,8 +37,9 @@ class RowCheck:
     """The rows of one run that are looked at.
 
     In the first round that holds several nodes of a sample: one of the last sample's, in a place that conditions tiled
-    over the rows would not fit. With the next such round the first row of all once more. At the end: nodes of the
-    finished trajectory, above all those after which the network's next output came as a surprise.
+    over the rows would not fit. With the next such round the first row of all once more. At the end, nodes of the
+    finished trajectory: alone those farthest from all that were ever first in a call, as a network may take the first
+    row's time for all; together others, above all those after which its next output came as a surprise.
 
     Args:
         denoiser: remembered, weakly, once it has passed.
@@ -59,7 +60,9 @@ class RowCheck:
         self._first: Row | None = None  # the first row of all,
         self._again: Row | None = None  # and the same once more
         self._looked = False
-        self._rounds, self._accepted, self._room = 0, 2, _AT_END + _TOGETHER
+        self._rounds, self._accepted, self._together = 0, 2, _TOGETHER
+        self._small = len(recurrence) * math.prod(x_T.shape[1:]) <= _SMALL
+        self._led: set[int] = set()  # nodes that were first in a call
         self._now: list[Row] = []  # of this round: those of one sample behind its first
         self._before: Row | None = None  # of the last round, if it was accepted
         self._kept: list[Row] = []
@@ -83,6 +86,7 @@ class RowCheck:
             D: (rows, size).
         """
         count, self._now = D.shape[0], []
+        self._led.add(int(nodes[0][0]))
         if inputs[-1] is self._start:
             (self._again,) = self._copies(inputs[-1], D, count - 1, [0], 0)
             inputs, nodes, owners = inputs[:-1], nodes[:-1], owners[:-1]
@@ -94,8 +98,8 @@ class RowCheck:
             last = several[-1]
             first, own = sum(len(one) for one in nodes[:last]), nodes[last]
             inner = range(0 if first else 1, len(own))  # not the first row of the call
-            if len(own) * D.shape[1] <= _SMALL:
-                self._room = max(self._room, _AT_END + min(_MANY, count))
+            if self._small:
+                self._together = max(self._together, min(_MANY, sum(map(len, nodes))))
             else:
                 inner = [min(max(self._wanted(self._accepted, len(own)), inner[0]), inner[-1])]
             part = slice(inner[0], inner[-1] + 1)
@@ -128,18 +132,19 @@ class RowCheck:
     def finish(self) -> int:
         """The trajectory is finished: the last comparisons, and the denoiser is remembered."""
         before = self._alone.evaluated
-        last = [] if self._before is None else [self._before]
-        rows = [*last, *reversed(self._kept)]
-        for row in rows[:_AT_END]:
-            self._alone.compare(row)
-        self._alone.compare_together(rows[_AT_END:])
+        rows = self._kept if self._before is None else [*self._kept, self._before]
+        for _ in range(min(_AT_END, len(rows))):
+            far = max(range(len(rows)), key=lambda k: min(abs(rows[k].node - node) for node in self._led))
+            self._led.add(rows[far].node)
+            self._alone.compare(rows.pop(far))
+        self._alone.compare_together(rows[-self._together :])
         if self._looked:
             remember(self._denoiser, self._batch)
         return self._alone.evaluated - before
 
     def _wanted(self, accepted: int, count: int) -> int:
-        """Which of a sample's nodes to look at: the last accepted; spread nodes, which end together, in turns."""
-        return accepted - 1 if 0 < accepted <= count else int((self._rounds * _GOLDEN) % 1 * count)
+        """Which of a sample's nodes to look at: amid those accepted; spread nodes, which end together, in turns."""
+        return accepted // 2 if 0 < accepted <= count else int((self._rounds * _GOLDEN) % 1 * count)
 
     def _copies(self, x: Array, D: Array, first: int, nodes: Sequence[int] | Indices, sample: int) -> list[Row]:
         """Rows x of the call, (k, size), from place ``first`` on, in memory of their own."""
@@ -148,9 +153,10 @@ class RowCheck:
         return [Row(x[k, :], predictions[k, :], int(i), sample, first + k, count) for k, i in enumerate(nodes)]
 
     def _keep(self, records: dict[int, SampleRecord]) -> None:
-        """Of the rows accepted behind a window's first, keep those after which the next round surprised most.
+        """Of the rows accepted behind a window's first keep all, or of large states one a round, the latest of a node.
 
-        Where a network takes the first row's time for all, its outputs change when another node becomes the first.
+        Last come those after which the next round surprised most: where a network takes the first row's time for all,
+        its outputs change when another node becomes the first.
         """
         before, self._before = self._before, None
         if before is not None and before.sample in records:
@@ -159,17 +165,15 @@ class RowCheck:
             self._kept.append(replace(before, score=size * float(record.defects[0])))
         if self._now:
             record = records[self._now[0].sample]
-            self._accepted = record.accepted
-            node = record.nodes[self._wanted(record.accepted, record.window)]
-            row = next((row for row in self._now if row.node == node), None)
-            if row is not None and 0 < record.accepted <= record.window:
-                self._before = row
-            elif row is not None:
-                self._kept.append(row)
-        rows = {row.node: row for row in self._kept}  # the latest of each node
-        kept = list(rows.values())
-        order = sorted(range(len(kept)), key=lambda i: (kept[i].score, i))[-self._room :]
-        self._kept = [kept[i] for i in order]
+            self._accepted = accepted = record.accepted
+            final = record.nodes[:accepted] if accepted else record.nodes[[self._wanted(0, record.window)]]
+            rows = [row for row in self._now if row.node in final]
+            if rows and 0 < accepted <= record.window:
+                self._before = rows.pop(len(rows) // 2)
+            self._kept += rows
+        kept = list({row.node: row for row in self._kept}.values())
+        room = len(kept) if self._small else _AT_END + _TOGETHER
+        self._kept = sorted(kept, key=lambda row: row.score)[-room:]
 
 
 def _by_sample(

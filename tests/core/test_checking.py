@@ -19,6 +19,7 @@ from parasolver_core import (
     NondeterministicDenoiserError,
     Status,
     solve,
+    solve_sequential,
 )
 from parasolver_core.denoiser.checking import remembered
 from tests.core.problems import Counted, Rational, normal
@@ -110,6 +111,44 @@ def test_two_networks_between_which_the_first_rows_time_decides_are_found(
         solve(network, start(2, LINEAR), grid, DDIM(LINEAR), window, tolerance=1e-3)
 
 
+def branching(grid: np.ndarray, first: int, count: int) -> Network:
+    """Takes another way where the first row's time is one of these steps."""
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        inside = float(grid[first + count - 1]) <= float(t[0]) <= float(grid[first])
+        return base(x, t) * (1 + 0.9 * inside)
+
+    return network
+
+
+@pytest.mark.parametrize(
+    ("steps", "window", "first", "count"),
+    [(20, 8, 2, 2), (20, 16, 5, 4), (30, 32, 5, 4), (30, 16, 8, 8), (50, 16, 8, 4), (50, 32, 11, 8)],
+)
+def test_a_branch_at_steps_that_are_never_first_in_a_round_is_found(
+    steps: int, window: int, first: int, count: int
+) -> None:
+    """The window slides past them, so that no round shows the other way; looked at alone they do."""
+    grid = LINEAR.timesteps(steps)
+    network = branching(grid, first, count)
+    got = solve(network, start(2, LINEAR), grid, DDIM(LINEAR), window, tolerance=1e-2, check=False).sample
+    assert float((got - solve_sequential(network, start(2, LINEAR), grid, DDIM(LINEAR)).sample).norm()) > 0.01
+    with pytest.raises(CoupledRowsError, match="depends on the other rows"):
+        solve(network, start(2, LINEAR), grid, DDIM(LINEAR), window, tolerance=1e-2)
+
+
+@pytest.mark.parametrize(("steps", "window", "first", "count"), [(20, 16, 2, 1), (20, 8, 11, 8), (30, 8, 20, 4)])
+def test_a_branch_that_does_no_harm_is_found_too(steps: int, window: int, first: int, count: int) -> None:
+    """It would be remembered as one that passed, and another window may bring it out."""
+    grid = LINEAR.timesteps(steps)
+    network = branching(grid, first, count)
+    got = solve(network, start(2, LINEAR), grid, DDIM(LINEAR), window, tolerance=1e-2, check=False).sample
+    expected = solve_sequential(network, start(2, LINEAR), grid, DDIM(LINEAR)).sample
+    assert float((got - expected).norm() / expected.norm()) < 1e-2
+    with pytest.raises(CoupledRowsError, match="depends on the other rows"):
+        solve(network, start(2, LINEAR), grid, DDIM(LINEAR), window, tolerance=1e-2)
+
+
 def test_a_network_that_fails_for_a_single_row() -> None:
     conditions = torch.linspace(0.2, 2.0, 2, dtype=torch.float64)
     network = lambda x, t: base(x, t) * conditions.repeat_interleave(len(x) // 2)[:, None]  # noqa: E731
@@ -186,7 +225,7 @@ def test_a_float64_network_may_compute_in_float32() -> None:
     assert solve(network, x_T, LINEAR.timesteps(30), DDIM(LINEAR), 8).success
 
 
-@pytest.mark.parametrize(("steps", "most"), [(30, 5), (200, 5)])
+@pytest.mark.parametrize(("steps", "most"), [(30, 7), (200, 7)])
 def test_a_denoiser_is_checked_once(xp: ModuleType, steps: int, most: int) -> None:
     """A few calls in the first run, one of them as large as a round; none in the next, with the same rounds, sample."""
     network = Counted(Rational())
