@@ -27,9 +27,9 @@ import typer
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.latency import bare_loop, timed
-from benchmarks.pareto import markdown, show
+from benchmarks.latency.timings import bare_loop, timed
 from benchmarks.problems import PROBLEMS
+from benchmarks.tables import markdown, show
 from benchmarks.torch_memory import TorchMemory
 
 CORE = "parasolver_core"
