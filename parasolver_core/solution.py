@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +62,35 @@ class SampleRecord:
         return len(self.nodes)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class SampleRecords(Sequence[SampleRecord]):
+    """The records of many samples in one round: tables, of which a record is a row, made when it is asked for.
+
+    Args:
+        samples, accepted, errors: (B,).
+        counts: (B,), how many nodes each has.
+        nodes, residuals, defects: (B, n), in their leading columns.
+    """
+
+    samples: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    nodes: NDArray[np.int64]
+    accepted: NDArray[np.int64]
+    residuals: NDArray[np.float64]
+    defects: NDArray[np.float64]
+    errors: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[k] for k in range(len(self))[row]]
+        own = slice(int(self.counts[row]))
+        numbers = self.nodes[row, own], int(self.accepted[row]), self.residuals[row, own], self.defects[row, own]
+        return SampleRecord(int(self.samples[row]), *numbers, float(self.errors[row]))
+
+
 @dataclass(frozen=True, repr=False)
 class RoundRecord:
     """One round.
@@ -75,7 +106,7 @@ class RoundRecord:
 
     round: int
     evaluations: int
-    samples: tuple[SampleRecord, ...]
+    samples: Sequence[SampleRecord]
     seconds_denoiser: float
     seconds: float
     turns: int = 1

@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, integers, take_rows, uploaded
+from parasolver_core.arrays import Array, integers, uploaded
 from parasolver_core.denoiser.calls import BatchedCall
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser
 from parasolver_core.samplers.recurrence import Recurrence
@@ -47,9 +47,7 @@ class Evaluator:
         self._event = tuple(x_T.shape[1:])
         self._recurrence, self._noise, timesteps = recurrence, noise, recurrence.timesteps
         integral = np.issubdtype(timesteps.dtype, np.integer)
-        self._t = xp.asarray(
-            timesteps, dtype=integers(xp) if integral else _time_dtype(xp, x_T.dtype), device=self._device
-        )
+        self._time = integers(xp) if integral else _time_dtype(xp, x_T.dtype)
         self._host_t, self._scale = timesteps, recurrence.input_scale
         self.seconds = 0.0
 
@@ -103,7 +101,7 @@ class Evaluator:
             with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
                 parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
             first += len(own)
-        t = take_rows(self._t, nodes)
+        t = uploaded(xp, self._host_t[nodes], self._device, self._time)
         started = time.perf_counter()
         try:
             rows = Rows(nodes, samples, self._recurrence, self._noise)

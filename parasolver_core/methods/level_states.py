@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, matmul, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, interpolation
-from parasolver_core.rounds.matrix import rectangular
+from parasolver_core.rounds.matrix import rectangular, where_known
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.rounds.squares import largest
+from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
@@ -65,7 +65,7 @@ class LevelStates:
     def compare(self, D: Array, picks: Indices, counts: Indices) -> Array:
         """The defects of the outputs, kept for :meth:`move`, and a vector of the sums that the host needs.
 
-        Of each sample ``<r, r'>``, the largest of r, ``<dX, r>``, ``<dX, dX>``, ``<h, h>`` of what is said, ``<X, X>``.
+        Of each sample ``<r, r'>``, ``<dX, r>``, ``<dX, dX>``, ``<h, h>`` of what is said, ``<X, X>``.
 
         Args:
             D: (rows, size), the outputs.
@@ -84,13 +84,15 @@ class LevelStates:
         self._r = r
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
         sums = [vecdot(xp, *pair) for pair in ((moved, r), (moved, moved), (said, said), (X, X))]
-        return xp.reshape(xp.concat([gram, largest(xp, r), *sums], axis=1), (-1,))
+        return xp.reshape(xp.concat([gram, *sums], axis=1), (-1,))
+
+    def squares(self, gram: Float64) -> Float64:
+        """(B, k), ``<r, r>``, of the Gram matrices that :meth:`compare` gave."""
+        return at_most(np.einsum("bii->bi", gram), self._xp, self._r)
 
     def drop(self, known: NDArray[np.bool_]) -> None:
-        """Nothing is known of picked nodes (B, k) whose outputs were not finite: 0 times NaN is NaN."""
-        self._r = self._xp.where(
-            self._put(known[..., None].astype(np.float64)) > 0, self._r, self._xp.zeros_like(self._r)
-        )
+        """Nothing is known of picked nodes, (B, k), whose outputs were not finite."""
+        self._r = where_known(self._r, known)
 
     def move(self, T: Float64, g: Float64, picks: Indices, known: NDArray[np.bool_]) -> None:
         """Move all states by ``T r``; evaluated nodes believe what the network said, the others what it would say.

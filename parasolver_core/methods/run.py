@@ -68,8 +68,13 @@ class Run(ABC):
         """The sums that the host needs, a vector, from the outputs D, (rows, size)."""
 
     @abstractmethod
-    def correct(self, D: Array, sums: NDArray[np.float64]) -> list[SampleRecord]:
+    def correct(self, D: Array, sums: NDArray[np.float64]) -> Sequence[SampleRecord]:
         """Move the samples on, given the outputs and the sums on the host; a record of each sample."""
+
+    @property
+    def upcoming(self) -> list[tuple[int, int]]:
+        """(step, sample) of noise that :meth:`correct` is likely to read, which may be drawn before; no promise."""
+        return []
 
     @property
     @abstractmethod

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view, mean_square
 from parasolver_core.methods.run import SampleRun
-from parasolver_core.rounds.acceptance import shares
-from parasolver_core.rounds.decisions import ROUNDING, WILD, accept, finite_slopes, initial_slopes, leading, new_slopes
+from parasolver_core.rounds.acceptance import RoundView, leading, shares
+from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection
@@ -49,7 +49,7 @@ class SampleWindow(SampleRun):
         self._xp = array_namespace(start)
         self._recurrence = recurrence = shared.recurrence
         n, width = len(recurrence), shared.width
-        self.hi = 1
+        self.hi, self._pace = 1, width  # about how many nodes enter a round
         whole_moves = shared.fill == "evaluated"
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
         self._slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
@@ -82,6 +82,11 @@ class SampleWindow(SampleRun):
         """The window's states, (n, size); a view."""
         return self._shared.given(self._window_states)
 
+    @property
+    def upcoming(self) -> list[tuple[int, int]]:
+        ahead = range(self.hi - 1, min(self.hi - 1 + self._pace, len(self._recurrence)))
+        return [(i, self.sample) for i in ahead if self._recurrence.c[i] != 0]
+
     def compare(self, D: Array) -> Array:
         """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
         D, (p, q) = self._shared.taken(D), self._recurrence.held[self.hi - 1].tolist()
@@ -105,24 +110,26 @@ class SampleWindow(SampleRun):
         if count < len(nodes):
             D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
             told = self._correction.read(compared, self.lo)
-        known = self._evaluated[self.nodes] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
-        old = self._slope[self.nodes]
+        at = slice(self.lo, self.hi)
+        known = self._evaluated[at] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
+        old = self._slope[at].copy()
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, unit)
-        self._measured[self.nodes] |= slope != old
-        still = np.where(self._measured[self.nodes], 0.0, ROUNDING * unit)
+        self._measured[at] |= slope != old
+        still = np.where(self._measured[at], 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.all(np.isfinite(move)) else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
-        self._slope[self.nodes], self._evaluated[self.nodes] = slope, True
+        self._slope[at], self._evaluated[at] = slope, True
 
         size = np.sqrt(told.size)
         relative = shares(move, size)
         sound = min(sound, int(leading(relative <= WILD)))
-        accepted, error = accept(self._shared, self.lo, relative, size, smallness, unit)
-        accepted = min(accepted, sound)
-        self.error = max(self.error, error)
+        view = RoundView(self.lo, relative, size, self._shared.bound[at], ROUNDING * unit, smallness[at])
+        accepted, error = self._shared.acceptance.accept(view, self._shared.tolerance)
+        accepted, self.error = min(max(int(accepted), 1), sound), max(self.error, float(error), unit)
+        self._pace = accepted
         self._slide(accepted, sound)
         dropped = np.full(len(nodes) - count, np.nan)
         return self.record(nodes, accepted, np.append(relative, dropped), defects)

@@ -26,7 +26,6 @@ from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
 from parasolver_core.rounds.decisions import new_slopes
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.solution import SampleRecord, Status
 
@@ -89,13 +88,11 @@ class SpreadNodes(Run):
         picks, counts, size, k = self._picks, self._counts, self._states.size, self._picks.shape[1]
         sums = sums.reshape(len(counts), -1)
         asked = [self._states.level.nodes[one.picked] for one in self.refinements]
+        gram = sums[:, : k * k].reshape(-1, k, k)
+        np.einsum("bii->bi", gram)[...] = self._states.squares(gram)
         lost, real = self._drop(sums, picks, counts)
-        pairs = real[:, :, None] & real[:, None, :]
-        gram = np.where(pairs, sums[:, : k * k].reshape(-1, k, k), 0.0)
-        parts = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 5, axis=1))
-        most, cross, moved, said, squares = parts
-        own = np.einsum("bii->bi", gram)  # a view
-        own[...] = at_most(own, most, size, self._states.dtype)
+        gram = np.where(real[:, :, None] & real[:, None, :], gram, 0.0)
+        cross, moved, said, squares = (np.where(real, part, 0.0) for part in np.split(sums[:, k * k :], 4, axis=1))
         new = self._update(picks, real, cross, moved, squares)
         self._note_sizes(picks, real, said / size, squares / size)
         g = self._slope[:, self._states.level.nodes]

@@ -8,20 +8,21 @@ every sample's next window (:mod:`parasolver_core.rounds.matrix`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, copied, finite_rows, host_view
 from parasolver_core.methods.run import Outcome, Run
-from parasolver_core.rounds.decisions import Decision, Sums, Windows, leading
+from parasolver_core.rounds.acceptance import leading
+from parasolver_core.rounds.decisions import Decision, Sums, Windows
 from parasolver_core.rounds.fill import Fill
 from parasolver_core.rounds.matrix import Buffers
+from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.recurrence import combine
-from parasolver_core.solution import SampleRecord, Status
+from parasolver_core.solution import SampleRecord, SampleRecords, Status
 
 Failures = dict[int, tuple[Status, int, Array]]  # by row: status, node and last good state
 
@@ -51,6 +52,7 @@ class WindowBatch(Run):
         self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
         self.samples, self._places, self.ended = samples, np.arange(count), {}
         self._kept: dict[int, list[Array]] | None = None
+        self._pace = shared.width  # about how many nodes enter a round
         if shared.keep:
             self._kept = {
                 int(sample): [self._shared.given(start[row, :])] for row, sample in enumerate(samples.tolist())
@@ -77,11 +79,12 @@ class WindowBatch(Run):
         D = self._shared.taken(D)
         return self._buffers.compare(D, self._windows, self._shared.recurrence.tells_size(self._windows.last))
 
-    def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
+    def correct(self, D: Array, sums: Float64) -> Sequence[SampleRecord]:
         windows, found = self._windows, self._buffers.unpack(sums, self._windows)
         found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
         usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.own, windows.n))
         decision = windows.decide(found, usable)
+        self._pace = int(decision.accepted.max())
         for row in failed:
             decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
         records = self._records(decision)
@@ -93,10 +96,16 @@ class WindowBatch(Run):
         if before is not None:
             over = np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist()
             failed = {row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over} | failed
-            for row in over:
-                records[row] = replace(records[row], accepted=0)
+            records.accepted[over] = 0
         self._leave(failed)
         return records
+
+    @property
+    def upcoming(self) -> list[tuple[int, int]]:
+        steps = self._windows.last[:, None] + np.arange(self._pace if self._form.noisy else 0)
+        adds = (steps < self._form.steps) & (self._form.c[np.minimum(steps, self._form.steps - 1)] != 0)
+        columns, rows = np.nonzero(adds.T)  # the next step of each sample first
+        return list(zip(steps[rows, columns].tolist(), self.samples[rows].tolist(), strict=True))
 
     @property
     def steps(self) -> Indices:
@@ -125,21 +134,10 @@ class WindowBatch(Run):
             xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
         return self._shared.given(xs[0])
 
-    def _records(self, decision: Decision) -> list[SampleRecord]:
+    def _records(self, decision: Decision) -> SampleRecords:
         windows = self._windows
-        return [
-            SampleRecord(int(sample), np.arange(lo, lo + n), int(accepted), move[:n], defect[:n], float(error))
-            for sample, lo, n, accepted, move, defect, error in zip(
-                self.samples,
-                windows.lo,
-                windows.n,
-                decision.accepted,
-                decision.move,
-                decision.defect,
-                windows.error,
-                strict=True,
-            )
-        ]
+        told = decision.accepted, decision.move, decision.defect, windows.error
+        return SampleRecords(self.samples, windows.n, windows.nodes, *told)
 
     def _slide(self, decision: Decision, width: int | Indices) -> None:
         """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes."""
@@ -147,15 +145,18 @@ class WindowBatch(Run):
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
         hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
         node = np.minimum(lo[:, None] - form.past + np.arange(form.past + (hi - lo).max()), hi[:, None] - 1)
-        entering = self._fill.entering(last, max(int((node - last[:, None]).max()), 1), windows.slope_held)
+        count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
+        entering = self._fill.entering(last, count, windows.slope_held)
         again = buffers.states_behind(decision, first, self._draw)
         self._keep_between(decision, again)
-        rows = self._fill.rows(self._places, last, entering.x.shape[1], lambda: buffers.moved(decision, last - first))
+        rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))
-        buffers.write(decision, windows, node, self._fill.uncorrected, entering, further, again)
-        windows.slide(lo, hi, node, last)
+        place = node - first[:, None]
+        made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
+        buffers.write(made_of, further, again)
+        windows.slide(lo, hi, last)
         if self._kept is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():

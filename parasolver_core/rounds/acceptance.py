@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ Float64 = NDArray[np.float64]
 class RoundView:
     """What is known of one sample's window after a round; n nodes, the first of them ``lo``.
 
+    For an acceptance that takes :attr:`~Acceptance.many` samples, ``lo`` is (B,) and what is (n,) here is (B, n).
+
     Args:
         lo: first node of the window.
         move: (n,), RMS move of each node's input by this round's correction, over the RMS of that input; 0 for the
@@ -29,19 +32,31 @@ class RoundView:
             :meth:`~parasolver_core.samplers.recurrence.Recurrence.smallness`.
     """
 
-    lo: int
+    lo: int | NDArray[np.int64]
     move: Float64
     size: Float64
     bound: Float64
     rounding: float
     smallness: Float64 | float = 1.0
 
-    def leading(self, effect: Float64, tolerance: float) -> tuple[int, float]:
+    def of(self, row: int, count: int) -> RoundView:
+        """Of one of many samples, the first ``count`` nodes."""
+        own = row, slice(count)
+        lo, small = int(np.asarray(self.lo)[row]), np.asarray(self.smallness)[own]
+        return RoundView(lo, self.move[own], self.size[own], self.bound[own], self.rounding, small)
+
+    def leading(self, effect: Float64, tolerance: float) -> tuple[Any, Any]:
         """How many leading nodes, at least 1, have an effect within the tolerance, and the largest effect of them."""
         settled = (effect <= tolerance) | (self.move <= self.rounding)  # NaN is never settled
-        settled[0] = True
-        count = int(np.argmin(settled)) if not settled.all() else len(settled)
-        return count, float(np.max(effect[:count]))
+        settled[..., 0] = True
+        count = leading(settled)
+        beyond = np.arange(effect.shape[-1]) >= count[..., None]
+        return count, np.max(np.where(beyond, -np.inf, effect), axis=-1)
+
+
+def leading(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How many leading flags of each row hold, (B,); of flags (n,), how many."""
+    return np.where(flags.all(axis=-1), flags.shape[-1], np.argmin(flags, axis=-1))
 
 
 def shares(lengths: Float64, of: Float64) -> Float64:
@@ -51,7 +66,18 @@ def shares(lengths: Float64, of: Float64) -> Float64:
 
 
 class Acceptance(ABC):
-    """Decides how many nodes of a window are final."""
+    """Decides how many nodes of a window are final.
+
+    ``many``: whether :meth:`accept` takes a view of many samples, too, and then returns a pair of (B,). Said by the
+    class that defines it; one that does not say so is asked sample by sample.
+    """
+
+    many: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "accept" in vars(cls):  # what a class says of its own says nothing of one that takes its place
+            cls.many = vars(cls).get("many", False)
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         """(N,), the move of each node's input that is worth a tolerance of 1; ones unless overridden."""
@@ -117,6 +143,7 @@ class RelativeMove(Acceptance):
     """
 
     margins: Margins = field(default_factory=Margins)
+    many: ClassVar[bool] = True
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         factor = self.margins.noisy_factor if recurrence.stochastic else self.margins.factor
@@ -147,6 +174,7 @@ class StepVariance(Acceptance):
     """
 
     end: float = 1e-4
+    many: ClassVar[bool] = True
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         if recurrence.signal is None:

@@ -6,11 +6,12 @@ Where the windows stand, and all that is known of their nodes, are small float64
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.rounds.acceptance import RoundView, shares
+from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 
@@ -84,7 +85,9 @@ class Sums:
 
 
 class Windows:
-    """Where the windows of B samples stand.
+    """Where the windows of B samples stand, and what is known of their nodes.
+
+    What is known are tables (B, N + width), of a column for each node and some that are never read.
 
     Args:
         shared: what all samples share.
@@ -96,25 +99,26 @@ class Windows:
 
     def __init__(self, shared: Shared, count: int, size: int, eps: float, slope: Float64 | None) -> None:
         self._shared, self._form, self._size, self.eps = shared, shared.form, size, eps
-        self.lo, self.n, self.longest = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1
+        steps, columns = shared.form.steps, shared.form.steps + shared.width
         slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
-        self._slope = np.array(np.broadcast_to(slope, (count, shared.form.steps)))  # dm/dx
-        self._moved = np.zeros((count, shared.form.steps))  # sum of squares of each node's last move; 0: unknown
-        self._measured = np.zeros((count, shared.form.steps), dtype=np.bool_)  # whether a slope is more than a guess
+        self._slope = np.zeros((count, columns))  # dm/dx
+        self._slope[:, :steps] = slope
+        self._moved = np.zeros((count, columns))  # sum of squares of each node's last move; 0: unknown
+        self._measured = np.zeros((count, columns), dtype=np.bool_)  # whether a slope is more than a guess
         # of the root of each state's sum of squares: the least that it may be, and the most that it ever was
-        self._least, self._largest = np.zeros((2, count, shared.form.steps + 1))
+        self._least, self._largest = np.zeros((2, count, columns))
         self.error = np.zeros(count)
         self.begun = False  # whether the network has been asked
+        self._place(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1)
 
-    @property
-    def inside(self) -> NDArray[np.bool_]:
-        """(B, longest), which columns are nodes of the windows."""
-        return np.arange(self.longest) < self.n[:, None]
-
-    @property
-    def nodes(self) -> Indices:
-        """(B, longest); beyond N the last node."""
-        return np.minimum(self.lo[:, None] + np.arange(self.longest), self._form.steps - 1)
+    def _place(self, lo: Indices, n: Indices, longest: int) -> None:
+        """The windows are nodes ``lo .. lo + n - 1``, (B,)."""
+        self.lo, self.n, self.longest = lo, n, longest
+        columns = np.arange(longest)
+        nodes = lo[:, None] + columns
+        self.inside = columns < n[:, None]  # (B, longest), which columns are nodes of the windows
+        self.nodes = np.minimum(nodes, self._form.steps - 1)  # (B, longest); beyond N the last node
+        self._at = nodes + np.arange(0, self._slope.size, self._slope.shape[1])[:, None]  # their places in the tables
 
     @property
     def last(self) -> Indices:
@@ -124,7 +128,7 @@ class Windows:
     @property
     def slope_held(self) -> Float64:
         """(B, N), slopes dh/dx."""
-        return self._form.held[:, 0] + self._form.held[:, 1] * self._slope
+        return self._form.held[:, 0] + self._form.held[:, 1] * self._slope[:, : self._form.steps]
 
     def nothing(self) -> Decision:
         """Before anything was evaluated: nothing moves, nothing is final."""
@@ -133,90 +137,102 @@ class Windows:
 
     def decide(self, sums: Sums, usable: Indices) -> Decision:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
-        n, nodes, size = self.longest, self.nodes, self._size
-        p, q = np.moveaxis(self._form.held[nodes], 2, 0)
-        inside = np.arange(n) < usable[:, None]
-        slope = self._new_slopes(sums, nodes, inside)
+        columns, (p, q) = np.arange(self.longest), self._form.held.T[:, self.nodes]
+        inside = columns < usable[:, None]
+        slope = p + q * self._new_slopes(sums, q, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = np.sqrt(sums.squares), np.sqrt(norms)
         relative = shares(move, length)
-        still = (relative <= ROUNDING * sums.unit) & ~np.take_along_axis(self._measured, nodes, axis=1)
+        still = (relative <= ROUNDING * sums.unit) & ~self._measured.take(self._at)
         slope = np.where(still, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
-        accepted = self._accept(relative, length / np.sqrt(size), sums, usable, sound)
-        kept = np.arange(n) < sound[:, None]
-        at = np.nonzero(inside)
-        self._moved[at[0], nodes[at]] = np.where(kept, norms, 0.0)[at]
-        grown = self._note_sizes(nodes, inside, kept, length, move, sums)
-        self._note_rounding(nodes, accepted, length + move)
-        defects = np.sqrt(sums.own / size) / np.abs(q)
+        accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
+        kept = columns < sound[:, None]
+        _write(self._moved, self._at[inside], np.where(kept, norms, 0.0)[inside])
+        final = columns < accepted[:, None]
+        grown = self._note_sizes(inside, kept, final, length, move)
+        self.begun = True
+        defects = np.sqrt(sums.own / self._size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
-    def _new_slopes(self, sums: Sums, nodes: Indices, inside: NDArray[np.bool_]) -> Float64:
-        """dh/dx at the nodes, (B, n), by the linearization."""
-        p, q = np.moveaxis(self._form.held[nodes], 2, 0)
-        old, moved = (np.take_along_axis(table, nodes, axis=1) for table in (self._slope, self._moved))
-        known = inside & (moved > (ROUNDING * sums.unit) ** 2 * sums.squares)
-        new, at = old.copy(), np.nonzero(inside)
+    def _new_slopes(self, sums: Sums, q: Float64, inside: NDArray[np.bool_]) -> Float64:
+        """dm/dx at the nodes, (B, n), by the linearization."""
+        old, moved = self._slope.take(self._at), self._moved.take(self._at)
+        moved[~(moved > (ROUNDING * sums.unit) ** 2 * sums.squares)] = 0.0
         # <dX, r> of the held quantity is q times that of the output
-        told = old[inside], np.where(known, moved, 0.0)[inside], (sums.cross / q)[inside]
-        new[inside] = new_slopes(self._shared, *told, sums.unit)
-        self._slope[at[0], nodes[at]] = new[at]
-        self._measured[at[0], nodes[at]] |= (new != old)[at]
-        return p + q * new
+        before, at = old[inside], self._at[inside]
+        new = new_slopes(self._shared, before, moved[inside], (sums.cross / q)[inside], sums.unit)
+        old[inside] = new
+        _write(self._slope, at, new)
+        _write(self._measured, at[new != before], True)
+        return old
 
-    def _accept(self, move: Float64, length: Float64, sums: Sums, usable: Indices, sound: Indices) -> Indices:
-        """How many leading nodes of each sample are final."""
-        accepted = np.ones(len(move), dtype=np.int64)
-        for row, (lo, n, last) in enumerate(zip(self.lo.tolist(), usable.tolist(), self.last.tolist(), strict=True)):
-            told = float(sums.predicted[row]) / self._size, float(length[row, last - lo]) ** 2
-            smallness = self._shared.recurrence.smallness(last, *told)
-            count, error = accept(self._shared, lo, move[row, :n], length[row, :n], smallness, sums.unit)
-            accepted[row] = min(count, sound[row])
-            self.error[row] = max(self.error[row], error)
-        return accepted
+    def _accept(self, move: Float64, length: Float64, sums: Sums, inside: NDArray[np.bool_]) -> Indices:
+        """How many leading nodes of each sample are final, and what error they leave; (B, n) each.
+
+        It is never less than the rounding unit: a round makes states, and the network its outputs, in another order of
+        additions than the plain loop does, so that no more is known of a node whose move was 0.
+        """
+        shared, nodes, tolerance = self._shared, self.nodes, self._shared.tolerance
+        square = length[np.arange(len(self.n)), self.n - 1] ** 2
+        small = shared.recurrence.smallness(self.last, sums.predicted / self._size, square)
+        small = small.take(nodes) if small.ndim == 1 else np.take_along_axis(small, nodes, axis=1)
+        move = np.where(inside, move, np.inf)  # never settled
+        view = RoundView(self.lo, move, length, shared.bound.take(nodes), ROUNDING * sums.unit, small)
+        if shared.acceptance.many:
+            count, error = shared.acceptance.accept(view, tolerance)
+        else:
+            told = [
+                shared.acceptance.accept(view.of(row, n), tolerance) for row, n in enumerate(inside.sum(1).tolist())
+            ]
+            count, error = (np.array(part) for part in zip(*told, strict=True))
+        self.error = np.maximum(np.fmax(self.error, error), sums.unit)
+        return np.maximum(count, 1)
 
     def _note_sizes(
         self,
-        nodes: Indices,
         inside: NDArray[np.bool_],
         kept: NDArray[np.bool_],
+        final: NDArray[np.bool_],
         length: Float64,
         move: Float64,
-        sums: Sums,
     ) -> bool:
-        """Keep account of how large states are and were; whether those kept are to be made again for that."""
-        at, most = np.nonzero(inside), length + move
-        self._least[at[0], nodes[at]] = np.maximum(length - move, 0.0)[at]
-        before = self._largest[at[0], nodes[at]]
-        self._largest[at[0], nodes[at]] = np.maximum(before, most[at])
-        self.begun = True
-        room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
-        grown = np.take_along_axis(self._largest > room * self._least, nodes, axis=1) & kept
-        if not np.any(grown[:, 1:]):
-            return False
-        every = np.arange(len(nodes))[:, None]
-        self._largest[every, nodes] = np.where(kept, most, self._largest[every, nodes])
-        return True
+        """Keep account of how large states are and were; whether those kept are to be made again for that.
 
-    def _note_rounding(self, nodes: Indices, accepted: Indices, size: Float64) -> None:
-        """Final states that once were much larger, and are not made again, keep the rounding of that size."""
-        once = shares(np.take_along_axis(self._largest, nodes, axis=1), size)
-        final = np.arange(nodes.shape[1]) < accepted[:, None]
+        Final states that once were much larger, and are not made again, keep the rounding of that size.
+        """
+        most, at = length + move, self._at
+        least = np.where(inside, np.maximum(length - move, 0.0), self._least.take(at))
+        largest = self._largest.take(at)
+        largest = np.where(inside, np.maximum(largest, most), largest)
+        room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
+        grown = bool(np.any((kept & (largest > room * least))[:, 1:]))
+        if grown:
+            largest = np.where(kept, most, largest)
+        _write(self._least, at, least)
+        _write(self._largest, at, largest)
+        once = shares(largest, most)
         left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
         self.error = np.maximum(self.error, left.max(axis=1))
+        return grown
 
-    def slide(self, lo: Indices, hi: Indices, node: Indices, last: Indices) -> None:
-        """The next windows are nodes ``lo .. hi - 1``, (B,); those of ``node``, (B, rows), beyond ``last`` are new."""
-        self.lo, self.n, self.longest = lo, hi - lo, int((hi - lo).max())
-        rows, columns = np.nonzero(node > last[:, None])
-        new = node[rows, columns]
-        self._least[rows, new] = self._largest[rows, new] = 0.0  # not known yet
+    def slide(self, lo: Indices, hi: Indices, last: Indices) -> None:
+        """The next windows are nodes ``lo .. hi - 1``, (B,); those beyond ``last`` are new."""
+        self._place(lo, hi - lo, int((hi - lo).max()))
+        new = self._at[np.arange(self.longest) > (last - lo)[:, None]]
+        _write(self._least, new, 0.0)  # not known yet
+        _write(self._largest, new, 0.0)
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
-        for name in ("lo", "n", "_slope", "_moved", "_measured", "_least", "_largest", "error"):
+        for name in ("_slope", "_moved", "_measured", "_least", "_largest", "error"):
             setattr(self, name, getattr(self, name)[rows])
+        self._place(self.lo[rows], self.n[rows], self.longest)
+
+
+def _write(table: NDArray[Any], at: Indices, values: Any) -> None:
+    """``table[..] = values`` at these places of the whole table."""
+    table.reshape(-1)[at] = values
 
 
 def initial_slopes(shared: Shared) -> Float64:
@@ -237,26 +253,3 @@ def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64, uni
     new = shared.linearization.update(old, moved, cross)
     new = np.where(np.abs(new) <= ROUNDING * unit * np.abs(old), 0.0, new)
     return np.where(np.isfinite(new), new, old)
-
-
-def accept(shared: Shared, lo: int, move: Float64, size: Float64, smallness: Float64, unit: float) -> tuple[int, float]:
-    """How many leading nodes of one sample are final, at least 1 as the first node's input was, and the error left.
-
-    The error is never less than the rounding unit: a round makes states, and the network its outputs, in another order
-    of additions than the plain loop does, so that no more is known of a node whose move was 0.
-
-    Args:
-        shared: what all samples share.
-        lo, move, size: as in :class:`~parasolver_core.rounds.acceptance.RoundView`.
-        smallness: (N,), of all nodes.
-        unit: rounding unit of what the network returns.
-    """
-    nodes = slice(lo, lo + len(move))
-    view = RoundView(lo, move, size, shared.bound[nodes], ROUNDING * unit, smallness[nodes])
-    count, error = shared.acceptance.accept(view, shared.tolerance)
-    return max(count, 1), max(error, unit)
-
-
-def leading(flags: NDArray[np.bool_]) -> Indices:
-    """How many leading flags of each row hold, (B,); of flags (n,), how many."""
-    return np.where(flags.all(axis=-1), flags.shape[-1], np.argmin(flags, axis=-1))

@@ -26,19 +26,31 @@ _KEPT = 2**20  # entries of a table of answers that is kept for all of a sampler
 
 @dataclass(frozen=True)
 class Entering:
-    """What new nodes are made of; B samples, ``count`` nodes behind node ``last`` of each.
+    """What new nodes are made of; B samples.
 
     The columns are the base rows (``x_last, x_{last-1}, ..``, ``h_last, h_{last-1}, ..`` and, where asked for,
     ``h_last`` as the network gave it), the fill's further rows, and the noise ``z_last, z_{last+1}, ..``.
 
     Args:
-        x, h: (B, count, columns), states and beliefs; entries of nodes beyond N have no meaning.
-        noise: how many of the columns are noise.
+        x, h: (K, count + 1, >= columns), of states and beliefs: 0, and then of each node behind node ``last``. Entries
+            of nodes beyond N have no meaning.
+        which: (B,), the one of the K that is each sample's.
+        columns: how many there are.
+        noise: how many of them are noise, the last ones.
     """
 
     x: Float64
     h: Float64
+    which: Indices
+    columns: int
     noise: int
+
+    def rows(self, behind: Indices) -> tuple[Float64, Float64]:
+        """Of states and of beliefs, (B, k, columns), so far behind the last node; 0 where that is 0."""
+        at = self.which[:, None] * self.x.shape[1] + behind
+        flat = (table.reshape(-1, table.shape[2]) for table in (self.x, self.h))
+        x, h = (table.take(at, axis=0)[..., : self.columns] for table in flat)
+        return x, h
 
 
 class Fill(ABC):
@@ -85,15 +97,16 @@ class Fill(ABC):
         noise = count if form.noisy else 0
         unit = np.eye(base + extra + noise)
         xs, hs = list(unit[: form.reads[0]]), list(unit[form.reads[0] : form.base])
-        x, h = np.zeros((2, len(last), count, len(unit)))
+        x, h = np.zeros((2, len(last), count + 1, len(unit)))
         for ahead in range(count):
             i = np.minimum(last + ahead, form.steps - 1)
-            x[:, ahead] = form.after(i, xs, hs)
+            state = form.after(i, xs, hs)
             if noise:
-                x[:, ahead, base + extra + ahead] += form.c[i]
-            h[:, ahead] = believe(ahead, np.minimum(i + 1, form.steps - 1), x[:, ahead])
-            xs, hs = [x[:, ahead], *xs[:-1]], [h[:, ahead], *hs[:-1]]
-        return Entering(x, h, noise)
+                state[:, base + extra + ahead] += form.c[i]
+            belief = believe(ahead, np.minimum(i + 1, form.steps - 1), state)
+            x[:, ahead + 1], h[:, ahead + 1] = state, belief
+            xs, hs = [state, *xs[:-1]], [h[:, ahead + 1], *hs[:-1]]
+        return Entering(x, h, np.arange(len(last)), len(unit), noise)
 
 
 class Held(Fill):
@@ -120,11 +133,10 @@ class Held(Fill):
         return x * float(self._form.held[0, 0]) if self.uncorrected else super().first(x, slope)
 
     def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
-        if self._all is None or count > self._all.x.shape[1]:
+        if self._all is None or count >= self._all.x.shape[1]:
             return self._behind(last, count)
         noise = count if self._form.noisy else 0
-        columns = self._form.base + self.uncorrected + noise
-        return Entering(self._all.x[last, :count, :columns], self._all.h[last, :count, :columns], noise)
+        return Entering(self._all.x, self._all.h, last, self._form.base + self.uncorrected + noise, noise)
 
     def _behind(self, last: Indices, count: int) -> Entering:
         def held(ahead: int, i: Indices, x: Float64) -> Float64:
@@ -231,7 +243,7 @@ class Copies(Fill):
         state = form.after(i, xs, hs)
         if noise:
             state[:, form.base] += form.c[i]
-        x, h = np.zeros((2, len(last), count, len(unit)))
+        x, h = np.zeros((2, len(last), count + 1, len(unit)))
         for ahead in range(count):
             i = np.minimum(last + ahead + 1, form.steps - 1)
             xs, hs = [state, *xs[:-1]], [np.zeros_like(state), *hs[:-1]]
@@ -241,6 +253,6 @@ class Copies(Fill):
             gain = form.b[i, 0, None]
             nothing = state * form.held[i, 0, None]  # an output of 0 where the step reads none
             hs[0] = np.where(gain != 0, left / np.where(gain != 0, gain, 1.0), nothing)
-            x[:, ahead], h[:, ahead] = state, hs[0]
+            x[:, ahead + 1], h[:, ahead + 1] = state, hs[0]
             state = np.where(gain != 0, state, state - left)  # a step that reads no output is as it is
-        return Entering(x, h, noise)
+        return Entering(x, h, np.arange(len(last)), len(unit), noise)

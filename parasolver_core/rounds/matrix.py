@@ -31,8 +31,8 @@ from parasolver_core.arrays import (
     vecdot,
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
-from parasolver_core.rounds.fill import Entering
-from parasolver_core.rounds.squares import at_most, largest
+from parasolver_core.rounds.next_rows import NextRows
+from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
@@ -53,7 +53,7 @@ class Buffers:
     def __init__(self, form: HeldForm, start: Array, belief: Array) -> None:
         self._xp: Any = array_namespace(start)
         self._form, self.size, self._device = form, start.shape[1], device(start)
-        self._dtype = np.dtype(f"f{self._xp.finfo(start.dtype).bits // 8}")
+        self.dtype = np.dtype(f"f{self._xp.finfo(start.dtype).bits // 8}")
         past = [self._xp.zeros((start.shape[0], form.past, self.size), dtype=start.dtype, device=self._device)]
         past = past if form.past else []
         x, h = start[:, None, :], belief[:, None, :]
@@ -71,7 +71,9 @@ class Buffers:
         return self._S[:, self._form.past, :]
 
     def inputs(self, windows: Windows) -> Array:
-        """(rows, size), the states of all nodes, sample by sample."""
+        """(rows, size), the states of all nodes, sample by sample; perhaps a view."""
+        if windows.inside.all():
+            return self._xp.reshape(self._S[:, self._form.past : self._half, :], (-1, self.size))
         rows = np.arange(len(windows.n))[:, None] * self._S.shape[1] + self._form.past + np.arange(windows.longest)
         return take_rows(self._flat(), rows[windows.inside])
 
@@ -92,32 +94,32 @@ class Buffers:
         xp, past, n, count = self._xp, self._form.past, windows.longest, len(windows.n)
         first_row = D[0, :]
         D = rectangular(D, windows.n, n)
-        X, H = self._S[:, past : self._half, :], self._S[:, self._half + past : 2 * self._half, :]
+        X, beliefs = self._S[:, past : self._half, :], (slice(None), slice(self._half + past, 2 * self._half), ...)
         held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
         said = held[1, ...] * xp.reshape(D, (count, n, self.size))
         said += held[0, ...] * X
-        self._r = r = said - H
+        self._r = r = said - self._S[beliefs]
+        self._S = assign(self._S, beliefs, said)  # not H + r, which has the rounding of what was believed
+        del said  # memory
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(said, said)] if with_size else [])
-        sums = xp.concat([gram, largest(xp, r), *(vecdot(xp, *pair) for pair in pairs)], axis=1)
-        sums = xp.reshape(sums, (-1,))
-        # not H + r, which has the rounding of what was believed
-        self._S = assign(self._S, (slice(None), slice(self._half + past, 2 * self._half), ...), said)
-        return sums if self._dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
+        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(self._S[beliefs], self._S[beliefs])] if with_size else [])
+        sums = xp.reshape(xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1), (-1,))
+        self._dX = None  # memory: not read any more
+        return sums if self.dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
     def unpack(self, sums: Float64, windows: Windows) -> Sums:
         """What :meth:`compare` found, brought to the host."""
         unit, n, count = windows.eps, windows.longest, len(windows.n)
-        if self._dtype.itemsize == 8:
+        if self.dtype.itemsize == 8:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.all(np.isfinite(sums))), sums.reshape(count, -1)
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
         own = np.einsum("bii->bi", gram)  # a view
-        own[...] = at_most(own, rest[:, 0], self.size, self._dtype)
+        own[...] = at_most(own, self._xp, self._r)
         predicted = np.full(count, np.inf)
-        if rest.shape[1] > 3:
-            predicted = rest[:, 3][np.arange(count), windows.n - 1]
-        return Sums(gram, rest[:, 1], rest[:, 2], predicted, unit, finite)
+        if rest.shape[1] > 2:
+            predicted = rest[:, 2][np.arange(count), windows.n - 1]
+        return Sums(gram, rest[:, 0], rest[:, 1], predicted, unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""
@@ -127,12 +129,10 @@ class Buffers:
         return states | (finite_rows(xp, self.first) & ~outputs), outputs
 
     def drop(self, inside: Any) -> None:
-        """Nothing is known of nodes that are not inside, (B, n): 0 times NaN is NaN."""
-        known = self._put(inside.astype(np.float64)[..., None]) > 0
-        self._r = self._xp.where(known, self._r, self._xp.zeros_like(self._r))
+        """Nothing is known of nodes that are not inside, (B, n)."""
         beliefs = slice(None), slice(self._half + self._form.past, 2 * self._half), ...
-        said = self._S[beliefs]
-        self._S = assign(self._S, beliefs, self._xp.where(known, said, self._xp.zeros_like(said)))
+        self._r = where_known(self._r, inside)
+        self._S = assign(self._S, beliefs, where_known(self._S[beliefs], inside))
 
     def states_behind(self, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
         """The states behind the first nodes, (B, most, size), by the recurrence itself, if they are to be made again.
@@ -171,97 +171,38 @@ class Buffers:
         rows = rows + matmul(self._xp, self._put(moves), self._r)
         return rows[:, 0, :], rows[:, 1, :]
 
-    def write(
-        self,
-        decision: Decision,
-        windows: Windows,
-        node: Indices,
-        uncorrected: bool,
-        entering: Entering,
-        further: list[Array],
-        again: Array | None = None,
-    ) -> None:
+    def write(self, next_rows: NextRows, further: list[Array], again: Array | None = None) -> None:
         """The rows of the next windows.
 
-        ``S = S[source] + C [r; base; further rows]``: rows that are kept move from where they are, so that the
-        product's rounding is that of the move; new ones begin at zero.
-
         Args:
-            decision: of the round.
-            windows: where the windows stand now.
-            node: (B, rows), the node of each row of the next windows and of what they read before.
-            uncorrected: whether new nodes read the last belief as the network gave it, too.
-            entering: what new nodes are made of.
-            further: rows that they are made of, (B, rows, size), noise at the end.
+            next_rows: what they are made of.
+            further: rows that new nodes are made of, (B, k, size), noise at the end.
             again: :meth:`states_behind` the first nodes, if they are made again.
         """
-        last = windows.lo + decision.sound - 1
-        behind = np.maximum(node - last[:, None], 0)  # how far behind the last row kept; 0: kept
-        kept = self._form.past + np.minimum(node, last[:, None]) - windows.lo[:, None]
-        base = self._base_rows(self._form.past + last - windows.lo, uncorrected)
-        place = (last - windows.lo)[:, None] - 1 - np.arange(base.shape[1])  # of states that are made again
-        made = (place >= 0) & (place < decision.passed[:, None]) & (np.arange(base.shape[1]) < self._form.reads[0])
-        made &= again is not None
-        C = self._table(decision, kept, behind, base, made, uncorrected, entering)
-        every, flat, zero = np.arange(len(node))[:, None] * self._S.shape[1], self._flat(), 2 * self._half
-        source = np.concatenate([np.where(behind > 0, zero, rows) for rows in (kept, kept + self._half)], axis=1)
-        source = np.concatenate([source, np.full((len(node), 1), zero)], axis=1)
+        base, source, flat = next_rows.base, next_rows.source, self._flat()
+        every = np.arange(0, flat.shape[0], self._S.shape[1])[:, None]
         at = put_index(flat, np.concatenate([(base + every).reshape(-1), (source + every).reshape(-1)]))
-        bases = self._xp.reshape(take_at(flat, at[: base.size]), (len(node), -1, self.size))
+        bases = self._xp.reshape(take_at(flat, at[: base.size]), (*base.shape, self.size))
         if again is not None:  # else new nodes would not follow from the states before them
-            bases = self._replaced(bases, again, place, made)
+            bases = self._replaced(bases, again, next_rows.base_again)
         sources = self._xp.concat([self._r, bases, *further], axis=1)
-        self._r = self._dX = bases = None  # memory, here and below
-        self._S = self._xp.reshape(take_at(flat, at[base.size :]), (len(node), source.shape[1], self.size))
+        self._r = bases = None  # memory, here and below
+        self._S = self._xp.reshape(take_at(flat, at[base.size :]), (*source.shape, self.size))
         del flat
-        moves = matmul(self._xp, self._put(C), sources)  # everything that is computed
+        moves = matmul(self._xp, self._put(next_rows.C), sources)  # everything that is computed
+        del sources
         self._S += moves
-        self._dX = moves[:, : node.shape[1], :]
+        self._dX = moves[:, : self._half, :]
         if again is not None:
-            at, half = node - windows.lo[:, None] - 1, node.shape[1]
-            states = self._replaced(self._S[:, :half, :], again, at, (at >= 0) & (at < decision.passed[:, None]))
-            self._S = self._xp.concat([states, self._S[:, half:, :]], axis=1)
+            states = self._replaced(self._S[:, : self._half, :], again, next_rows.again)
+            self._S = assign(self._S, (slice(None), slice(self._half), ...), states)
 
-    def _base_rows(self, end: Indices, uncorrected: bool) -> Indices:
-        """Rows of the buffer that new nodes are made of, (B, base); ``end`` (B,) are those of the last nodes kept."""
-        states, beliefs = self._form.reads
-        rows = [end[:, None] - np.arange(states), end[:, None] - np.arange(beliefs) + self._half]
-        return np.concatenate([*rows, end[:, None] + self._half] if uncorrected else rows, axis=1)
-
-    def _table(
-        self,
-        decision: Decision,
-        kept: Indices,
-        behind: Indices,
-        base: Indices,
-        made: NDArray[np.bool_],
-        uncorrected: bool,
-        entering: Entering,
-    ) -> Float64:
-        """``C``, (B, 2 rows + 1, n + columns of what is entering)."""
-        (count, n, _), past, half = decision.T.shape, self._form.past, self._half
-        moves = np.zeros((count, 2 * half, n))  # of the present rows, in terms of r
-        moves[:, past:half], moves[:, half + past :] = decision.T, decision.T * decision.slope[..., None]
-        every, is_new, begins = np.arange(count)[:, None], (behind > 0)[..., None], np.maximum(behind, 1) - 1
-        moves_base = np.where(made[..., None], 0.0, moves[every, base])
-        if uncorrected:
-            moves_base[:, -1] = 0.0
-        columns = n + entering.x.shape[2]
-        C = np.zeros((count, 2 * behind.shape[1] + 1, columns))
-        by_part = C[:, :-1].reshape(count, 2, behind.shape[1], columns)
-        for part, answer in enumerate((entering.x, entering.h)):
-            new, there = answer[every, begins], moves[every, kept + part * half]
-            by_part[:, part, :, n:] = np.where(is_new, new, 0.0)
-            by_part[:, part, :, :n] = np.where(is_new, new[..., : base.shape[1]] @ moves_base, there)
-        C[:, :-1] = by_part.reshape(count, -1, columns)
-        return C
-
-    def _replaced(self, rows: Array, by: Array, place: Indices, where: NDArray[np.bool_]) -> Array:
-        """Rows (B, k, size); where asked for, those at that place of ``by``, (B, most, size)."""
+    def _replaced(self, rows: Array, by: Array, place: Indices) -> Array:
+        """Rows (B, k, size); where a place is not -1, those at that place of ``by``, (B, most, size)."""
         xp, (batch, count), most = self._xp, place.shape, by.shape[1]
-        index = np.arange(batch)[:, None] * most + np.clip(place, 0, most - 1)
+        index = np.arange(batch)[:, None] * most + np.maximum(place, 0)
         other = xp.reshape(take_rows(xp.reshape(by, (-1, self.size)), index.reshape(-1)), (batch, count, -1))
-        return xp.where(self._put(where.astype(np.float64)[..., None]) > 0, other, rows)
+        return xp.where(uploaded(xp, (place >= 0)[..., None], self._device), other, rows)
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
@@ -279,9 +220,15 @@ class Buffers:
         at = np.arange(len(rows))[:, None] * self._S.shape[1] + rows
         return self._xp.reshape(take_rows(self._flat(), at.reshape(-1)), (*rows.shape, self.size))
 
-    def _put(self, table: Float64) -> Array:
+    def _put(self, table: NDArray[Any]) -> Array:
         """A host table as an array of the states' kind; the cast is the host's."""
-        return uploaded(self._xp, table.astype(self._dtype), self._device)
+        return uploaded(self._xp, table.astype(self.dtype, copy=False), self._device)
+
+
+def where_known(rows: Array, known: NDArray[np.bool_]) -> Array:
+    """Rows (B, k, size), and 0 where nothing is known, (B, k): in a product 0 times NaN would be NaN."""
+    xp: Any = array_namespace(rows)
+    return xp.where(uploaded(xp, known[..., None], device(rows)), rows, xp.zeros_like(rows))
 
 
 def rectangular(rows: Array, counts: Indices, longest: int) -> Array:

@@ -5,18 +5,20 @@ Such a sum is 0 where nothing is. A move of which it is the measure would then b
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, to_host
 
 Float64 = NDArray[np.float64]
 
 _TINY = float(np.finfo(np.float64).tiny)
 
 
+@functools.lru_cache(maxsize=64)
 def lowest(size: int, dtype: Any) -> float:
     """A smaller sum of so many squares may have lost some of them."""
     limits = np.finfo(dtype)
@@ -27,7 +29,7 @@ def sums_of_squares(rows: NDArray[Any]) -> Float64:
     """Along the last axis of NumPy rows: those that may have lost something are summed again, by their own scale."""
     sums = np.array(np.vecdot(rows, rows), dtype=np.float64)
     again = sums < lowest(rows.shape[-1], rows.dtype)
-    if np.any(again):
+    if again.any():
         few = rows[again].astype(np.float64)
         scale = np.max(np.abs(few), axis=-1, keepdims=True)
         share = few / np.where(scale > 0, scale, 1.0)
@@ -35,12 +37,14 @@ def sums_of_squares(rows: NDArray[Any]) -> Float64:
     return sums
 
 
-def largest(xp: Any, rows: Array) -> Array:
-    """The size of the largest element along the last axis, for :func:`at_most`."""
-    return xp.linalg.vector_norm(rows, axis=-1, ord=float("inf"))
+def at_most(sums: Float64, xp: Any, rows: Array) -> Float64:
+    """Sums of squares (..) of rows (.., size), made on a device; those that may have lost something: what they can be.
 
-
-def at_most(sums: Float64, largest: Float64, size: int, dtype: Any) -> Float64:
-    """Sums of ``size`` squares, made on a device; those that may have lost something are the most that they can be."""
-    most = np.where(largest > 0, np.maximum(size * largest**2, _TINY), 0.0)
-    return np.where(sums < lowest(size, dtype), most, sums)
+    That takes the rows' largest elements, which are only then brought to the host.
+    """
+    size, dtype = rows.shape[-1], f"f{xp.finfo(rows.dtype).bits // 8}"
+    few = sums < lowest(size, dtype)
+    if not np.any(few):
+        return sums
+    most = to_host(xp.linalg.vector_norm(rows, axis=-1, ord=float("inf"))).astype(np.float64)
+    return np.where(few, np.where(most > 0, np.maximum(size * most**2, _TINY), 0.0), sums)

@@ -235,7 +235,7 @@ class SweepCorrection:
             xs, ms: states and outputs at ``first - 1, first - 2, ...``, each (size,).
             constant: what the held quantity is made of.
         """
-        recurrence, memory = self._recurrence, self._recurrence.memory
+        recurrence, memory, size = self._recurrence, self._recurrence.memory, len(xs[0])
         noise = [self._noise(i - 1) for i in range(first, hi)]
         self._size[first:hi] = 0.0
         for columns in self._blocks:
@@ -246,8 +246,11 @@ class SweepCorrection:
             for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
                 combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
                 combine(recurrence.believed(i, held, x), m, work)
-                self._size[i] += float(sums_of_squares(x)) / len(xs[0])
+                if size > _WHOLE:  # else all of them in one call
+                    self._size[i] += float(sums_of_squares(x)) / size
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
+        if size <= _WHOLE:
+            self._size[first:hi] = sums_of_squares(self.X[self.rows(first, hi)]) / size
 
     def last_move(self, i: int) -> Array:
         """``dX_i``, (size,), of a node; 0 where no round has moved it, as after outputs that were not finite."""

@@ -17,6 +17,8 @@ from parasolver_core.samplers.recurrence import Recurrence, trim
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
+_LONG = 64  # nodes of a window from which on a matrix product takes longer than rows one after another; measured
+
 
 class HeldForm:
     """Host tables of one sampler, for windows of many samples at once.
@@ -35,8 +37,8 @@ class HeldForm:
     def propagation(self, lo: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
         """``T`` with ``dX = T r`` and the sums of squares of its moves, (B, n, n) and (B, n).
 
-        Each row follows from those before it, and so do its products with the Gram matrix: no n^3 work. Rows of nodes
-        beyond a short window have no meaning, but no row reads a later one.
+        Each row follows from those before it, and in long windows so do its products with the Gram matrix: no n^3 work.
+        Rows of nodes beyond a short window have no meaning, but no row reads a later one.
 
         Args:
             lo: (B,), each window's first node, whose own state does not change.
@@ -45,19 +47,24 @@ class HeldForm:
         """
         count, n = slope.shape
         step = np.minimum(lo + np.arange(n)[:, None], self.steps - 1)  # (n, B)
-        both = np.zeros((n, count, 2 * n))  # T beside T gram
+        beside = n > _LONG
+        rows = np.zeros((n, count, 2 * n if beside else n))  # T, and T gram beside it
         carry = np.zeros((self.past + 1, n, count, 1))  # d x_{t+1} / d x_{t-k}
-        carry[: self.reads[0], :, :, 0] = np.moveaxis(self.a[step], 2, 0)
+        carry[: self.reads[0], :, :, 0] = self.a.T[: self.reads[0], step]
         for k in range(min(self.reads[1], n - 1)):
-            t, b = np.arange(k, n - 1), self.b[step, k]
-            both[t + 1, :, t - k] += b[t]
-            both[k + 1 :, :, n:] += b[t, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)
+            b, place = self.b[:, k].take(step), np.arange(k, n - 1)
+            rows[place + 1, :, place - k] = b[place]
+            if beside:
+                rows[k + 1 :, :, n:] += b[place, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)
             carry[k, k:, :, 0] += b[k:] * slope.T[: n - k]
+        work = np.empty_like(rows[0])
         for t in range(1, n - 1):
             for k in range(min(self.past + 1, t)):
-                both[t + 1] += carry[k, t] * both[t - k]
-        T, with_gram = both[:, :, :n], both[:, :, n:]
-        return T.swapaxes(0, 1), np.maximum(np.vecdot(T, with_gram), 0.0).T
+                np.multiply(carry[k, t], rows[t - k], out=work)
+                rows[t + 1] += work
+        T = np.ascontiguousarray(rows[:, :, :n].swapaxes(0, 1))
+        with_gram = rows[:, :, n:].swapaxes(0, 1) if beside else T @ gram
+        return T, np.maximum(np.vecdot(T, with_gram), 0.0)
 
     def onwards(self, lo: Indices, count: int) -> Float64:
         """The states ``x_{lo+1} .. x_{lo+count}`` in terms of ``x_lo``, those before it and the held quantities.

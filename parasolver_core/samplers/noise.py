@@ -6,13 +6,16 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
+from threading import Event, Thread
 from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host, uploaded
 from parasolver_core.validation import check_plain, check_width
@@ -21,6 +24,7 @@ NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
 
 _MANY, _MOST_THREADS = 2**18, 16  # numbers from which on several threads draw, and how many
+_LARGE = 2**13  # numbers of a state from which on they are drawn ahead: a draw then takes twice as long as a thread
 _STREAM = 0x5041524153  # separates this use of a seed from others, for example the user's own draw of x_T
 
 
@@ -58,6 +62,7 @@ class NoiseSource:
         self._size = math.prod(self._event)
         self._host = host_view(self._xp.zeros(0, dtype=dtype, device=self._device))  # as states of a window will be
         self._kept: dict[tuple[int, int], Array] = {}
+        self._ahead: dict[tuple[int, int], np.ndarray] = {}  # drawn before they were asked for
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
@@ -83,21 +88,23 @@ class NoiseSource:
 
     def _draw_into(self, rows: np.ndarray, wanted: list[tuple[int, int, int]]) -> None:
         """Draws of the (row, step, sample), by several threads where they are many: NumPy lets others run meanwhile."""
-        threads = min(os.cpu_count() or 1, len(wanted), _MOST_THREADS)
-        if threads == 1 or len(wanted) * self._size < _MANY:
-            for row, step, sample in wanted:
-                rows[row] = self._keyed(step, sample)
-            return
+        left: list[tuple[int, int, int]] = []
+        for row, step, sample in wanted:
+            if (step, sample) in self._ahead:
+                rows[row] = self._ahead.pop((step, sample))
+            else:
+                left.append((row, step, sample))
+        threads = min(os.cpu_count() or 1, len(left), _MOST_THREADS)
 
-        def draw(own: list[tuple[int, int, int]]) -> None:
-            streams: dict[int, _Stream] = {}
+        def draw(own: list[tuple[int, int, int]], streams: dict[int, _Stream]) -> None:
             for row, step, sample in own:
-                seed, stream = self._keys[sample]
-                streams.setdefault(seed, _Stream(seed))
-                rows[row] = streams[seed].draw(stream, step, (self._size,))
+                rows[row] = self._drawn(step, sample, streams)
 
+        if threads <= 1 or len(left) * self._size < _MANY:
+            draw(left, self._streams)
+            return
         with ThreadPoolExecutor(threads, thread_name_prefix="parasolver-noise") as pool:
-            list(pool.map(draw, [wanted[first::threads] for first in range(threads)]))
+            list(pool.map(lambda first: draw(left[first::threads], {}), range(threads)))
 
     @cached_property
     def _nothing(self) -> Array:
@@ -123,23 +130,61 @@ class NoiseSource:
     def forget(self, step: int, sample: int) -> None:
         """Free the noise of a step that is final."""
         self._kept.pop((step, sample), None)
+        self._ahead.pop((step, sample), None)
+
+    def forget_before(self, steps: NDArray[np.int64]) -> None:
+        """Free the noise of all final steps: of each sample, (batch,), how many are."""
+        final = steps.tolist() if self._kept or self._ahead else []
+        for step, sample in [at for at in (*self._kept, *self._ahead) if at[0] < final[at[1]]]:
+            self.forget(step, sample)
 
     def release(self, step: int, sample: int) -> None:
         """Free the noise of a step if it can be had again; what a user's function gave cannot."""
         if not callable(self._noise):
             self.forget(step, sample)
 
-    def _keyed(self, step: int, sample: int) -> np.ndarray:
+    @property
+    def slow(self) -> bool:
+        """Whether draws are worth to be made :meth:`ahead`; a user's function is only called where it is asked for."""
+        return self._noise is None and self._size >= _LARGE
+
+    @contextmanager
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """While the block waits for something else, a thread draws these (step, sample), as far as it gets."""
+        if not wanted:
+            yield
+            return
+        over, kind = Event(), _host_dtype(self._xp, self._dtype)
+
+        def draw() -> None:
+            streams: dict[int, _Stream] = {}
+            for at in wanted:
+                if over.is_set():
+                    return
+                if at not in self._ahead and at not in self._kept:
+                    self._ahead[at] = self._drawn(*at, streams).astype(kind)
+
+        thread = Thread(target=draw, name="parasolver-noise-ahead")
+        try:
+            thread.start()
+            yield
+        finally:
+            over.set()
+            if thread.ident is not None:
+                thread.join()
+
+    def _drawn(self, step: int, sample: int, streams: dict[int, _Stream]) -> np.ndarray:
         """What the seed gives, (size,), float64."""
         seed, stream = self._keys[sample]
-        if seed not in self._streams:
-            self._streams[seed] = _Stream(seed)
-        return self._streams[seed].draw(stream, step, (self._size,))
+        if seed not in streams:
+            streams[seed] = _Stream(seed)
+        return streams[seed].draw(stream, step, (self._size,))
 
     def _draw(self, step: int, sample: int) -> Array:
         z = self._noise
         if z is None:
-            z = self._keyed(step, sample)
+            z = self._ahead.pop((step, sample), None)
+            z = self._drawn(step, sample, self._streams) if z is None else z
             return z.astype(self._host.dtype) if isinstance(self._host, np.ndarray) else self._converted(z)
         return self._asked(step, sample) if callable(z) else self._converted(z[step, sample, ...])
 

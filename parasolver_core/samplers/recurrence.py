@@ -140,7 +140,7 @@ class Recurrence:
             return False
         return bool(np.any(self.signal[nodes] >= _TOLD) or np.any(nodes == len(self) - 1))
 
-    def smallness(self, node: int, square: float, state: float = 0.0) -> Float64:
+    def smallness(self, node: Any, square: Any, state: Any = 0.0) -> Float64:
         """(N,), at most 1: by how much less a state's size tells of the sample's, where the data are small.
 
         An error in the sample counts relative to the sample, of which a state holds ``alpha``, and noise for the rest.
@@ -150,18 +150,19 @@ class Recurrence:
 
         Args:
             node: where the predicted sample is known. With much noise it is the mean of the data and tells nothing; but
-                of the last node it is what the sample is made of, with a share of the state and of noise.
+                of the last node it is what the sample is made of, with a share of the state and of noise. Of one
+                sample, or (B,), like the next two; then the result is (B, N), or (N,) where none of them is small.
             square: the mean of its squares.
             state: that of the state at the node.
         """
-        if self.signal is None or not self.tells_size(np.array([node])):
+        if self.signal is None:
             return np.ones(len(self))
-        if node == len(self) - 1:
-            a, b, c = self._last_step
-            square = b**2 * square + a**2 * state + c**2
-        if not square < _USUAL**2:
+        at_end, (a, b, c) = np.asarray(node) == len(self) - 1, self._last_step
+        square = np.where(at_end, b**2 * square + a**2 * state + c**2, square)
+        small = ((self.signal[node] >= _TOLD) | at_end) & (square < _USUAL**2)
+        if not small.any():
             return np.ones(len(self))
-        square = max(square, _TINY)
+        square = np.maximum(np.where(small, square, 1.0), _TINY)[..., None]
         return np.sqrt(square / (1 - self.signal**2 * (1 - square)))
 
     @cached_property

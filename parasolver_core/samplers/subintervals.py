@@ -118,10 +118,6 @@ class Subintervals:
         """The state of one sample, (size,), of what travels."""
         return travelling[: travelling.shape[0] // self.rows]
 
-    def node(self, step: int) -> int:
-        """The subinterval that begins at a step."""
-        return int(np.searchsorted(self.ends, step))
-
     def taking_part(self, nodes: Indices, ahead: int) -> Indices:
         """Which of these subintervals have more steps than ``ahead``."""
         return np.flatnonzero(self.lengths[nodes] > ahead)
@@ -156,3 +152,7 @@ class SubintervalNoise(NoiseSource):
         super().forget(step, sample)
         for fine in range(int(self._tables.ends[step]), int(self._tables.ends[step + 1])):
             self._steps.forget(fine, sample)
+
+    def forget_before(self, steps: Indices) -> None:
+        super().forget_before(steps)
+        self._steps.forget_before(self._tables.ends[steps])

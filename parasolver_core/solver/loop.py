@@ -60,7 +60,7 @@ class Solver(ABC):
         """A run that has not begun; no network call is made. Arguments as in :func:`solve`."""
 
     @abstractmethod
-    def _round(self, state: Any) -> tuple[int, int, list[SampleRecord]]:
+    def _round(self, state: Any) -> tuple[int, int, Sequence[SampleRecord]]:
         """Advance by one round.
 
         Returns:
@@ -89,7 +89,7 @@ class Solver(ABC):
             RoundRecord(
                 round=len(state.stats.history) + 1,
                 evaluations=evaluations,
-                samples=tuple(records),
+                samples=records,
                 seconds_denoiser=state.evaluator.seconds - before,
                 seconds=time.perf_counter() - started,
                 turns=turns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -99,17 +100,20 @@ class ParallelIntegralSolver(Solver):
             state.check_rows(denoiser)
         return state
 
-    def _round(self, state: ParallelState | SequentialState) -> tuple[int, int, list[SampleRecord]]:
+    def _round(self, state: ParallelState | SequentialState) -> tuple[int, int, Sequence[SampleRecord]]:
         if isinstance(state, SequentialState):
             return sequential_round(state)
-        runs, check, records = state.runs, state.check, []
-        outputs, turns, evaluations = self._evaluate(state, runs)
-        state.torn = True
-        with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
-            packed = [run.compare(D) for run, D in zip(runs, outputs, strict=True)]
-            for run, D, sums in zip(runs, outputs, fetch(state.xp, packed), strict=True):
-                records += run.correct(D, sums)
-            state.go_on(records)
+        runs, check = state.runs, state.check
+        upcoming = [at for run in runs for at in run.upcoming] if state.noise.slow else []
+        with state.noise.ahead(upcoming):
+            outputs, turns, evaluations = self._evaluate(state, runs)
+            state.torn = True
+            with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
+                summed = fetch(state.xp, [run.compare(D) for run, D in zip(runs, outputs, strict=True)])
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = [run.correct(D, sums) for run, D, sums in zip(runs, outputs, summed, strict=True)]
+            state.go_on()
+        records = parts[0] if len(parts) == 1 else [record for part in parts for record in part]
         if check is not None:
             evaluations += check.look(records)
             if state.converged:

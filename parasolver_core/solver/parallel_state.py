@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, detach, given_back, is_array, to_host
 from parasolver_core.denoiser.checking import RowCheck, remembered
@@ -18,7 +19,7 @@ from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.memory import Memory
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
-from parasolver_core.solution import SampleRecord, Stats, Status
+from parasolver_core.solution import Stats, Status
 from parasolver_core.solver.state import Reached, SolverState, hash_of, stacked, unchanged
 from parasolver_core.validation import check_plain
 
@@ -69,19 +70,22 @@ class ParallelState(SolverState):
         options = (denoiser, self.evaluator, self.start, self.dtype, self.recurrence, self._shared.tolerance)
         self.check = RowCheck(*options) if not remembered(denoiser, self.batch) else None
 
-    def go_on(self, records: Sequence[SampleRecord]) -> None:
+    def go_on(self) -> None:
         """After a round: samples that have ended leave, and so do those that another run takes on."""
-        for record in records:
-            first = self._node(self.steps[record.sample])
-            for step in range(first, first + record.accepted):
-                self.noise.forget(step, record.sample)
         for run in self.runs:
             self._outcomes |= run.ended
         self.runs = [successor for run in self.runs for successor in run.successors()]
+        self.noise.forget_before(self._final)
 
-    def _node(self, step: int) -> int:
-        """The node whose input is the state after so many steps."""
-        return step
+    @property
+    def _final(self) -> NDArray[np.int64]:
+        """(batch,), how many steps of each sample are final."""
+        steps = np.zeros(self.batch, dtype=np.int64)
+        for sample, outcome in self._outcomes.items():
+            steps[sample] = outcome.steps
+        for run in self.runs:
+            steps[run.samples] = run.steps
+        return steps
 
     def expected(self, sample: int, i: int) -> Array | None:
         """The output expected at node i of a final sample, ``(*event)``, if it was interpolated; else None."""
@@ -110,29 +114,31 @@ class ParallelState(SolverState):
         return self.xp.astype(self.xp.reshape(start, (expected[0], self.batch, -1)), self.dtype)
 
     def _survey(self, stats: Stats) -> Reached:
-        steps, statuses, errors = [0] * self.batch, [Status.RUNNING] * self.batch, np.zeros(self.batch)
-        kept: list[Callable[[], Sequence[Array]]] = [tuple] * self.batch
-        finals: dict[int, Array] = {}
+        statuses, errors = [Status.RUNNING] * self.batch, np.zeros(self.batch)
         for sample, outcome in self._outcomes.items():
-            steps[sample], statuses[sample], errors[sample] = outcome.steps, outcome.status, outcome.error
-            kept[sample], finals[sample] = partial(unchanged, outcome.kept), outcome.state
+            statuses[sample], errors[sample] = outcome.status, outcome.error
         for run in self.runs:
-            states = run.states()
-            for row, (sample, step, error) in enumerate(
-                zip(run.samples.tolist(), run.steps.tolist(), run.errors.tolist(), strict=True)
-            ):
-                steps[sample], errors[sample] = step, error
-                kept[sample], finals[sample] = partial(run.kept, sample), states[row, :]
+            errors[run.samples] = run.errors
+        ended = {sample: outcome.state for sample, outcome in self._outcomes.items()}
+        running = [(run.samples, run.states()) for run in self.runs]
         failed = {sample: one.failed_node for sample, one in self._outcomes.items() if one.failed_node >= 0}
         return Reached(
-            steps=tuple(steps),
+            steps=tuple(self._final.tolist()),
             statuses=tuple(statuses),
-            states=partial(stacked, self.xp, [finals[sample] for sample in range(self.batch)], self.start.shape),
-            kept=kept,
+            states=partial(_in_order, self.xp, ended, running, self.start.shape),
+            kept=self._kept() if self.save == "trajectory" else (),
             errors=errors,
             failures=self._failures(failed, stats),
             stats=stats,
         )
+
+    def _kept(self) -> list[Callable[[], Sequence[Array]]]:
+        """For each sample, what gives its final states."""
+        kept: dict[int, Callable[[], Sequence[Array]]] = {
+            sample: partial(unchanged, outcome.kept) for sample, outcome in self._outcomes.items()
+        }
+        kept |= {sample: partial(run.kept, sample) for run in self.runs for sample in run.samples.tolist()}
+        return [kept[sample] for sample in range(self.batch)]
 
     def fingerprint(self) -> dict[str, str]:
         start = "none" if self._start is None else hash_of(to_host(self._start))
@@ -145,3 +151,13 @@ class ParallelState(SolverState):
         rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
         states = stacked(self.xp, [rows[sample] for sample in range(self.batch)], self.start.shape)
         return self._given_back(self._state_of(states))
+
+
+def _in_order(
+    xp: Any, ended: Mapping[int, Array], running: Sequence[tuple[NDArray[np.int64], Array]], shape: tuple[int, ...]
+) -> Array:
+    """States of samples, each (size,), and of runs' samples, each (B, size), as ``(batch, *event)``."""
+    rows = dict(ended)
+    for samples, states in running:
+        rows |= {sample: states[row, :] for row, sample in enumerate(samples.tolist())}
+    return stacked(xp, [rows[sample] for sample in range(shape[0])], shape)

@@ -86,12 +86,12 @@ class SolverState(ABC):
         self.length = len(self.timesteps)
         self.noise = NoiseSource(self.x_T, self.dtype, self.length, seed, noise)
         self.start = self.x_T  # what the runs begin with
-        self.evaluator = self._network(denoiser, x_T, (max_rows, buckets, state_device))
+        self.evaluator = self._set_up(denoiser, x_T, (max_rows, buckets, state_device))
         self.halted: Status | None = None
         self.torn = False  # whether a round has begun to move states, and not ended
 
-    def _network(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
-        """What the rows of a round are given to."""
+    def _set_up(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
+        """What the rows of a round are given to; a sampler, a start and noise that are the runs' own are set here."""
         return Evaluator(denoiser, x_T, self.recurrence, self.noise, *options)
 
     @property

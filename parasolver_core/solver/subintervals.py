@@ -26,16 +26,13 @@ class SubintervalState(ParallelState):
         self._count = count
         super().__init__(*args, **options)
 
-    def _network(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
+    def _set_up(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
         self._tables = tables = Subintervals(self.recurrence, self._count)
         keep = self.save == "trajectory"
         evaluator = SubintervalEvaluator(denoiser, x_T, tables, self.noise, *options, keep=keep)
         self.recurrence, self.start = tables.recurrence, tables.begin(self.x_T)
         self.noise = SubintervalNoise(self.start, self.dtype, self.noise, tables)
         return evaluator
-
-    def _node(self, step: int) -> int:
-        return self._tables.node(step)
 
     def _state_of(self, values: Array) -> Array:
         return self._tables.state(values)

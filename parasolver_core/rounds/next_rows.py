@@ -1,0 +1,88 @@
+"""What the rows of the next windows are made of: tables on the host, for all samples of a batch at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parasolver_core.rounds.decisions import Decision
+from parasolver_core.rounds.fill import Entering
+from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
+
+
+@dataclass(frozen=True)
+class NextRows:
+    """``S[source] + C [r; S[base]; further rows]``; B samples.
+
+    Rows that are kept move from where they are, so that the product's rounding is that of the move; new ones begin at
+    zero.
+
+    Args:
+        source: (B, 2 R + 1), rows of the present buffer.
+        C: (B, 2 R + 1, columns), in the states' dtype.
+        base: (B, base), rows of the present buffer that new nodes are made of.
+        again, base_again: (B, R) and (B, base), which of the states that are made again takes a row's place; -1: none.
+    """
+
+    source: Indices
+    C: NDArray[Any]
+    base: Indices
+    again: Indices
+    base_again: Indices
+
+    @classmethod
+    def of(
+        cls, form: HeldForm, decision: Decision, place: Indices, uncorrected: bool, entering: Entering, dtype: Any
+    ) -> NextRows:
+        """Tables of a round.
+
+        Args:
+            form: the sampler.
+            decision: of the round.
+            place: (B, R), of the next windows' rows in the present ones, beyond their end too.
+            uncorrected: whether new nodes read the last belief as the network gave it, too.
+            entering: what new nodes are made of.
+            dtype: of the states.
+        """
+        (count, n, _), (states, beliefs), rows = decision.T.shape, form.reads, place.shape[1]
+        last, half = decision.sound[:, None] - 1, form.past + n
+        behind, kept = np.maximum(place - last, 0), np.minimum(place, last)  # behind the last one kept; 0: kept
+        base = last - np.concatenate([np.arange(states), np.arange(beliefs), np.zeros(int(uncorrected), np.int64)])
+        believed = np.arange(base.shape[1]) >= states
+        again = np.where(place <= decision.passed[:, None], np.maximum(place, 0), 0) - 1
+        base_again = np.where((base <= decision.passed[:, None]) & ~believed, np.maximum(base, 0), 0) - 1
+
+        base_T, base_g = _moves(decision, base)
+        base_T *= np.where(believed, base_g, 1.0)[..., None]
+        if decision.grown:
+            base_T[base_again >= 0] = 0.0
+        if uncorrected:
+            base_T[:, -1] = 0.0
+        T, g = _moves(decision, np.where(behind > 0, 0, kept))
+        C = np.empty((count, 2 * rows + 1, n + entering.columns), dtype=dtype)
+        C[:, -1] = 0.0
+        new = int(np.argmax(behind.any(axis=0))) if behind.any() else rows  # no row before it is new
+        x, h = entering.rows(behind[:, new:])
+        for first, answer in ((0, x), (rows, h)):
+            if first:
+                T *= g[..., None]
+            C[:, first : first + rows, :n], C[:, first : first + new, n:] = T, 0.0
+            C[:, first + new : first + rows, n:] = answer
+            C[:, first + new : first + rows, :n] += answer[..., : base.shape[1]] @ base_T
+
+        zero = np.full((count, 1), 2 * half)
+        source = [np.where(behind > 0, zero, kept + form.past + part) for part in (0, half)]
+        return cls(np.concatenate([*source, zero], axis=1), C, base + form.past + believed * half, again, base_again)
+
+
+def _moves(decision: Decision, place: Indices) -> tuple[Float64, Float64]:
+    """How the states at these places, (B, k), of the present windows move, (B, k, n), and the slopes there, (B, k).
+
+    The first node, and those before it, do not move.
+    """
+    count, n, _ = decision.T.shape
+    at = np.maximum(place, 0) + np.arange(0, count * n, n)[:, None]
+    return decision.T.reshape(-1, n).take(at, axis=0), decision.slope.take(at)
