@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,11 @@ def able(site: Site, thorough: bool) -> list[str]:
         ]
         queues.append(sorted(own))
     turns = [one for turn in zip_longest(*queues) for one in turn if one is not None]
-    until, chosen = accumulate(seconds for seconds, _ in turns), []
-    for (_, test), spent in zip(turns, until, strict=True):
-        if chosen and spent > _BUDGET and not thorough:
-            break
-        chosen.append(test)
+    chosen, spent = [], 0.0
+    for seconds, test in turns:
+        if not chosen or thorough or spent + seconds <= _BUDGET:  # a slow test leaves room for many quick ones
+            chosen.append(test)
+            spent += seconds
     return chosen
 
 

@@ -22,6 +22,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from parasolver_core.rounds.recall import Recall
 from tests.arrays import from_numpy
 from tests.core.problems import Gaussian, Mixture, TanhNetwork, normal, relative
 
@@ -81,6 +82,24 @@ def test_for_gaussian_data_the_regression_is_the_closed_form() -> None:
     B, C = memory.slopes(0, np.arange(STEPS), known=False)
     np.testing.assert_allclose(B, np.repeat(expected[:, None], B.shape[1], axis=1), rtol=2e-3)  # the pull is 1e-3
     assert not C.any()
+
+
+def test_what_is_expected_is_what_the_formula_of_a_memory_says() -> None:
+    """Numbers along every direction, and one for all that lies across them."""
+    memory = learnt(Patterns(1))
+    x, h = normal((2, SIZE), seed=4), normal((2, SIZE), seed=5)
+    recall, last, every = Recall(memory, x), np.array([3, 7]), np.arange(2)
+    recall.right(every, np.zeros(2, dtype=int), np.zeros((2, 1)), np.ones(2, dtype=int))  # a round that found nothing
+    found, V = recall.behind(every, last, 4, x, h), memory.directions
+    assert 0 < len(V) < SIZE
+    for row, node in enumerate(last.tolist()):
+        B, C = memory.slopes(node, node + np.arange(1, 5), known=True)
+        for ahead, i in enumerate(range(node + 1, node + 5)):
+            expected = memory.predictions[i].copy()
+            for slopes, away in ((B, x[row] - memory.states[node]), (C, h[row] - memory.predictions[node])):
+                across = away - V.T @ (V @ away)
+                expected += V.T @ (slopes[ahead, :-1] * (V @ away)) + slopes[ahead, -1] * across
+            np.testing.assert_allclose(found[row, ahead], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", RULES)
