@@ -136,9 +136,7 @@ class Recurrence:
 
     def tells_size(self, nodes: NDArray[np.int64]) -> bool:
         """Whether the prediction at any of these nodes tells how large the sample is; that at the last always does."""
-        if self.signal is None:
-            return False
-        return bool(np.any(self.signal[nodes] >= _TOLD) or np.any(nodes == len(self) - 1))
+        return self.signal is not None and bool(np.any((self.signal[nodes] >= _TOLD) | (nodes == len(self) - 1)))
 
     def smallness(self, node: Any, square: Any, state: Any = 0.0) -> Float64:
         """(N,), at most 1: by how much less a state's size tells of the sample's, where the data are small.
