@@ -234,8 +234,7 @@ class Recurrence:
     def terms(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> list[tuple[float, Any]]:
         """What :meth:`advance` adds up: coefficients and arrays."""
         states, outputs, c = self._terms[i]
-        terms = [(a, x[k]) for a, k in states]
-        terms += [(b, m[k]) for b, k in outputs]
+        terms = [*((a, x[k]) for a, k in states), *((b, m[k]) for b, k in outputs)]
         if z is not None and c != 0:
             terms.append((c, z))
         return terms

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from parasolver_core import (
     Euler,
     Method,
     NoiseSchedule,
+    ParallelIntegralSolver,
     Recurrence,
     solve,
     solve_sequential,
@@ -21,6 +22,7 @@ from parasolver_core import (
 from parasolver_core.methods.expected import sliding_rounds
 from parasolver_core.methods.levels import Level, Levels, interpolation, placement
 from parasolver_core.rounds.forecast import BetweenNodes
+from tests.core.problems import TanhNetwork, normal
 
 SCHEDULE = NoiseSchedule.linear()
 Denoiser = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -342,3 +344,15 @@ def test_nan_is_reported_with_its_timestep_and_the_other_samples_go_on() -> None
     assert np.all(np.isfinite(solution.sample))
     alone = solve(mixture_denoiser, x_T[2:], timesteps, DDIM(SCHEDULE), window=20, check=False).sample
     np.testing.assert_allclose(solution.sample[2:], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_expected_outputs_are_like_the_start(xp: ModuleType) -> None:
+    """They once were NumPy's on a CPU, whatever the library; pipelines hand them to their schedulers."""
+    network, x_T, schedule = TanhNetwork(size=6, time_scale=1e-3), normal((1, 2, 3), xp), SCHEDULE
+    solver = ParallelIntegralSolver(DDIM(schedule), window=32, tolerance=0.05)
+    state = solver.init(network, x_T, schedule.timesteps(300), save="trajectory")
+    while not solver.done(state):
+        solver.step(state)
+    found = [m for m in (state.expected(0, i) for i in range(300)) if m is not None]
+    assert found
+    assert {(type(m), m.dtype, tuple(m.shape)) for m in found} == {(type(x_T), x_T.dtype, (2, 3))}
