@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host, uploaded
-from parasolver_core.samplers.seeded import SeededNoise
+from parasolver_core.samplers.seeded import Ahead, SeededNoise
 from parasolver_core.samplers.seeded import draw as draw
 from parasolver_core.validation import check_plain, check_width
 
@@ -123,7 +122,7 @@ class NoiseSource:
         """Whether draws are worth to be made :meth:`ahead`; a user's function is only called where it is asked for."""
         return self._noise is None and self._seeded.slow
 
-    def ahead(self, wanted: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Ahead:
         """As :meth:`SeededNoise.ahead <parasolver_core.samplers.seeded.SeededNoise.ahead>`."""
         return self._seeded.ahead(wanted)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
@@ -14,6 +13,30 @@ import numpy as np
 _MANY, _MOST_THREADS = 2**18, 16  # numbers from which on several threads draw, and how many
 _LARGE = 2**13  # numbers of a state from which on they are drawn ahead: a draw then takes twice as long as a thread
 _STREAM = 0x5041524153  # separates this use of a seed from others, for example the user's own draw of x_T
+
+
+class Ahead:
+    """A thread that works while a block runs, and is told when it is over.
+
+    It is no generator: those write to an exception that passes through, which some refuse.
+
+    Args:
+        work: is given an event that is set at the end of the block; None: there is nothing to do.
+    """
+
+    def __init__(self, work: Callable[[Event], None] | None) -> None:
+        self._over, self._work = Event(), work
+        self._thread: Thread | None = None
+
+    def __enter__(self) -> None:
+        if self._work is not None:
+            self._thread = Thread(target=self._work, args=(self._over,), name="parasolver-noise-ahead")
+            self._thread.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class SeededNoise:
@@ -60,30 +83,17 @@ class SeededNoise:
         """Whether draws are worth to be made :meth:`ahead`."""
         return self._size >= _LARGE
 
-    @contextmanager
-    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Ahead:
         """While the block waits for something else, a thread makes these draws, as far as it gets."""
-        if not wanted:
-            yield
-            return
-        over = Event()
+        return Ahead((lambda over: self._draw_ahead(wanted, over)) if wanted else None)
 
-        def draw() -> None:
-            streams: dict[int, _Stream] = {}
-            for at in wanted:
-                if over.is_set():
-                    return
-                if at not in self.drawn:
-                    self.drawn[at] = self._draw(*at, streams).astype(self._dtype)
-
-        thread = Thread(target=draw, name="parasolver-noise-ahead")
-        try:
-            thread.start()
-            yield
-        finally:
-            over.set()
-            if thread.ident is not None:
-                thread.join()
+    def _draw_ahead(self, wanted: Sequence[tuple[int, int]], over: Event) -> None:
+        streams: dict[int, _Stream] = {}
+        for at in wanted:
+            if over.is_set():
+                return
+            if at not in self.drawn:
+                self.drawn[at] = self._draw(*at, streams).astype(self._dtype)
 
     def forget(self, step: int, sample: int) -> None:
         """Free what was drawn ahead and is not wanted any more."""
