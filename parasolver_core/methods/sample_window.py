@@ -74,7 +74,6 @@ class SampleWindow(SampleRun):
 
     @property
     def nodes(self) -> NDArray[np.int64]:
-        """The window's nodes."""
         return np.arange(self.lo, self.hi)
 
     @property
@@ -88,7 +87,6 @@ class SampleWindow(SampleRun):
         return [(i, self.sample) for i in ahead if self._recurrence.c[i] != 0]
 
     def compare(self, D: Array) -> Array:
-        """First half of a round: compare the outputs D, (n, size), with belief; sums for the host."""
         D, (p, q) = self._shared.taken(D), self._recurrence.held[self.hi - 1].tolist()
         held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])  # the predicted sample
         own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
@@ -122,7 +120,6 @@ class SampleWindow(SampleRun):
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
         self._slope[at], self._evaluated[at] = slope, True
-
         size = np.sqrt(told.size)
         relative = shares(move, size)
         sound = min(sound, int(leading(relative <= WILD)))
@@ -146,7 +143,6 @@ class SampleWindow(SampleRun):
 
     @property
     def state(self) -> Array:
-        """The last final state, (size,)."""
         return self._shared.given(self._window_states[0, :])
 
     @property

@@ -65,12 +65,7 @@ class SweepCorrection:
     """
 
     def __init__(
-        self,
-        recurrence: Recurrence,
-        noise: StepNoise,
-        width: int,
-        start: Array,
-        whole_moves: bool = False,
+        self, recurrence: Recurrence, noise: StepNoise, width: int, start: Array, whole_moves: bool = False
     ) -> None:
         self._recurrence, self._noise, self.base = recurrence, noise, 0
         size, n = start.shape[0], len(recurrence)

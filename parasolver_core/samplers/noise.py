@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from threading import Event, Thread
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -18,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host, uploaded
+from parasolver_core.samplers.seeded import Ahead, SeededNoise
+from parasolver_core.samplers.seeded import draw as draw
 from parasolver_core.validation import check_plain, check_width
 
 NoiseFn: TypeAlias = Callable[[int, int], Array]
 Seed: TypeAlias = int | Sequence[int]
-
-_MANY, _MOST_THREADS = 2**18, 16  # numbers from which on several threads draw, and how many
-_LARGE = 2**13  # numbers of a state from which on they are drawn ahead: a draw then takes twice as long as a thread
-_STREAM = 0x5041524153  # separates this use of a seed from others, for example the user's own draw of x_T
 
 
 class NoiseSource:
@@ -57,12 +51,11 @@ class NoiseSource:
         self._first: tuple[tuple[int, int], Array] | None = None  # what a function gave first, until it is asked again
         self._asked_again = False
         self._keys = _sample_keys(0 if seed is None else seed, batch)
-        self._streams: dict[int, _Stream] = {}
         self._event, self._device = tuple(like.shape[1:]), array_api_compat.device(like)
         self._size = math.prod(self._event)
+        self._seeded = SeededNoise(self._keys, self._size, _host_dtype(self._xp, dtype))
         self._host = host_view(self._xp.zeros(0, dtype=dtype, device=self._device))  # as states of a window will be
         self._kept: dict[tuple[int, int], Array] = {}
-        self._ahead: dict[tuple[int, int], np.ndarray] = {}  # drawn before they were asked for
 
     def __call__(self, step: int, sample: int) -> Array:
         """``z`` of one step and sample, shape ``(*event)``."""
@@ -79,32 +72,12 @@ class NoiseSource:
         """The draws of these (step, sample) as rows, (len(wanted), size); zeros for None; one upload."""
         if self._noise is None:
             drawn = np.zeros((len(wanted), self._size), dtype=_host_dtype(self._xp, self._dtype))
-            self._draw_into(drawn, [(row, *at) for row, at in enumerate(wanted) if at is not None])
+            self._seeded.fill(drawn, [(row, *at) for row, at in enumerate(wanted) if at is not None])
             on_host = isinstance(self._host, np.ndarray)
             return drawn if on_host else uploaded(self._xp, drawn, self._device)
         known = [None if at is None else self.flat(*at) for at in wanted]
         rows = [self._nothing if row is None else row for row in known]
         return array_api_compat.array_namespace(rows[0]).stack(rows)
-
-    def _draw_into(self, rows: np.ndarray, wanted: list[tuple[int, int, int]]) -> None:
-        """Draws of the (row, step, sample), by several threads where they are many: NumPy lets others run meanwhile."""
-        left: list[tuple[int, int, int]] = []
-        for row, step, sample in wanted:
-            if (step, sample) in self._ahead:
-                rows[row] = self._ahead.pop((step, sample))
-            else:
-                left.append((row, step, sample))
-        threads = min(os.cpu_count() or 1, len(left), _MOST_THREADS)
-
-        def draw(own: list[tuple[int, int, int]], streams: dict[int, _Stream]) -> None:
-            for row, step, sample in own:
-                rows[row] = self._drawn(step, sample, streams)
-
-        if threads <= 1 or len(left) * self._size < _MANY:
-            draw(left, self._streams)
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="parasolver-noise") as pool:
-            list(pool.map(lambda first: draw(left[first::threads], {}), range(threads)))
 
     @cached_property
     def _nothing(self) -> Array:
@@ -130,12 +103,13 @@ class NoiseSource:
     def forget(self, step: int, sample: int) -> None:
         """Free the noise of a step that is final."""
         self._kept.pop((step, sample), None)
-        self._ahead.pop((step, sample), None)
+        self._seeded.forget(step, sample)
 
     def forget_before(self, steps: NDArray[np.int64]) -> None:
         """Free the noise of all final steps: of each sample, (batch,), how many are."""
-        final = steps.tolist() if self._kept or self._ahead else []
-        for step, sample in [at for at in (*self._kept, *self._ahead) if at[0] < final[at[1]]]:
+        known = [*self._kept, *self._seeded.drawn]
+        final = steps.tolist() if known else []
+        for step, sample in [at for at in known if at[0] < final[at[1]]]:
             self.forget(step, sample)
 
     def release(self, step: int, sample: int) -> None:
@@ -146,45 +120,16 @@ class NoiseSource:
     @property
     def slow(self) -> bool:
         """Whether draws are worth to be made :meth:`ahead`; a user's function is only called where it is asked for."""
-        return self._noise is None and self._size >= _LARGE
+        return self._noise is None and self._seeded.slow
 
-    @contextmanager
-    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """While the block waits for something else, a thread draws these (step, sample), as far as it gets."""
-        if not wanted:
-            yield
-            return
-        over, kind = Event(), _host_dtype(self._xp, self._dtype)
-
-        def draw() -> None:
-            streams: dict[int, _Stream] = {}
-            for at in wanted:
-                if over.is_set():
-                    return
-                if at not in self._ahead and at not in self._kept:
-                    self._ahead[at] = self._drawn(*at, streams).astype(kind)
-
-        thread = Thread(target=draw, name="parasolver-noise-ahead")
-        try:
-            thread.start()
-            yield
-        finally:
-            over.set()
-            if thread.ident is not None:
-                thread.join()
-
-    def _drawn(self, step: int, sample: int, streams: dict[int, _Stream]) -> np.ndarray:
-        """What the seed gives, (size,), float64."""
-        seed, stream = self._keys[sample]
-        if seed not in streams:
-            streams[seed] = _Stream(seed)
-        return streams[seed].draw(stream, step, (self._size,))
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Ahead:
+        """As :meth:`SeededNoise.ahead <parasolver_core.samplers.seeded.SeededNoise.ahead>`."""
+        return self._seeded.ahead(wanted)
 
     def _draw(self, step: int, sample: int) -> Array:
         z = self._noise
         if z is None:
-            z = self._ahead.pop((step, sample), None)
-            z = self._drawn(step, sample, self._streams) if z is None else z
+            z = self._seeded(step, sample)
             return z.astype(self._host.dtype) if isinstance(self._host, np.ndarray) else self._converted(z)
         return self._asked(step, sample) if callable(z) else self._converted(z[step, sample, ...])
 
@@ -248,31 +193,6 @@ def _own(z: Array) -> np.ndarray:
         return np.array(to_host(z), dtype=np.float64)
     except TypeError as error:
         raise TypeError(f"noise: expected numbers that NumPy has, got {z.dtype} ({error}); pass float32") from error
-
-
-class _Stream:
-    """The draws of one seed; see :func:`draw`. Not to be shared by threads.
-
-    The generator is set back and not made anew for each draw, which would take longer than to draw a small state.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._philox = np.random.Philox(key=np.array([seed, _STREAM], dtype=np.uint64))
-        self._generator, self._start = np.random.Generator(self._philox), self._philox.state
-
-    def draw(self, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
-        self._start["state"]["counter"][:] = 0, 0, sample, step
-        self._philox.state = self._start
-        return self._generator.standard_normal(event)
-
-
-def draw(seed: int, sample: int, step: int, event: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise keyed by (seed, sample, step), float64, shape ``event``; the same on every machine.
-
-    Each key starts its own stream of the counter-based generator Philox, so no draw depends on how many came
-    before it (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-    """
-    return _Stream(seed).draw(sample, step, event)
 
 
 def _sample_keys(seed: Seed, batch: int) -> list[tuple[int, int]]:

@@ -150,18 +150,15 @@ class Recurrence:
             node: where the predicted sample is known. With much noise it is the mean of the data and tells nothing; but
                 of the last node it is what the sample is made of, with a share of the state and of noise. Of one
                 sample, or (B,), like the next two; then the result is (B, N), or (N,) where none of them is small.
-            square: the mean of its squares.
-            state: that of the state at the node.
+            square, state: the means of the squares of the prediction, and of the state.
         """
         if self.signal is None:
             return np.ones(len(self))
         at_end, (a, b, c) = np.asarray(node) == len(self) - 1, self._last_step
         square = np.where(at_end, b**2 * square + a**2 * state + c**2, square)
         small = ((self.signal[node] >= _TOLD) | at_end) & (square < _USUAL**2)
-        if not small.any():
-            return np.ones(len(self))
         square = np.maximum(np.where(small, square, 1.0), _TINY)[..., None]
-        return np.sqrt(square / (1 - self.signal**2 * (1 - square)))
+        return np.sqrt(square / (1 - self.signal**2 * (1 - square))) if small.any() else np.ones(len(self))
 
     @cached_property
     def _last_step(self) -> tuple[float, float, float]:

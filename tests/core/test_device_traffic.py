@@ -115,10 +115,10 @@ def test_a_table_is_brought_to_a_device_once() -> None:
 
 @pytest.mark.parametrize("seed", [3, [5, 5, 9]])
 def test_noise_drawn_by_several_threads_is_the_same(seed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parasolver_core.samplers import noise
+    from parasolver_core.samplers import seeded
 
-    monkeypatch.setattr(noise, "_MANY", 1)
-    monkeypatch.setattr(noise.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(seeded, "_MANY", 1)
+    monkeypatch.setattr(seeded.os, "cpu_count", lambda: 4)
     source = NoiseSource(np.zeros((3, 7)), np.float64, 10, seed, None)
     wanted = [(step, sample) for step in range(5) for sample in range(3)]
     got = source.block([*wanted, None])

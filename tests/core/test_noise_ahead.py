@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDPM, Method, NoiseSchedule, solve
-from parasolver_core.samplers import noise
+from parasolver_core.samplers import seeded
 from parasolver_core.samplers.noise import NoiseSource, draw
 
 SCHEDULE = NoiseSchedule.linear()
@@ -28,7 +28,7 @@ def sampled(batch: int, **options: Any) -> Any:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_is_drawn_ahead_is_what_would_be_drawn(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     without = sampled(batch, seed=4, save="trajectory")
-    monkeypatch.setattr(noise, "_LARGE", 1)
+    monkeypatch.setattr(seeded, "_LARGE", 1)
     asked = []
     ahead = NoiseSource.ahead
     monkeypatch.setattr(NoiseSource, "ahead", lambda self, wanted: (asked.extend(wanted), ahead(self, wanted))[1])
@@ -45,18 +45,18 @@ def test_as_far_as_it_gets() -> None:
     with source.ahead(wanted):
         while any(one.name == NAME for one in threading.enumerate()):
             time.sleep(1e-3)
-    assert list(source._ahead) == wanted
+    assert list(source._seeded.drawn) == wanted
     got = source.block([(2, 1), None, (5, 0)])
     np.testing.assert_array_equal(got[0], draw(7, 1, 2, (5,)).astype(np.float32))
     np.testing.assert_array_equal(got[2], draw(7, 0, 5, (5,)).astype(np.float32))
     assert not got[1].any()
-    assert (2, 1) not in source._ahead  # read once
+    assert (2, 1) not in source._seeded.drawn  # read once
     source.forget_before(np.array([10, 2]))
-    assert list(source._ahead) == [(3, 1)]
+    assert list(source._seeded.drawn) == [(3, 1)]
 
 
 def test_a_function_is_called_where_it_is_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "_LARGE", 1)
+    monkeypatch.setattr(seeded, "_LARGE", 1)
     threads = set()
 
     def own(step: int, sample: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_a_function_is_called_where_it_is_asked_for_only(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_no_thread_stays(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "_LARGE", 1)
+    monkeypatch.setattr(seeded, "_LARGE", 1)
     seen = []
 
     def fails(x: np.ndarray, t: np.ndarray) -> np.ndarray:
