@@ -91,8 +91,8 @@ def test_calls_are_counted_as_they_are_waited_for() -> None:
 
 def test_as_many_subintervals_as_steps_are_no_subintervals() -> None:
     x_T, steps = normal((3, 6)), SCHEDULE.timesteps(25)
-    plain = solve(NETWORK, x_T, steps, RULES["2M"], 8)
-    found = solve(NETWORK, x_T, steps, RULES["2M"], 8, subintervals=25)
+    plain = solve(NETWORK, x_T, steps, RULES["2M"], 8, check=False)  # whose rows would count in the first run alone
+    found = solve(NETWORK, x_T, steps, RULES["2M"], 8, subintervals=25, check=False)
     np.testing.assert_array_equal(plain.sample, found.sample)
     assert (plain.stats.rounds, plain.stats.evaluations) == (found.stats.rounds, found.stats.evaluations)
 
