@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.baselines import parareal
-from benchmarks.pareto.settings import MAX_ROWS, SETTINGS, Setting, methods_for, step_rule, tolerances
+from benchmarks.pareto.settings import MAX_ROWS, SETTINGS, Setting, allowed, methods_for, step_rule, tolerances
 from benchmarks.problems import PROBLEMS, Denoiser, Problem, flow_denoiser
 from parasolver_core import Solution, solve, solve_sequential
 
@@ -86,8 +86,7 @@ class Bench:
                 self.timesteps,
                 self.rule,
                 self.setting.window,
-                tolerance=tolerance,
-                method=method,
+                **allowed(method, tolerance),
                 warmup_steps=warmup,
                 seed=self.seeds,
                 check=False,
