@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 CUSTOMIZE = """
 import os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: a job in the background ignores it
+
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["INTERRUPTED_IMPORT"]:
