@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, NoiseSchedule, SequentialSolver, solve, solve_sequential
+from parasolver_core.methods.expected import sliding_rounds
 from parasolver_core.methods.presets import get_method
 from parasolver_core.planning.auto import remembered
 from parasolver_core.planning.costs import CostTable, cache_folder, describe, keep, measure, recall
@@ -326,3 +327,31 @@ def test_what_costs_depend_on() -> None:
         describe(Rational(), x),
     ]
     assert len(set(different)) == len(different)
+
+
+def test_networks_of_other_sizes_have_other_costs() -> None:
+    x = normal((1, 4))
+
+    class Network:
+        def __init__(self, width: int, first: float) -> None:
+            self._weights = [np.full((4, width), first), np.zeros(4)]
+
+        def parameters(self) -> list[np.ndarray]:
+            return self._weights
+
+        def __call__(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+            return x
+
+    keys = [describe(Network(*one), x) for one in ((8, 0.0), (8, 1.0), (16, 0.0))]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_rounds_of_a_window_that_slides() -> None:
+    """``N / w + (1 - 1 / w) (p + q digits (N / w)^r)``, at most N, and N where nothing is left to settle."""
+    ddim, ddpm = (rule(SCHEDULE).recurrence(SCHEDULE.timesteps(64)) for rule in (DDIM, DDPM))
+    assert sliding_rounds(ddim, 8, 1e-2) == pytest.approx(8 + 7 / 8 * (2.6 + 1.1 * 2 * 2))
+    assert sliding_rounds(ddpm, 16, 1e-3) == pytest.approx(4 + 15 / 16 * (4.1 + 0.9 * 3 * 4**0.55))
+    assert sliding_rounds(ddim, 64, 1.0) == pytest.approx(1 + 63 / 64 * 2.6)
+    assert sliding_rounds(ddim, 8, 0.0) == sliding_rounds(ddim, 8, 1e-6)
+    assert sliding_rounds(ddim, 1, 1e-6) == 64
+    assert sliding_rounds(DDIM(SCHEDULE).recurrence(SCHEDULE.timesteps(5)), 2, 1e-6) == 5
