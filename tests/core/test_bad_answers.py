@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from parasolver_core import (
-    DDPM,
-    Status,
-    solve,
-)
-from tests.core.problems import normal
+from parasolver_core import DDIM, DDPM, DPMSolver, NoiseSchedule, SolverError, Status, solve, solve_sequential
+from tests.core.problems import TanhNetwork, normal
 from tests.core.wrong_runs import BOTH, GRID, NETWORK, RULE, TABLE
 
 
@@ -115,3 +111,33 @@ def test_a_torch_network_that_answers_in_another_dtype(options: dict[str, Any]) 
     x_T = torch.asarray(normal((2, 3))).to(torch.float16)
     with pytest.raises(ValueError, match=r"^denoiser: .*torch.float16.*got .*torch.float32"):
         solve(lambda x, t: x.float(), x_T, GRID, RULE, **options)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_network_may_answer_in_the_same_memory_every_time(sequential: bool) -> None:
+    """A multistep rule reads earlier answers, which must not have become the last one."""
+    schedule = NoiseSchedule.linear()
+    network, memory = TanhNetwork(4, 2.0), np.empty((64, 4))
+
+    def reusing(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        answer = memory[: len(x)]
+        answer[...] = network(x, t)
+        return answer
+
+    x_T, timesteps, rule = normal((2, 4)), schedule.timesteps(20), DPMSolver(schedule, 2)
+    expected = solve_sequential(network, x_T, timesteps, rule).sample
+    method = "sequential" if sequential else "secant"
+    found = solve(reusing, x_T, timesteps, rule, 6, tolerance=0.0, method=method)
+    np.testing.assert_allclose(found.sample, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_trajectory_of_a_run_that_fails_at_once_is_its_start() -> None:
+    schedule, x_T = NoiseSchedule.linear(), normal((2, 4))
+    with pytest.raises(SolverError) as caught:
+        solve(lambda x, t: x * np.nan, x_T, schedule.timesteps(10), DDIM(schedule), 4, save="trajectory")
+    assert caught.value.solution is not None
+    found = caught.value.solution.trajectory
+    assert found is not None
+    np.testing.assert_array_equal(found[0], x_T)
+    assert found.shape == (11, 2, 4)
+    assert np.isnan(found[1:]).all()
