@@ -128,7 +128,7 @@ def allowed(method: str, tolerance: float) -> dict[str, Any]:
 
 
 def tolerances(method: str, setting: Setting) -> tuple[float, ...]:
-    """From loose to tight, so that the errors of all methods reach from about 0.1 to 1e-3; :func:`allowed` has them."""
+    """From loose to tight, so that all errors reach from about 0.1 to 1e-3; for those above 1 see :func:`allowed`."""
     if method in (OURS, IDENTITY):
         return (16.0, 4.0, 0.99, 0.6, 0.3, 0.1, 0.05, 0.03, 0.01, 3e-3)
     if method == "parataa":
