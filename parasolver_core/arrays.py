@@ -67,13 +67,18 @@ def own_copy(xp: Any, array: Array) -> Array:
 
 def copied(xp: Any, array: Array) -> Array:
     """A copy on the same device, whichever is the library's default."""
+    if isinstance(array, np.ndarray):
+        return array.copy()
     return xp.asarray(array, copy=True, device=array_api_compat.device(array))
 
 
 def given_back(xp: Any, view: Array) -> Array:
     """What :func:`host_view` made, as an array of the library, in the same memory; not on its default device."""
-    if array_api_compat.is_torch_namespace(xp) and isinstance(view, np.ndarray):
-        return xp.from_numpy(view)
+    if isinstance(view, np.ndarray):
+        if array_api_compat.is_numpy_namespace(xp):
+            return view
+        if array_api_compat.is_torch_namespace(xp):
+            return xp.from_numpy(view)
     return xp.asarray(view, device=array_api_compat.device(view))
 
 
@@ -95,17 +100,14 @@ def coarse(xp: Any, row: Array) -> Array:
     return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
 
 
-def mean_square(xp: Any, row: Array) -> Array:
-    """``[mean of the squares]`` of (size,), of the same dtype."""
-    return xp.reshape(vecdot(xp, row, row), (1,)) / row.shape[0]
-
-
 def matmul(xp: Any, a: Array, b: Array) -> Array:
     """``a @ b`` in the full precision of their dtype, whatever a user has allowed for a network's products.
 
     Where float32 factors would be rounded to fewer bits (TF32), they are split into parts that have no more, whose
     products are exact: no setting is touched, which other threads and compiled code would see.
     """
+    if isinstance(a, np.ndarray):
+        return a @ b
     if array_api_compat.is_jax_array(a):
         return xp.matmul(a, b, precision="highest")
     bits = _product_bits(xp, a)
@@ -123,6 +125,8 @@ def matmul(xp: Any, a: Array, b: Array) -> Array:
 
 def vecdot(xp: Any, a: Array, b: Array) -> Array:
     """Inner products along the last axis, in the full precision of their dtype."""
+    if isinstance(a, np.ndarray):
+        return np.vecdot(a, b)
     if array_api_compat.is_jax_array(a):
         return xp.vecdot(a, b, precision="highest")
     return xp.linalg.vecdot(a, b)  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
@@ -178,6 +182,8 @@ def take_rows(rows: Array, index: NDArray[np.int64]) -> Array:
 
 def put_index(rows: Array, index: NDArray[np.int64]) -> Array:
     """An index on the device of the rows."""
+    if isinstance(rows, np.ndarray):
+        return index
     return uploaded(array_api_compat.array_namespace(rows), index, array_api_compat.device(rows))
 
 
@@ -187,6 +193,8 @@ def uploaded(xp: Any, values: NDArray[Any], where: Any, dtype: Any = None) -> Ar
     PyTorch copies pageable memory only once a card has done all that it was given before; pinned memory it does not
     wait for, and does not use again before the copy is done.
     """
+    if array_api_compat.is_numpy_namespace(xp):
+        return values if dtype is None else values.astype(dtype, copy=False)
     if not (array_api_compat.is_torch_namespace(xp) and _is_card(where)):
         return xp.asarray(values, dtype=dtype, device=where)
     here = xp.asarray(values, dtype=dtype, device="cpu")
@@ -230,6 +238,8 @@ class DeviceTable:
 
 def take_at(rows: Array, index: Array) -> Array:
     """``rows[index]`` in one operation, of which array-api-compat's ``take`` makes four for PyTorch."""
+    if isinstance(rows, np.ndarray):
+        return rows.take(index, axis=0)
     if array_api_compat.is_torch_array(rows):
         return rows.index_select(0, index)
     return array_api_compat.array_namespace(rows).take(rows, index, axis=0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view, mean_square
+from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view
 from parasolver_core.methods.run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
@@ -44,8 +45,8 @@ class SampleWindow(SampleRun):
     ) -> None:
         super().__init__(sample, start if shared.keep else None)
         self._shared, self._noise = shared, shared.noise_of(sample)
-        self._eps = float(shared.xp.finfo(start.dtype).eps)
         start = host_view(start)
+        self._eps, self._single = float(np.finfo(start.dtype).eps), start.dtype.itemsize == 4
         self._xp = array_namespace(start)
         self._recurrence = recurrence = shared.recurrence
         n, width = len(recurrence), shared.width
@@ -87,27 +88,24 @@ class SampleWindow(SampleRun):
         return [(i, self.sample) for i in ahead if self._recurrence.c[i] != 0]
 
     def compare(self, D: Array) -> Array:
-        D, (p, q) = self._shared.taken(D), self._recurrence.held[self.hi - 1].tolist()
-        held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])  # the predicted sample
-        own = [coarse(self._xp, D[0, :]), mean_square(self._xp, held)]
-        return self._xp.concat([self._correction.compare(D, self.lo), *own])
+        return self._correction.compare(self._shared.taken(D), self.lo)
 
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         """Second half: update the slopes, move the states, accept what is final, slide and fill in.
 
         Only the first node has its true input. What is not finite behind it comes of a guess: it is dropped.
         """
-        D, nodes, (compared, (unit, square)) = self._shared.taken(D), self.nodes, np.split(sums, [-2])
-        unit, told = max(self._eps, float(unit)), self._correction.read(compared, self.lo)
-        smallness = self._recurrence.smallness(self.hi - 1, float(square), float(told.size[-1]))
+        D, nodes, told = self._shared.taken(D), self.nodes, self._correction.read(sums, self.lo)
+        unit = self._eps if self._single else max(self._eps, float(coarse(self._xp, D[0, :])[0]))
+        smallness = self._recurrence.smallness(self.hi - 1, self._predicted(D), float(told.size[-1]))
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
         if self._forecast is not None:
             count = min(count, self._forecast.usable(self.lo, told.defect * D.shape[1]))
         if count < len(nodes):
-            D, compared, self.hi = D[:count, :], self._correction.leading(compared, count), self.lo + count
-            told = self._correction.read(compared, self.lo)
+            D, self.hi = D[:count, :], self.lo + count
+            told = self._correction.read(self._correction.leading(sums, count), self.lo)
         at = slice(self.lo, self.hi)
         known = self._evaluated[at] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[at].copy()
@@ -115,7 +113,7 @@ class SampleWindow(SampleRun):
         self._measured[at] |= slope != old
         still = np.where(self._measured[at], 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
-        sound = count if np.all(np.isfinite(move)) else int(leading(finite_rows(self._xp, D)))
+        sound = count if np.isfinite(move).all() else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
@@ -128,8 +126,18 @@ class SampleWindow(SampleRun):
         accepted, self.error = min(max(int(accepted), 1), sound), max(self.error, float(error), unit)
         self._pace = accepted
         self._slide(accepted, sound)
-        dropped = np.full(len(nodes) - count, np.nan)
-        return self.record(nodes, accepted, np.append(relative, dropped), defects)
+        if count < len(nodes):
+            relative = np.append(relative, np.full(len(nodes) - count, np.nan))
+        return self.record(nodes, accepted, relative, defects)
+
+    def _predicted(self, D: Array) -> float:
+        """The mean square of the last node's prediction of the sample, where its size is asked for."""
+        last = self.hi - 1
+        if not self._recurrence.tells_size(last):
+            return math.inf
+        p, q = self._recurrence.held[last].tolist()
+        held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])
+        return float(np.dot(held, held)) / len(held)
 
     def estimate(self, sample: int) -> Array:
         if not self._evaluated[0]:

@@ -90,7 +90,7 @@ class WindowBatch(Run):
         records = self._records(decision)
         lo, after = windows.lo, windows.lo + decision.accepted
         # where a state may run out of range, the one before it is still wanted
-        risky = np.any(after == self._form.steps) or not found.squares.max() <= self._large
+        risky = (after == self._form.steps).any() or not found.squares.max() <= self._large
         before = self._buffers.first_copy() if risky else None
         self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1))
         if before is not None:

@@ -74,7 +74,7 @@ class Sums:
     @property
     def own(self) -> Float64:
         """(B, n), ``<r_i, r_i>``."""
-        return np.einsum("bii->bi", self.gram)
+        return self.gram.diagonal(axis1=1, axis2=2)
 
     def within(self, inside: NDArray[np.bool_]) -> Sums:
         """With 0 for nodes that are not inside, (B, n), and where something has run out of range."""
@@ -206,7 +206,7 @@ class Windows:
         largest = self._largest.take(at)
         largest = np.where(inside, np.maximum(largest, most), largest)
         room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
-        grown = bool(np.any((kept & (largest > room * least))[:, 1:]))
+        grown = bool((kept & (largest > room * least))[:, 1:].any())
         if grown:
             largest = np.where(kept, most, largest)
         _write(self._least, at, least)

@@ -112,7 +112,7 @@ class Buffers:
         unit, n, count = windows.eps, windows.longest, len(windows.n)
         if self.dtype.itemsize == 8:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
-        finite, sums = bool(np.all(np.isfinite(sums))), sums.reshape(count, -1)
+        finite, sums = bool(np.isfinite(sums).all()), sums.reshape(count, -1)
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
         own = np.einsum("bii->bi", gram)  # a view
         own[...] = at_most(own, self._xp, self._r)
@@ -179,12 +179,12 @@ class Buffers:
             further: rows that new nodes are made of, (B, k, size), noise at the end.
             again: :meth:`states_behind` the first nodes, if they are made again.
         """
-        base, source, flat = next_rows.base, next_rows.source, self._flat()
+        base, source, flat, places = next_rows.base, next_rows.source, self._flat(), next_rows.again
         every = np.arange(0, flat.shape[0], self._S.shape[1])[:, None]
         at = put_index(flat, np.concatenate([(base + every).reshape(-1), (source + every).reshape(-1)]))
         bases = self._xp.reshape(take_at(flat, at[: base.size]), (*base.shape, self.size))
-        if again is not None:  # else new nodes would not follow from the states before them
-            bases = self._replaced(bases, again, next_rows.base_again)
+        if again is not None and places is not None:  # else new nodes would not follow from the states before them
+            bases = self._replaced(bases, again, places[1])
         sources = self._xp.concat([self._r, bases, *further], axis=1)
         self._r = bases = None  # memory, here and below
         self._S = self._xp.reshape(take_at(flat, at[base.size :]), (*source.shape, self.size))
@@ -193,8 +193,8 @@ class Buffers:
         del sources
         self._S += moves
         self._dX = moves[:, : self._half, :]
-        if again is not None:
-            states = self._replaced(self._S[:, : self._half, :], again, next_rows.again)
+        if again is not None and places is not None:
+            states = self._replaced(self._S[:, : self._half, :], again, places[0])
             self._S = assign(self._S, (slice(None), slice(self._half), ...), states)
 
     def _replaced(self, rows: Array, by: Array, place: Indices) -> Array:

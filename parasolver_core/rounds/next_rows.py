@@ -24,14 +24,14 @@ class NextRows:
         source: (B, 2 R + 1), rows of the present buffer.
         C: (B, 2 R + 1, columns), in the states' dtype.
         base: (B, base), rows of the present buffer that new nodes are made of.
-        again, base_again: (B, R) and (B, base), which of the states that are made again takes a row's place; -1: none.
+        again: which of the states that are made again takes a row's place, (B, R) and, of the base, (B, base); -1:
+            none. None where no state is made again.
     """
 
     source: Indices
     C: NDArray[Any]
     base: Indices
-    again: Indices
-    base_again: Indices
+    again: tuple[Indices, Indices] | None
 
     @classmethod
     def of(
@@ -47,24 +47,28 @@ class NextRows:
             entering: what new nodes are made of.
             dtype: of the states.
         """
-        (count, n, _), (states, beliefs), rows = decision.T.shape, form.reads, place.shape[1]
+        (count, n, _), states, rows = decision.T.shape, form.reads[0], place.shape[1]
         last, half = decision.sound[:, None] - 1, form.past + n
         behind, kept = np.maximum(place - last, 0), np.minimum(place, last)  # behind the last one kept; 0: kept
-        base = last - np.concatenate([np.arange(states), np.arange(beliefs), np.zeros(int(uncorrected), np.int64)])
+        base = last - form.behind(uncorrected)
         believed = np.arange(base.shape[1]) >= states
-        again = np.where(place <= decision.passed[:, None], np.maximum(place, 0), 0) - 1
-        base_again = np.where((base <= decision.passed[:, None]) & ~believed, np.maximum(base, 0), 0) - 1
-
         base_T, base_g = _moves(decision, base)
         base_T *= np.where(believed, base_g, 1.0)[..., None]
+        again = None
         if decision.grown:
-            base_T[base_again >= 0] = 0.0
+            passed = decision.passed[:, None]
+            of_row, of_base = (
+                np.where(at <= passed, np.maximum(at, 0), 0) - 1 for at in (place, np.where(believed, 0, base))
+            )
+            again = of_row, of_base
+            base_T[again[1] >= 0] = 0.0
         if uncorrected:
             base_T[:, -1] = 0.0
         T, g = _moves(decision, np.where(behind > 0, 0, kept))
         C = np.empty((count, 2 * rows + 1, n + entering.columns), dtype=dtype)
         C[:, -1] = 0.0
-        new = int(np.argmax(behind.any(axis=0))) if behind.any() else rows  # no row before it is new
+        entered = behind.any(axis=0)
+        new = int(entered.argmax()) if entered.any() else rows  # no row before it is new
         x, h = entering.rows(behind[:, new:])
         for first, answer in ((0, x), (rows, h)):
             if first:
@@ -73,9 +77,10 @@ class NextRows:
             C[:, first + new : first + rows, n:] = answer
             C[:, first + new : first + rows, :n] += answer[..., : base.shape[1]] @ base_T
 
-        zero = np.full((count, 1), 2 * half)
-        source = [np.where(behind > 0, zero, kept + form.past + part) for part in (0, half)]
-        return cls(np.concatenate([*source, zero], axis=1), C, base + form.past + believed * half, again, base_again)
+        source = np.full((count, 2 * rows + 1), 2 * half)  # the row of zeros, at the end
+        for part, first in ((0, 0), (half, rows)):
+            np.copyto(source[:, first : first + rows], kept + (form.past + part), where=behind == 0)
+        return cls(source, C, base + form.past + believed * half, again)
 
 
 def _moves(decision: Decision, place: Indices) -> tuple[Float64, Float64]:

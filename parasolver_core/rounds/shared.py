@@ -60,7 +60,9 @@ class Shared:
     def noise_of(self, sample: int) -> StepNoise:
         """The noise of one sample's steps, each (size,), as :func:`~parasolver_core.arrays.host_view` gives it."""
 
+        c = self.recurrence.c.tolist()
+
         def noise(step: int) -> Array | None:
-            return self.noise.flat(step, sample) if self.recurrence.c[step] != 0 else None
+            return self.noise.flat(step, sample) if c[step] != 0 else None
 
         return noise

@@ -27,7 +27,7 @@ def lowest(size: int, dtype: Any) -> float:
 
 def sums_of_squares(rows: NDArray[Any]) -> Float64:
     """Along the last axis of NumPy rows: those that may have lost something are summed again, by their own scale."""
-    sums = np.array(np.vecdot(rows, rows), dtype=np.float64)
+    sums = np.asarray(np.vecdot(rows, rows).astype(np.float64))
     again = sums < lowest(rows.shape[-1], rows.dtype)
     if again.any():
         few = rows[again].astype(np.float64)

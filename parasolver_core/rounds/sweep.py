@@ -81,7 +81,7 @@ class SweepCorrection:
         self._work = np.empty(max(2 * block, rows * self._dX[0].size), dtype=start.dtype)
         self._pair = self._work[:block], self._work[block : 2 * block]
         self._together = rows  # of a comparison
-        self.X[0] = start
+        self.X[0], self._dtype = start, start.dtype
         self._measure(0, start)
 
     def rows(self, lo: int, hi: int) -> slice:
@@ -152,10 +152,15 @@ class SweepCorrection:
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
         noise = [self._noise(i) for i in range(lo, lo + n - 1)]
+        slopes = slope.astype(self._dtype)
+        g = [slopes[j, ...] for j in range(n)]  # arrays: products with them take half the time
         squares, still_squares = np.zeros(n), (still**2 * self._size[lo : lo + n]).tolist()
         for columns in self._blocks:
-            squares += self._sweep(D, columns, noise, slope.tolist(), still_squares, lo, base)
+            squares += self._sweep(D, columns, noise, g, still_squares, lo, base)
         self.base, self._moved_from, self._moved_to = base, lo, lo + n
+        if self._whole:
+            last, squares = squares[-1], sums_of_squares(self._dX[:n, 0])
+            squares[-1] = last if math.isnan(last) else squares[-1]
         moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
         self._moved[lo : lo + n] = moved / self._dX[0].size
         move = np.sqrt(squares / size)
@@ -172,12 +177,12 @@ class SweepCorrection:
         D: Array,
         columns: slice,
         noise: list[Array | None],
-        slope: list[float],
+        slope: list[Array],
         still: list[float],
         lo: int,
         base: int,
     ) -> Float64:
-        """One block of :meth:`move`: sums of squares of the moves, (n,).
+        """One block of :meth:`move`: sums of squares of the moves, (n,); where moves are kept, only those needed here.
 
         Args:
             D: (n, size).
@@ -197,26 +202,29 @@ class SweepCorrection:
             X[row][...], M[row][...] = X[row + shift], M[row + shift]
         M[first][...] = D[0]
         kept[0].fill(0.0)
-        squares, low = [0.0] * n, lowest(len(new), new.dtype)
+        squares, low = [math.inf] * n, lowest(len(new), new.dtype)
+        squares[0] = 0.0
         for j in range(1, n):
             at = first + j
             back = range(at - 1, max(at - 1 - memory, -1), -1)
             x, dx = X[at] if shift else new, moves[j] if moves else work
             z = noise[j - 1]
             z = None if z is None else z[columns]
-            combine(self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z), x, work)
+            terms = self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z, self._dtype)
+            combine(terms, x, work)
             np.subtract(x, X[at + shift], out=dx)
             if not shift:
                 X[at][...] = new
-            squares[j] = np.dot(dx, dx)
-            if squares[j] < low:
-                squares[j] = float(sums_of_squares(dx))
+            if still[j] or not moves:
+                squares[j] = np.dot(dx, dx)
+                if squares[j] < low:
+                    squares[j] = float(sums_of_squares(dx))
             if squares[j] <= still[j] * len(dx):
                 M[at][...] = D[j]
             else:
                 np.multiply(dx, slope[j], out=M[at])
                 np.add(M[at], D[j], out=M[at])
-            if not self._whole:
+            if not moves:
                 kept[j] = self._sampled(dx)
         if not math.isfinite(np.dot(M[first + n - 1], M[first + n - 1])):
             squares[n - 1] = math.nan  # the last output has moved no state yet
@@ -239,8 +247,8 @@ class SweepCorrection:
             X, M = self.X[self.rows(first, hi), columns], self.M[self.rows(first, hi), columns]
             past = [row[columns] for row in xs], [row[columns] for row in ms]
             for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
-                combine(recurrence.terms(i - 1, *past, None if z is None else z[columns]), x, work)
-                combine(recurrence.believed(i, held, x), m, work)
+                combine(recurrence.terms(i - 1, *past, None if z is None else z[columns], self._dtype), x, work)
+                combine(recurrence.believed(i, held, x, self._dtype), m, work)
                 if size > _WHOLE:  # else all of them in one call
                     self._size[i] += float(sums_of_squares(x)) / size
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
@@ -267,4 +275,4 @@ class SweepCorrection:
 
 def _inner(a: Array, b: Array) -> Float64:
     """Inner products of rows (n, stripes, length), (n,)."""
-    return np.asarray(np.sum(np.vecdot(a, b), axis=1, dtype=np.float64))
+    return np.vecdot(a, b).sum(axis=1, dtype=np.float64)

@@ -34,6 +34,15 @@ class HeldForm:
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
 
+    def behind(self, uncorrected: bool) -> Indices:
+        """(base,), how far behind the last node each state and held quantity is that its step reads.
+
+        Args:
+            uncorrected: whether the last one as the network gave it is read, too, at the end.
+        """
+        states, beliefs = self.reads
+        return np.array([*range(states), *range(beliefs), *[0] * uncorrected])
+
     def propagation(self, lo: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
         """``T`` with ``dX = T r`` and the sums of squares of its moves, (B, n, n) and (B, n).
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, given_back, host_view, is_array, to_host, uploaded
-from parasolver_core.samplers.seeded import Ahead, SeededNoise
+from parasolver_core.samplers.seeded import SeededNoise
 from parasolver_core.samplers.seeded import draw as draw
 from parasolver_core.validation import check_plain, check_width
 
@@ -105,11 +106,15 @@ class NoiseSource:
         self._kept.pop((step, sample), None)
         self._seeded.forget(step, sample)
 
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The (step, sample) of all noise that takes memory."""
+        return [*self._kept, *self._seeded.drawn]
+
     def forget_before(self, steps: NDArray[np.int64]) -> None:
         """Free the noise of all final steps: of each sample, (batch,), how many are."""
-        known = [*self._kept, *self._seeded.drawn]
-        final = steps.tolist() if known else []
-        for step, sample in [at for at in known if at[0] < final[at[1]]]:
+        final = steps.tolist()
+        for step, sample in [at for at in self.held if at[0] < final[at[1]]]:
             self.forget(step, sample)
 
     def release(self, step: int, sample: int) -> None:
@@ -122,7 +127,7 @@ class NoiseSource:
         """Whether draws are worth to be made :meth:`ahead`; a user's function is only called where it is asked for."""
         return self._noise is None and self._seeded.slow
 
-    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Ahead:
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """As :meth:`SeededNoise.ahead <parasolver_core.samplers.seeded.SeededNoise.ahead>`."""
         return self._seeded.ahead(wanted)
 

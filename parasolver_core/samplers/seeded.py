@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from threading import Event, Thread
 from typing import Any
 
@@ -21,22 +22,19 @@ class Ahead:
     It is no generator: those write to an exception that passes through, which some refuse.
 
     Args:
-        work: is given an event that is set at the end of the block; None: there is nothing to do.
+        work: is given an event that is set at the end of the block.
     """
 
-    def __init__(self, work: Callable[[Event], None] | None) -> None:
-        self._over, self._work = Event(), work
-        self._thread: Thread | None = None
+    def __init__(self, work: Callable[[Event], None]) -> None:
+        self._over = Event()
+        self._thread = Thread(target=work, args=(self._over,), name="parasolver-noise-ahead")
 
     def __enter__(self) -> None:
-        if self._work is not None:
-            self._thread = Thread(target=self._work, args=(self._over,), name="parasolver-noise-ahead")
-            self._thread.start()
+        self._thread.start()
 
     def __exit__(self, *raised: object) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
 
 class SeededNoise:
@@ -83,9 +81,9 @@ class SeededNoise:
         """Whether draws are worth to be made :meth:`ahead`."""
         return self._size >= _LARGE
 
-    def ahead(self, wanted: Sequence[tuple[int, int]]) -> Ahead:
+    def ahead(self, wanted: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """While the block waits for something else, a thread makes these draws, as far as it gets."""
-        return Ahead((lambda over: self._draw_ahead(wanted, over)) if wanted else None)
+        return Ahead(lambda over: self._draw_ahead(wanted, over)) if wanted else nullcontext()
 
     def _draw_ahead(self, wanted: Sequence[tuple[int, int]], over: Event) -> None:
         streams: dict[int, _Stream] = {}

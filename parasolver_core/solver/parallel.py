@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ class ParallelIntegralSolver(Solver):
         """The round's network call: the outputs for each run, (rows, size); calls in turn, and the number of rows."""
         xp, event, check = state.xp, tuple(state.start.shape[1:]), state.check
         inputs, nodes, owners = ([getattr(run, name) for run in runs] for name in ("inputs", "nodes", "owners"))
-        ends = np.cumsum([len(own) for own in nodes]).tolist()
+        ends = list(accumulate(map(len, nodes)))
         if check is not None:
             inputs, nodes, owners = check.with_extra(inputs, nodes, owners)
         rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]

@@ -75,7 +75,8 @@ class ParallelState(SolverState):
         for run in self.runs:
             self._outcomes |= run.ended
         self.runs = [successor for run in self.runs for successor in run.successors()]
-        self.noise.forget_before(self._final)
+        if self.noise.held:
+            self.noise.forget_before(self._final)
 
     @property
     def _final(self) -> NDArray[np.int64]:
