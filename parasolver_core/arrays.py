@@ -132,6 +132,19 @@ def vecdot(xp: Any, a: Array, b: Array) -> Array:
     return xp.linalg.vecdot(a, b)  # for PyTorch many times as fast as xp.vecdot, a batch of matrix products
 
 
+def lengths(xp: Any, rows: Array) -> Array:
+    """Roots of the sums of squares along the last axis; one operation on a device."""
+    return np.sqrt(np.vecdot(rows, rows)) if isinstance(rows, np.ndarray) else xp.linalg.vector_norm(rows, axis=-1)
+
+
+def plus_product(total: Array, a: Array, b: Array) -> Array:
+    """``total + a * b``, where arrays are mutable in the memory of the first; for PyTorch one operation."""
+    if array_api_compat.is_torch_array(total):
+        return total.addcmul_(a, b)
+    total += a * b
+    return total
+
+
 def _product_bits(xp: Any, array: Array) -> int:
     """Significant bits to which a library may round the float32 factors of a matrix product."""
     if array_api_compat.is_torch_array(array) and array.dtype == xp.float32:

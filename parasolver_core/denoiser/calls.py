@@ -38,6 +38,7 @@ class BatchedCall:
         t: Array,
         rows: Rows | None = None,
         describe: Callable[[slice], str] | None = None,
+        remake: Callable[[], list[Array]] | None = None,
     ) -> Array:
         """Predictions for rows ``x``, which stay as they are: the network may work in place and gets a copy.
 
@@ -48,6 +49,7 @@ class BatchedCall:
             t: (rows,), on the network's device.
             rows: for a denoiser that takes them.
             describe: what to note on an exception of the network, given the rows.
+            remake: makes ``x`` anew. The network then gets its memory, and no copy.
         """
         parts = x if isinstance(x, list) else [x]
         count, done = t.shape[0], 0
@@ -55,9 +57,12 @@ class BatchedCall:
         while done < count:
             size = self._size(count - done)
             part = slice(done, min(done + size, count))
-            prediction = self._attempt(parts, t, rows, part, size, describe)
-            if prediction is None:
-                continue  # with a smaller size
+            given, times = self._padded(parts, t, part, size, copy=remake is None)
+            prediction = self._attempt(given, times, rows, part, size, describe)
+            if prediction is None:  # once more, with a smaller size
+                given = None  # memory
+                parts = parts if remake is None else remake()
+                continue
             if size == count:
                 return self._back(prediction, parts[0])
             if whole is None:
@@ -79,15 +84,14 @@ class BatchedCall:
 
     def _attempt(
         self,
-        parts: list[Array],
-        t: Array,
+        given: Array,
+        times: Array,
         rows: Rows | None,
         part: slice,
         size: int,
         describe: Callable[[slice], str] | None,
     ) -> Array | None:
         """One call of the network; None if it ran out of memory, which the next one should not."""
-        given, times = self._padded(parts, t, part, size)
         which = () if rows is None or not self._takes_rows else (rows[_filled_up(part, size)],)
         self.calls += 1
         try:
@@ -110,15 +114,21 @@ class BatchedCall:
         self.max_rows, self.memory_ran_out = size // 2, True
         return None
 
-    def _padded(self, parts: list[Array], t: Array, part: slice, size: int) -> tuple[Array, Array]:
-        """The network's own copy of some rows, on its device, and their times; the last row again where too few."""
+    def _padded(self, parts: list[Array], t: Array, part: slice, size: int, copy: bool) -> tuple[Array, Array]:
+        """Some rows for the network, on its device, and their times; the last row again where too few.
+
+        They are its own: a copy, where one is asked for.
+        """
         xp: Any = array_api_compat.array_namespace(t)
         pieces, times, missing = _cut(parts, part), t[part], size - (part.stop - part.start)
         if missing:
             pieces += [pieces[-1][-1:, ...]] * missing
             times = xp.concat([times, *[times[-1:]] * missing])
         elsewhere = self._device is not None and self._device != array_api_compat.device(parts[0])
-        rows = xp.concat(pieces) if len(pieces) > 1 else pieces[0] if elsewhere else own_copy(xp, pieces[0])
+        if len(pieces) > 1:
+            rows = xp.concat(pieces)
+        else:
+            rows = own_copy(xp, pieces[0]) if copy and not elsewhere else pieces[0]
         return (array_api_compat.to_device(rows, self._device) if elsewhere else rows), times
 
     def _back(self, prediction: Array, x: Array) -> Array:

@@ -90,24 +90,45 @@ class Evaluator:
         if isinstance(self._denoiser, SharedDenoiser):
             self._denoiser.end()
 
-    def __call__(self, x: Array | list[Array], nodes: NDArray[np.int64], samples: NDArray[np.int64]) -> Array:
+    def __call__(
+        self,
+        x: Array | list[Array],
+        nodes: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        again: Callable[[], list[Array]] | None = None,
+    ) -> Array:
         """Predictions for rows ``x`` ``(rows, *event)`` at ``nodes`` (rows,), of ``samples`` (rows,).
 
         ``x``, one array or several, stays as it is. The result is good until the next call only.
+
+        Args:
+            x, nodes, samples: the rows.
+            again: makes ``x`` anew: its memory is the network's then, which may work in place. None: it is not.
         """
-        xp, parts, first = self._xp, [], 0
-        for part in x if isinstance(x, list) else [x]:
-            own = nodes[first : first + part.shape[0]]
-            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
-                parts.append(xp.astype(self._scaled(part, own), self._dtype, copy=False))
-            first += len(own)
-        t = uploaded(xp, self._host_t[nodes], self._device, self._time)
+        given = x if isinstance(x, list) else [x]
+        if again is not None:
+            remake = lambda: self._cast(again(), nodes)  # noqa: E731
+        elif self._scale is not None or any(part.dtype != self._dtype for part in given):
+            remake = lambda: self._cast(given, nodes)  # noqa: E731
+        else:
+            remake = None
+        parts, t = self._cast(given, nodes), uploaded(self._xp, self._host_t[nodes], self._device, self._time)
         started = time.perf_counter()
         try:
             rows = Rows(nodes, samples, self._recurrence, self._noise)
-            return self._call(parts, t, rows, lambda part: self._describe(nodes[part]))
+            return self._call(parts, t, rows, lambda part: self._describe(nodes[part]), remake)
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _cast(self, parts: list[Array], nodes: NDArray[np.int64]) -> list[Array]:
+        """Rows as the network wants them."""
+        cast, first = [], 0
+        for part in parts:
+            scaled = self._scaled(part, nodes[first : first + part.shape[0]])
+            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
+                cast.append(self._xp.astype(scaled, self._dtype, copy=False))
+            first += part.shape[0]
+        return cast
 
     def _scaled(self, rows: Array, nodes: NDArray[np.int64]) -> Array:
         if self._scale is None:

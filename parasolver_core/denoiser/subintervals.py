@@ -55,7 +55,7 @@ class SubintervalEvaluator(Evaluator):
         """A sample's states inside a subinterval when it was last evaluated, each (size,)."""
         return self._between.get((sample, node), [])
 
-    def __call__(self, x: Array | list[Array], nodes: Indices, samples: Indices) -> Array:
+    def __call__(self, x: Array | list[Array], nodes: Indices, samples: Indices, again: Any = None) -> Array:
         """The mean prediction of each row's subinterval, and how what travels with its state changes."""
         xp, tables = self._xp, self._tables
         given = xp.concat(x) if isinstance(x, list) else x

@@ -63,6 +63,11 @@ class Run(ABC):
     def inputs(self) -> Array:
         """(rows, size), the states that the network is asked next."""
 
+    @property
+    def lends(self) -> bool:
+        """Whether :attr:`inputs` are memory that the run needs; else they are made when they are asked for."""
+        return True
+
     @abstractmethod
     def compare(self, D: Array) -> Array:
         """The sums that the host needs, a vector, from the outputs D, (rows, size)."""

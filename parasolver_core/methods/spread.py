@@ -81,6 +81,10 @@ class SpreadNodes(Run):
     def inputs(self) -> Array:
         return self._shared.given(self._states.inputs([one.picked for one in self.refinements]))
 
+    @property
+    def lends(self) -> bool:
+        return False
+
     def compare(self, D: Array) -> Array:
         return self._states.compare(self._shared.taken(D), self._picks, self._counts)
 

@@ -49,7 +49,9 @@ class WindowBatch(Run):
         start = host_view(start)
         self._shared, self._form, self._fill, self._xp = shared, shared.form, fill, array_namespace(start)
         count, finite = start.shape[0], self._xp.finfo(start.dtype)
-        self._large = float(finite.max) ** 0.75  # a state's sum of squares from which on it may run out of range
+        self._large = (
+            float(finite.max) ** 0.375
+        )  # a state's length from which on its sum of squares may run out of range
         self.samples, self._places, self.ended = samples, np.arange(count), {}
         self._kept: dict[int, list[Array]] | None = None
         self._pace = shared.width  # about how many nodes enter a round
@@ -75,6 +77,10 @@ class WindowBatch(Run):
     def inputs(self) -> Array:
         return self._shared.given(self._buffers.inputs(self._windows))
 
+    @property
+    def lends(self) -> bool:
+        return self._buffers.inputs_are_a_view(self._windows)
+
     def compare(self, D: Array) -> Array:
         D = self._shared.taken(D)
         return self._buffers.compare(D, self._windows, self._shared.recurrence.tells_size(self._windows.last))
@@ -90,7 +96,7 @@ class WindowBatch(Run):
         records = self._records(decision)
         lo, after = windows.lo, windows.lo + decision.accepted
         # where a state may run out of range, the one before it is still wanted
-        risky = (after == self._form.steps).any() or not found.squares.max() <= self._large
+        risky = (after == self._form.steps).any() or not found.length.max() <= self._large
         before = self._buffers.first_copy() if risky else None
         self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1))
         if before is not None:

@@ -53,7 +53,7 @@ class Sums:
     Args:
         gram: (B, n, n), ``<r_i, r_j>`` of the defects.
         cross: (B, n), ``<dX_i, r_i>`` with the last move of each node's input.
-        squares: (B, n), ``<X_i, X_i>``.
+        length: (B, n), the root of ``<X_i, X_i>``.
         predicted: (B,), ``<h, h>`` of the last node's prediction as the network has it; infinite if not asked for.
         unit: rounding unit of what the network returns.
         finite: whether all of them were finite.
@@ -61,7 +61,7 @@ class Sums:
 
     gram: Float64
     cross: Float64
-    squares: Float64
+    length: Float64
     predicted: Float64
     unit: float
     finite: bool = True
@@ -69,7 +69,7 @@ class Sums:
     @property
     def fine(self) -> NDArray[np.bool_]:
         """(B, n), where nothing has run out of range."""
-        return np.isfinite(self.own) & np.isfinite(self.cross) & np.isfinite(self.squares)
+        return np.isfinite(self.own) & np.isfinite(self.cross) & np.isfinite(self.length)
 
     @property
     def own(self) -> Float64:
@@ -80,8 +80,8 @@ class Sums:
         """With 0 for nodes that are not inside, (B, n), and where something has run out of range."""
         pairs = inside[:, :, None] & inside[:, None, :] & np.isfinite(self.gram)
         cross = np.where(inside & np.isfinite(self.cross), self.cross, 0.0)
-        squares = np.where(inside & np.isfinite(self.squares), self.squares, 1.0)
-        return Sums(np.where(pairs, self.gram, 0.0), cross, squares, self.predicted, self.unit, finite=False)
+        length = np.where(inside & np.isfinite(self.length), self.length, 1.0)
+        return Sums(np.where(pairs, self.gram, 0.0), cross, length, self.predicted, self.unit, finite=False)
 
 
 class Windows:
@@ -141,7 +141,7 @@ class Windows:
         inside = columns < usable[:, None]
         slope = p + q * self._new_slopes(sums, q, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
-        length, move = np.sqrt(sums.squares), np.sqrt(norms)
+        length, move = sums.length, np.sqrt(norms)
         relative = shares(move, length)
         still = (relative <= ROUNDING * sums.unit) & ~self._measured.take(self._at)
         slope = np.where(still, p, slope)  # the network's own output stands
@@ -158,7 +158,7 @@ class Windows:
     def _new_slopes(self, sums: Sums, q: Float64, inside: NDArray[np.bool_]) -> Float64:
         """dm/dx at the nodes, (B, n), by the linearization."""
         old, moved = self._slope.take(self._at), self._moved.take(self._at)
-        moved[~(moved > (ROUNDING * sums.unit) ** 2 * sums.squares)] = 0.0
+        moved[~(moved > (ROUNDING * sums.unit * sums.length) ** 2)] = 0.0
         # <dX, r> of the held quantity is q times that of the output
         before, at = old[inside], self._at[inside]
         new = new_slopes(self._shared, before, moved[inside], (sums.cross / q)[inside], sums.unit)

@@ -23,7 +23,9 @@ from parasolver_core.arrays import (
     coarse,
     copied,
     finite_rows,
+    lengths,
     matmul,
+    plus_product,
     put_index,
     take_at,
     take_rows,
@@ -71,11 +73,15 @@ class Buffers:
         return self._S[:, self._form.past, :]
 
     def inputs(self, windows: Windows) -> Array:
-        """(rows, size), the states of all nodes, sample by sample; perhaps a view."""
+        """(rows, size), the states of all nodes, sample by sample; see :meth:`inputs_are_a_view`."""
         if windows.inside.all():
             return self._xp.reshape(self._S[:, self._form.past : self._half, :], (-1, self.size))
         rows = np.arange(len(windows.n))[:, None] * self._S.shape[1] + self._form.past + np.arange(windows.longest)
         return take_rows(self._flat(), rows[windows.inside])
+
+    def inputs_are_a_view(self, windows: Windows) -> bool:
+        """Whether :meth:`inputs` may be rows of the buffer itself: where they are equally far apart."""
+        return bool(windows.inside.all()) and 1 in (len(windows.n), windows.longest)
 
     def history(self, row: int, at: int) -> tuple[list[Array], list[Array]]:
         """Of one sample, the states and held quantities at a node of its window and before it, as a step reads them."""
@@ -96,14 +102,13 @@ class Buffers:
         D = rectangular(D, windows.n, n)
         X, beliefs = self._S[:, past : self._half, :], (slice(None), slice(self._half + past, 2 * self._half), ...)
         held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
-        said = held[1, ...] * xp.reshape(D, (count, n, self.size))
-        said += held[0, ...] * X
+        said = plus_product(held[1, ...] * xp.reshape(D, (count, n, self.size)), held[0, ...], X)
         self._r = r = said - self._S[beliefs]
         self._S = assign(self._S, beliefs, said)  # not H + r, which has the rounding of what was believed
         del said  # memory
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        pairs = [(self._dX[:, past:, :], r), (X, X)] + ([(self._S[beliefs], self._S[beliefs])] if with_size else [])
-        sums = xp.reshape(xp.concat([gram, *(vecdot(xp, *pair) for pair in pairs)], axis=1), (-1,))
+        sizes = [lengths(xp, rows) for rows in ([X, self._S[beliefs]] if with_size else [X])]
+        sums = xp.reshape(xp.concat([gram, vecdot(xp, self._dX[:, past:, :], r), *sizes], axis=1), (-1,))
         self._dX = None  # memory: not read any more
         return sums if self.dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
@@ -118,7 +123,7 @@ class Buffers:
         own[...] = at_most(own, self._xp, self._r)
         predicted = np.full(count, np.inf)
         if rest.shape[1] > 2:
-            predicted = rest[:, 2][np.arange(count), windows.n - 1]
+            predicted = rest[:, 2][np.arange(count), windows.n - 1] ** 2
         return Sums(gram, rest[:, 0], rest[:, 1], predicted, unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:

@@ -122,16 +122,22 @@ class ParallelIntegralSolver(Solver):
 
     def _evaluate(self, state: ParallelState, runs: list[Run]) -> tuple[list[Array], int, int]:
         """The round's network call: the outputs for each run, (rows, size); calls in turn, and the number of rows."""
-        xp, event, check = state.xp, tuple(state.start.shape[1:]), state.check
-        inputs, nodes, owners = ([getattr(run, name) for run in runs] for name in ("inputs", "nodes", "owners"))
+        xp, shape, check = state.xp, (-1, *state.start.shape[1:]), state.check
+        nodes, owners = [run.nodes for run in runs], [run.owners for run in runs]
         ends = list(accumulate(map(len, nodes)))
-        if check is not None:
-            inputs, nodes, owners = check.with_extra(inputs, nodes, owners)
-        rows = [xp.reshape(x, (x.shape[0], *event)) for x in inputs]
-        at = np.concatenate(nodes)
-        D = state.evaluator(rows, at, np.concatenate(owners))
-        D = xp.reshape(D, (D.shape[0], inputs[0].shape[1]))
-        if check is not None:
-            check.note(inputs, nodes, owners, D)
+
+        def inputs() -> list[Array]:
+            return [xp.reshape(run.inputs, shape) for run in runs]
+
+        if check is None:
+            at = np.concatenate(nodes)
+            again = None if any(run.lends for run in runs) else inputs
+            D = state.evaluator(inputs(), at, np.concatenate(owners), again)
+        else:
+            flat, nodes, owners = check.with_extra([run.inputs for run in runs], nodes, owners)
+            at = np.concatenate(nodes)
+            D = state.evaluator([xp.reshape(x, shape) for x in flat], at, np.concatenate(owners))
+            check.note(flat, nodes, owners, xp.reshape(D, (D.shape[0], -1)))
+        D = xp.reshape(D, (D.shape[0], -1))
         outputs = [D[start:end, :] for start, end in pairwise([0, *ends])]
         return outputs, state.evaluator.turns(at), state.evaluator.rows(at)

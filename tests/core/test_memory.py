@@ -16,7 +16,7 @@ from parasolver_core.methods import window_batch as batch
 from parasolver_core.rounds import shared
 from parasolver_core.samplers import noise
 from tests.arrays import to_numpy
-from tests.core.problems import Counted, Mixture, Rational, normal, relative
+from tests.core.problems import Counted, Mixture, Rational, TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()
 TIMESTEPS = SCHEDULE.timesteps(30)
@@ -36,6 +36,16 @@ class Small:
         return self.inner(x, t)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_half_precision_rows_that_a_network_spoils_are_made_anew(batch: int) -> None:
+    x_T, network = normal((batch, 4)).astype(np.float16), Small(3, MemoryError("no room"))
+    network.inner = TanhNetwork(4)
+    for options in ({"check": False}, {"method": "sequential"}):
+        problem = x_T, TIMESTEPS, DDIM(SCHEDULE, prediction_type="sample"), 9
+        got, expected = (solve(model, *problem, **options) for model in (network, network.inner))
+        assert np.array_equal(got.sample, expected.sample)
+
+
 class OutOfMemoryError(Exception):
     """As CuPy names it."""
 
@@ -51,7 +61,7 @@ class OutOfMemoryError(Exception):
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:30],
 )
-@pytest.mark.parametrize("options", [{"window": 9}, {"method": "sequential"}])
+@pytest.mark.parametrize("options", [{"window": 9}, {"window": 9, "check": False}, {"method": "sequential"}], ids=str)
 def test_memory_that_runs_out_halves_the_calls(error: Exception, options: dict[str, Any]) -> None:
     x_T = normal((5, 4))
     network = Small(3, error)

@@ -89,8 +89,9 @@ def test_a_denoiser_may_work_in_place_sequentially() -> None:
     assert same_bits(got.sample, expected.sample)
 
 
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("options", [{"window": 1}, {"window": 4}, {"window": 4, "max_rows": 3}])
-def test_a_denoiser_may_work_in_place_in_parallel(options: dict[str, int]) -> None:
+def test_a_denoiser_may_work_in_place_in_parallel(options: dict[str, int], check: bool) -> None:
     network = Rational()
 
     def in_place(x: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -99,7 +100,7 @@ def test_a_denoiser_may_work_in_place_in_parallel(options: dict[str, int]) -> No
 
     for batch in (1, 2):
         expected = solve(network, normal((batch, 6)), TABLE.timesteps(8), DDIM(TABLE), **options)
-        got = solve(in_place, normal((batch, 6)), TABLE.timesteps(8), DDIM(TABLE), **options)
+        got = solve(in_place, normal((batch, 6)), TABLE.timesteps(8), DDIM(TABLE), check=check, **options)
         assert same_bits(got.sample, expected.sample)
 
 
