@@ -283,9 +283,9 @@ def no_grad(xp: Any) -> Any:
 
 def fetch(xp: Any, packed: list[Array]) -> list[NDArray[np.float64]]:
     """Bring the inner products of all samples, a vector each, to the host: those on a device in one transfer."""
-    away = [one for one in packed if not isinstance(one, np.ndarray)]
+    away = [part for part in packed if not isinstance(part, np.ndarray)]
     if away:
         host = to_host(away[0] if len(away) == 1 else xp.concat(away))
-        parts = iter(np.split(host, np.cumsum([one.shape[0] for one in away])[:-1]))
-        packed = [one if isinstance(one, np.ndarray) else next(parts) for one in packed]
-    return [one.astype(np.float64) for one in packed]
+        parts = iter(np.split(host, np.cumsum([part.shape[0] for part in away])[:-1]))
+        packed = [part if isinstance(part, np.ndarray) else next(parts) for part in packed]
+    return [part.astype(np.float64) for part in packed]

@@ -92,12 +92,12 @@ class Calibration:
     @property
     def after(self) -> Trial:
         """With the margins that were found."""
-        return next(one for one in self.trials if one.gain == self.gain)
+        return next(trial for trial in self.trials if trial.gain == self.gain)
 
     @property
     def message(self) -> str:
         """One sentence on what it saves."""
-        own, default, count = self.after, self.before, len(self.before.errors)
+        found, default, count = self.after, self.before, len(self.before.errors)
         worst = default.worst / self.tolerance
         if self.gain == 1:
             return (
@@ -105,9 +105,9 @@ class Calibration:
                 f"tolerance of {self.tolerance:g}, and wider ones saved nothing safely ({default.rounds:.1f} rounds)."
             )
         return (
-            f"Margins {self.gain:.3g} times as wide take {own.rounds:.1f} rounds instead of {default.rounds:.1f} and "
-            f"{own.evaluations:.0f} evaluations instead of {default.evaluations:.0f}; the worst of {count} samples is "
-            f"off by {own.worst / self.tolerance:.2g} times the tolerance of {self.tolerance:g} instead of "
+            f"Margins {self.gain:.3g} times as wide take {found.rounds:.1f} rounds instead of {default.rounds:.1f} and "
+            f"{found.evaluations:.0f} evaluations instead of {default.evaluations:.0f}; the worst of {count} samples "
+            f"is off by {found.worst / self.tolerance:.2g} times the tolerance of {self.tolerance:g} instead of "
             f"{worst:.2g}."
         )
 
@@ -122,7 +122,7 @@ class Calibration:
             "window": self.window,
             "steps": self.steps,
             "message": self.message,
-            "trials": [asdict(one) for one in self.trials],
+            "trials": [asdict(trial) for trial in self.trials],
         }
         Path(file).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -189,9 +189,9 @@ def calibrate(
             return trials[-1]
 
         gain = _widest(attempt, tolerance)
-        if all(one.gain != gain for one in trials):
+        if all(trial.gain != gain for trial in trials):
             attempt(gain)
-    best = min((one for one in trials if one.gain <= gain), key=lambda one: (one.rounds, one.gain))
+    best = min((trial for trial in trials if trial.gain <= gain), key=lambda trial: (trial.rounds, trial.gain))
     steps = len(np.asarray(timesteps))
     return Calibration(_wider(best.gain), best.gain, tolerance, window, steps, tuple(trials))
 
@@ -229,7 +229,7 @@ def _widest(attempt: Callable[[float], Trial], tolerance: float) -> float:
 def _trial(gain: float, found: Solution, truth: Array) -> Trial:
     """What a run cost, and how far its samples are from the truth."""
     count = truth.shape[0]
-    rows, exact = (to_host(one).astype(np.float64).reshape(count, -1) for one in (found.sample, truth))
+    rows, exact = (to_host(samples).astype(np.float64).reshape(count, -1) for samples in (found.sample, truth))
     errors = np.linalg.norm(rows - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    taken = [len(one.nodes) for part in found.stats.history for one in part.samples]
+    taken = [len(record.nodes) for part in found.stats.history for record in part.samples]
     return Trial(gain, tuple(errors.tolist()), len(taken) / count, sum(taken) / count)

@@ -22,26 +22,26 @@ def reachable(thing: Any, leaf: Callable[[Any], bool]) -> Iterator[Any]:
     level = [thing]
     for _ in range(_DEPTH):
         following = []
-        for one in level:
-            if id(one) in seen or len(seen) >= _MOST or isinstance(one, (type, ModuleType)):
+        for held in level:
+            if id(held) in seen or len(seen) >= _MOST or isinstance(held, (type, ModuleType)):
                 continue
-            seen.add(id(one))
-            yield one
-            if not leaf(one):
-                following += _parts(one)
+            seen.add(id(held))
+            yield held
+            if not leaf(held):
+                following += _parts(held)
         level = following
 
 
-def _parts(one: Any) -> list[Any]:
-    if isinstance(one, FunctionType):
-        names = inspect.getclosurevars(one)
+def _parts(held: Any) -> list[Any]:
+    if isinstance(held, FunctionType):
+        names = inspect.getclosurevars(held)
         return [*names.nonlocals.values(), *names.globals.values()]
-    if isinstance(one, MethodType):
-        return [one.__self__, one.__func__]
-    if isinstance(one, functools.partial):
-        return [one.func, *one.args, *one.keywords.values()]
-    if isinstance(one, Mapping):
-        return list(one.values())
-    if isinstance(one, (list, tuple)):
-        return list(one)
-    return list(vars(one).values()) if hasattr(one, "__dict__") else []
+    if isinstance(held, MethodType):
+        return [held.__self__, held.__func__]
+    if isinstance(held, functools.partial):
+        return [held.func, *held.args, *held.keywords.values()]
+    if isinstance(held, Mapping):
+        return list(held.values())
+    if isinstance(held, (list, tuple)):
+        return list(held)
+    return list(vars(held).values()) if hasattr(held, "__dict__") else []

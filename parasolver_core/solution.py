@@ -86,8 +86,8 @@ class SampleRecords(Sequence[SampleRecord]):
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[k] for k in range(len(self))[row]]
-        own = slice(int(self.counts[row]))
-        numbers = self.nodes[row, own], int(self.accepted[row]), self.residuals[row, own], self.defects[row, own]
+        at = row, slice(int(self.counts[row]))
+        numbers = self.nodes[at], int(self.accepted[row]), self.residuals[at], self.defects[at]
         return SampleRecord(int(self.samples[row]), *numbers, float(self.errors[row]))
 
 

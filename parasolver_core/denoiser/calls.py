@@ -178,8 +178,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, whichever library raised it."""
     if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__):
         return True  # NumPy's is a MemoryError; the others are torch.OutOfMemoryError and CuPy's
-    told = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")  # JAX, drivers, PyTorch on a CPU
+    signs = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")  # JAX, drivers, PyTorch on a CPU
     try:
-        return isinstance(error, RuntimeError) and any(one in str(error) for one in told)
+        return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     except Exception:  # one that cannot say what it is
         return False

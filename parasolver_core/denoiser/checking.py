@@ -93,17 +93,17 @@ class RowCheck:
         inputs, nodes, samples = _by_sample(inputs, nodes, owners)
         if self._rounds == 0:
             (self._first,) = self._copies(inputs[0][:1, :], D, 0, nodes[0][:1], samples[0])
-        several = [k for k, own in enumerate(nodes) if len(own) > 1]
+        several = [k for k, rows in enumerate(nodes) if len(rows) > 1]
         if several:
             last = several[-1]
-            first, own = sum(len(one) for one in nodes[:last]), nodes[last]
-            inner = range(0 if first else 1, len(own))  # not the first row of the call
+            first, at = sum(len(earlier) for earlier in nodes[:last]), nodes[last]
+            inner = range(0 if first else 1, len(at))  # not the first row of the call
             if self._small:
                 self._together = max(self._together, min(_MANY, sum(map(len, nodes))))
             else:
-                inner = [min(max(self._wanted(self._accepted, len(own)), inner[0]), inner[-1])]
+                inner = [min(max(self._wanted(self._accepted, len(at)), inner[0]), inner[-1])]
             part = slice(inner[0], inner[-1] + 1)
-            self._now = self._copies(inputs[last][part, :], D, first + inner[0], own[part], samples[last])
+            self._now = self._copies(inputs[last][part, :], D, first + inner[0], at[part], samples[last])
         self._rounds += 1
 
     def look(self, records: Sequence[SampleRecord]) -> int:
@@ -148,7 +148,7 @@ class RowCheck:
 
     def _copies(self, x: Array, D: Array, first: int, nodes: Sequence[int] | Indices, sample: int) -> list[Row]:
         """Rows x of the call, (k, size), from place ``first`` on, in memory of their own."""
-        x, predictions = (copied(self._xp, one) for one in (x, D[first : first + len(nodes), :]))
+        x, predictions = (copied(self._xp, rows) for rows in (x, D[first : first + len(nodes), :]))
         count = D.shape[0]
         return [Row(x[k, :], predictions[k, :], int(i), sample, first + k, count) for k, i in enumerate(nodes)]
 
@@ -181,11 +181,11 @@ def _by_sample(
 ) -> tuple[list[Array], list[Indices], list[int]]:
     """Rows in parts as rows of one sample each."""
     rows, steps, samples = [], [], []
-    for x, own, who in zip(inputs, nodes, owners, strict=True):
+    for x, at, who in zip(inputs, nodes, owners, strict=True):
         ends = [*(np.flatnonzero(np.diff(who)) + 1).tolist(), len(who)]
         for start, end in pairwise([0, *ends]):
             rows.append(x[start:end, :])
-            steps.append(own[start:end])
+            steps.append(at[start:end])
             samples.append(int(who[start]))
     return rows, steps, samples
 

@@ -40,7 +40,7 @@ class Clipping:
     def __call__(self, x: Array, t: Array, prediction: Array) -> Array:
         """For rows ``x`` (rows, *event), their times t (rows,) and what is predicted, like ``x``."""
         xp = array_api_compat.array_namespace(x)
-        p, q = (xp.reshape(one, (-1,) + (1,) * (x.ndim - 1)) for one in self._coefficients(x, t))
+        p, q = (xp.reshape(column, (-1,) + (1,) * (x.ndim - 1)) for column in self._coefficients(x, t))
         sample = xp.clip(p * x + q * prediction, -self._range, self._range)
         return (sample - p * x) / q
 
@@ -51,9 +51,9 @@ class Clipping:
             return [take_at(table.like(x), t) for table in self._tables]
         if isinstance(self._schedule, ContinuousSchedule):
             coefficients = predicted_sample_coefficients(self._kind, *self._schedule.path(t))
-            return [xp.astype(one, x.dtype, copy=False) for one in coefficients]
+            return [xp.astype(column, x.dtype, copy=False) for column in coefficients]
         where = array_api_compat.device(x)
-        return [uploaded(xp, one, where, x.dtype) for one in self._coefficients_at(to_host(t))]
+        return [uploaded(xp, column, where, x.dtype) for column in self._coefficients_at(to_host(t))]
 
     def _coefficients_at(self, t: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         alpha, sigma = (level[:-1] for level in self._schedule.levels(t))

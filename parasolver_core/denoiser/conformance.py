@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,8 @@ class _Trial:
                 "number of rows; conditions must be repeated to x.shape[0] rows, not to a fixed batch"
             )
         alone, between = alone[: self._main], (alone[self._main :], between)
-        problems = tuple(one for told in (alone, together, again) for one in self._not_finite(told))[:1]
+        found = (self._not_finite(predictions) for predictions in (alone, together, again))
+        problems = tuple(itertools.chain.from_iterable(found))[:1]
         if problems:
             return DenoiserReport(problems, float("nan"), float("nan"), len(rows))
         batching, repeat = distance(together, alone), distance(again, together)
@@ -203,9 +205,9 @@ class _Trial:
 def _no_sampler(timesteps: NDArray[Any]) -> Recurrence:
     """A table that goes nowhere, for a denoiser that is only called."""
     n = len(timesteps)
-    one = np.ones((n, 1))
+    ones = np.ones((n, 1))
     nothing = np.zeros(n)
-    return Recurrence(timesteps, one, one, nothing, np.ones((n, 2)), nothing, nothing)
+    return Recurrence(timesteps, ones, ones, nothing, np.ones((n, 2)), nothing, nothing)
 
 
 def _describe(error: Exception) -> str:

@@ -60,10 +60,10 @@ def interpolation(at: Indices, nodes: Indices, stages: int = 1) -> Float64:
     """
     weights = np.zeros((len(at), len(nodes)))
     for stage in range(stages):
-        rows, own = np.flatnonzero(at % stages == stage), np.flatnonzero(nodes % stages == stage)
-        own = own if len(own) else np.arange(len(nodes))
-        place = np.interp(at[rows], nodes[own], np.arange(len(own)))
-        weights[np.ix_(rows, own)] = np.maximum(1 - np.abs(place[:, None] - np.arange(len(own))), 0.0)
+        rows, between = np.flatnonzero(at % stages == stage), np.flatnonzero(nodes % stages == stage)
+        between = between if len(between) else np.arange(len(nodes))
+        place = np.interp(at[rows], nodes[between], np.arange(len(between)))
+        weights[np.ix_(rows, between)] = np.maximum(1 - np.abs(place[:, None] - np.arange(len(between))), 0.0)
     return weights
 
 

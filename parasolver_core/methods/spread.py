@@ -61,17 +61,17 @@ class SpreadNodes(Run):
     @property
     def _picks(self) -> Indices:
         """Rows of the level's nodes evaluated next, (B, k); shorter lists repeat their last."""
-        picked = [one.picked for one in self.refinements]
+        picked = [refinement.picked for refinement in self.refinements]
         longest = max(map(len, picked))
-        return np.stack([np.append(one, np.repeat(one[-1], longest - len(one))) for one in picked])
+        return np.stack([np.append(nodes, np.repeat(nodes[-1], longest - len(nodes))) for nodes in picked])
 
     @property
     def _counts(self) -> Indices:
-        return np.array([len(one.picked) for one in self.refinements])
+        return np.array([len(refinement.picked) for refinement in self.refinements])
 
     @property
     def nodes(self) -> Indices:
-        return np.concatenate([self._states.level.nodes[one.picked] for one in self.refinements])
+        return np.concatenate([self._states.level.nodes[refinement.picked] for refinement in self.refinements])
 
     @property
     def owners(self) -> Indices:
@@ -79,7 +79,7 @@ class SpreadNodes(Run):
 
     @property
     def inputs(self) -> Array:
-        return self._shared.given(self._states.inputs([one.picked for one in self.refinements]))
+        return self._shared.given(self._states.inputs([refinement.picked for refinement in self.refinements]))
 
     @property
     def lends(self) -> bool:
@@ -91,7 +91,7 @@ class SpreadNodes(Run):
     def correct(self, D: Array, sums: Float64) -> list[SampleRecord]:
         picks, counts, size, k = self._picks, self._counts, self._states.size, self._picks.shape[1]
         sums = sums.reshape(len(counts), -1)
-        asked = [self._states.level.nodes[one.picked] for one in self.refinements]
+        asked = [self._states.level.nodes[refinement.picked] for refinement in self.refinements]
         gram = sums[:, : k * k].reshape(-1, k, k)
         np.einsum("bii->bi", gram)[...] = self._states.squares(gram)
         lost, real = self._drop(sums, picks, counts)
@@ -107,13 +107,13 @@ class SpreadNodes(Run):
         moves = _norms(T, gram)
         lost |= ~(np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1))
         scale = np.sqrt(size) * np.stack(
-            [one.scale * one.smallness[self._states.level.nodes] for one in self.refinements]
+            [refinement.scale * refinement.smallness[self._states.level.nodes] for refinement in self.refinements]
         )
         move, effects = shares(moves, scale), shares(effects, np.broadcast_to(scale[:, -1:], effects.shape))
         self._states.move(np.where(lost[:, None, None], 0.0, T), g, picks, real & ~lost[:, None])
         verdicts = [
-            one.abandon() if lost[row] else one.after(move[row], effects[row, 0], max(effects[row, 1:]))
-            for row, one in enumerate(self.refinements)
+            refinement.abandon() if lost[row] else refinement.after(move[row], effects[row, 0], max(effects[row, 1:]))
+            for row, refinement in enumerate(self.refinements)
         ]
         move = np.where(real & ~lost[:, None], np.take_along_axis(move, picks, axis=1), np.nan)
         defects = np.where(real & ~lost[:, None], np.sqrt(np.einsum("bii->bi", gram) / size), np.nan)
@@ -150,24 +150,24 @@ class SpreadNodes(Run):
     ) -> NDArray[np.bool_]:
         """New slopes and sizes; which of the picked rows were evaluated for the first time."""
         every, nodes = np.arange(len(picks))[:, None], self._states.level.nodes[picks]
-        never = np.stack([~np.isfinite(one.moved) for one in self.refinements])
+        never = np.stack([~np.isfinite(refinement.moved) for refinement in self.refinements])
         new = never[every, picks] & real
         old = self._slope[every, nodes]
         at = np.nonzero(real)
         told = old[real], np.where(new, 0.0, moved)[real], cross[real]
         self._slope[at[0], nodes[at]] = new_slopes(self._shared, *told, self.refinements[0].aims.rounding)
         scale = np.sqrt(squares / self._states.size)
-        for row, one in enumerate(self.refinements):
-            one.scale[picks[row, real[row]]] = scale[row, real[row]]
+        for row, refinement in enumerate(self.refinements):
+            refinement.scale[picks[row, real[row]]] = scale[row, real[row]]
         return new
 
     def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64, states: Float64) -> None:
         """How small each sample's data are, by mean squares of the prediction and the state at its last node."""
         recurrence, last = self._shared.recurrence, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
-        for row, (one, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
+        for row, (refinement, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
             node = int(self._states.level.nodes[picks[row, k]])
             if recurrence.tells_size(np.array([node])) and real[row, k]:
-                one.smallness = recurrence.smallness(node, float(said[row, k]), float(states[row, k]))
+                refinement.smallness = recurrence.smallness(node, float(said[row, k]), float(states[row, k]))
 
     def successors(self) -> list[Run]:
         born, self._born = self._born, []
@@ -179,7 +179,7 @@ class SpreadNodes(Run):
 
     @property
     def errors(self) -> Float64:
-        return np.array([one.error for one in self.refinements])
+        return np.array([refinement.error for refinement in self.refinements])
 
     def states(self) -> Array:
         return self._shared.given(self._states.start)
@@ -199,8 +199,8 @@ class SpreadNodes(Run):
     def _go_on(self, verdicts: list[Verdict]) -> None:
         """Samples that are final end; those that refine or give way leave for other runs."""
         rows: dict[Verdict, list[int]] = {verdict: [] for verdict in Verdict}
-        for row, (verdict, one) in enumerate(zip(verdicts, self.refinements, strict=True)):
-            exhausted = verdict is Verdict.GO_ON and one.exhausted
+        for row, (verdict, refinement) in enumerate(zip(verdicts, self.refinements, strict=True)):
+            exhausted = verdict is Verdict.GO_ON and refinement.exhausted
             rows[Verdict.GIVE_WAY if exhausted else verdict].append(row)
         if rows[Verdict.CONVERGED]:
             self._end(np.array(rows[Verdict.CONVERGED]))
@@ -237,7 +237,7 @@ class SpreadNodes(Run):
             slope[:, level.nodes] = slope[:, old] @ weights.T
         states = self._states.refined(rows, level, weights, known)
         run = SpreadNodes(self._shared, self._levels, states, self._sliding, refinements, slope)
-        run._go_on([one.refine(level, weights, known) for one in refinements])
+        run._go_on([refinement.refine(level, weights, known) for refinement in refinements])
         self.ended |= run.ended
         run.ended = {}
         self._born += run.successors()

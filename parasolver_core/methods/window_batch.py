@@ -88,7 +88,7 @@ class WindowBatch(Run):
     def correct(self, D: Array, sums: Float64) -> Sequence[SampleRecord]:
         windows, found = self._windows, self._buffers.unpack(sums, self._windows)
         found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
-        usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.own, windows.n))
+        usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.defects, windows.n))
         decision = windows.decide(found, usable)
         self._pace = int(decision.accepted.max())
         for row in failed:
@@ -212,9 +212,9 @@ class WindowBatch(Run):
         if not leaving:
             return
         for row, (status, step, state) in leaving.items():
-            sample, own = int(self.samples[row]), self._shared.given(copied(self._xp, state))
+            sample, given = int(self.samples[row]), self._shared.given(copied(self._xp, state))
             node = -1 if status is Status.CONVERGED else step
-            self.ended[sample] = Outcome(status, step, float(windows.error[row]), own, self.kept(sample), node)
+            self.ended[sample] = Outcome(status, step, float(windows.error[row]), given, self.kept(sample), node)
         stay = np.array([row for row in range(len(self.samples)) if row not in leaving], dtype=np.int64)
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)

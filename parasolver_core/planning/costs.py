@@ -80,7 +80,7 @@ class CostTable:
 
     def up_to(self, rows: int) -> CostTable:
         """Without larger calls, but for the smallest."""
-        kept = max(sum(one <= rows for one in self.rows), 1)
+        kept = max(sum(size <= rows for size in self.rows), 1)
         return CostTable(self.rows[:kept], self.seconds[:kept])
 
     def in_calls(self, rows: int, most: int) -> float:
@@ -117,22 +117,21 @@ def measure(
     times: dict[int, list[float]] = {}
     size, spent = smallest, 0.0
     while True:
-        timed(
-            size
-        )  # compiles, chooses kernels and finds memory; once in the life of a network, so not charged for that
+        # compiles, chooses kernels and finds memory; once in the life of a network, so not charged for that
+        timed(size)
         times[size] = [timed(size)]
         spent += 2 * times[size][0]
         budget = max(calls * times[smallest][0], least)
-        last = [one[0] for one in times.values()][-3:]
+        last = [repeats[0] for repeats in times.values()][-3:]
         linear = len(last) == 3 and last[2] >= _LINEAR * last[1] >= _LINEAR**2 * last[0]
         size = min(2 * size, largest)
         if linear or size in times or spent + 4 * last[-1] > budget:
             break
-    while len(times[smallest]) < _REPEATS and spent + sum(one[0] for one in times.values()) <= budget:
-        for size, own in times.items():
-            own.append(timed(size))
-            spent += own[-1]
-    fastest = [min(own) for own in times.values()]  # what disturbs a call only ever makes it slower
+    while len(times[smallest]) < _REPEATS and spent + sum(repeats[0] for repeats in times.values()) <= budget:
+        for size, repeats in times.items():
+            repeats.append(timed(size))
+            spent += repeats[-1]
+    fastest = [min(repeats) for repeats in times.values()]  # what disturbs a call only ever makes it slower
     # fewer rows do not take longer: they could be filled up
     return CostTable(tuple(times), tuple(min(fastest[i:]) for i in range(len(fastest))))
 
@@ -144,16 +143,16 @@ def describe(denoiser: Any, x_T: Array, *others: Any) -> str:
     guidance scale, may switch a part of it off.
     """
     parts = [_device(x_T), f"{tuple(x_T.shape)} {x_T.dtype}", *map(str, others)]
-    for one in reachable(denoiser, leaf=lambda part: is_array(part) or _has_parameters(part)):
-        if isinstance(one, (bool, int, float, str)):
-            parts.append(f"{type(one).__name__} {one if one in (0, 1) else 'of any value'}")
-        elif is_array(one):
-            parts.append(f"array {tuple(one.shape)} {one.dtype}")
+    for held in reachable(denoiser, leaf=lambda part: is_array(part) or _has_parameters(part)):
+        if isinstance(held, (bool, int, float, str)):
+            parts.append(f"{type(held).__name__} {held if held in (0, 1) else 'of any value'}")
+        elif is_array(held):
+            parts.append(f"array {tuple(held.shape)} {held.dtype}")
         else:
-            code = getattr(one, "__code__", None)
-            parts.append(f"{type(one).__module__}.{type(one).__qualname__} {getattr(one, '__qualname__', '')}")
+            code = getattr(held, "__code__", None)
+            parts.append(f"{type(held).__module__}.{type(held).__qualname__} {getattr(held, '__qualname__', '')}")
             parts += [code.co_code.hex()] if code is not None else []
-            parts += _parameters(one) if _has_parameters(one) else []
+            parts += _parameters(held) if _has_parameters(held) else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -166,7 +165,7 @@ def recall(key: str, names: Sequence[str]) -> dict[str, CostTable] | None:
         if not (fresh and stat.S_ISREG(about.st_mode) and about.st_size <= _MOST_BYTES):
             return None
         kept = json.loads(file.read_text(encoding="utf-8"))
-        tables = {name: CostTable.of({int(rows): one for rows, one in kept[name].items()}) for name in names}
+        tables = {name: CostTable.of({int(rows): seconds for rows, seconds in kept[name].items()}) for name in names}
         return tables if all(table.rows[-1] <= _MOST_ROWS for table in tables.values()) else None
     except Exception:  # whatever the file holds, the run goes on: what is not there is measured
         return None
@@ -202,8 +201,8 @@ def cache_folder() -> Path:
 
     A relative path in a variable of the environment is not used: it would be another folder in each working directory.
     """
-    told = (os.environ.get(name, "") for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"))
-    folder = next((Path(one) for one in told if os.path.isabs(one)), None)
+    paths = (os.environ.get(name, "") for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"))
+    folder = next((Path(path) for path in paths if os.path.isabs(path)), None)
     return (folder or Path.home() / ".cache") / "parasolver" / "costs"
 
 
@@ -215,7 +214,7 @@ def _has_parameters(thing: Any) -> bool:
 def _parameters(network: Any) -> list[str]:
     """Shapes and dtypes of a network's arrays."""
     try:
-        return [f"{tuple(one.shape)} {one.dtype}" for one in network.parameters()]
+        return [f"{tuple(array.shape)} {array.dtype}" for array in network.parameters()]
     except Exception:  # something else of that name
         return []
 

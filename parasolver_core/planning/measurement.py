@@ -47,7 +47,7 @@ def run_costs(solver: SequentialSolver, probe: SequentialState, key: str, method
     return measured_costs(probe, key, lambda width: _own_seconds(solver, probe, width, method, tolerance))
 
 
-def measured_costs(probe: SequentialState, key: str, own: Callable[[int], float]) -> Costs:
+def measured_costs(probe: SequentialState, key: str, solver_seconds: Callable[[int], float]) -> Costs:
     """The costs of a run: as kept from an earlier one, or measured now and kept.
 
     Args:
@@ -62,7 +62,7 @@ def measured_costs(probe: SequentialState, key: str, own: Callable[[int], float]
     number = -1.0 if kept is None else float(int(hashlib.sha256(repr(kept).encode()).hexdigest()[:12], 16))
     same = agree([number, -number]) == [number, -number]  # in all processes that share the rows
     if kept is None or not same:
-        kept = {"network": _network_costs(probe, most), "own": _own_costs(probe, most, own)}
+        kept = {"network": _network_costs(probe, most), "own": _own_costs(probe, most, solver_seconds)}
         keep(key, kept)
     return Costs(kept["network"], kept["own"])
 
@@ -85,11 +85,11 @@ def _network_costs(probe: SequentialState, most: int) -> CostTable:
     return network
 
 
-def _own_costs(probe: SequentialState, most: int, own: Callable[[int], float]) -> CostTable:
+def _own_costs(probe: SequentialState, most: int, solver_seconds: Callable[[int], float]) -> CostTable:
     """Seconds of the solver's own part of a round, by its nodes, from those of a few windows."""
     steps = len(probe.recurrence)
     windows = sorted({1, min(2, steps), min(_FITTED, steps)})
-    seconds = probe.evaluator.agree([own(window) for window in windows])
+    seconds = probe.evaluator.agree([solver_seconds(window) for window in windows])
     if most > _FITTED:  # as many calls of the array library for each further node
         slope = max(seconds[-1] - seconds[-2], 0.0) / (windows[-1] - windows[-2])
         windows, seconds = [*windows, most], [*seconds, seconds[-1] + slope * (most - windows[-1])]
@@ -124,7 +124,8 @@ def _own_seconds_once(stub: Solver, x_T: Array, timesteps: ArrayLike) -> float:
         stub.step(state)
     rounds = state.stats.history[1:] or state.stats.history  # the window opens in the first
     drawn = [noise * sum(sample.accepted for sample in record.samples) for record in rounds]
-    return float(np.median([one.seconds - one.seconds_denoiser - z for one, z in zip(rounds, drawn, strict=True)]))
+    times = [record.seconds - record.seconds_denoiser for record in rounds]
+    return float(np.median(np.subtract(times, drawn)))
 
 
 def _seconds_of_noise(state: SolverState) -> float:

@@ -75,7 +75,7 @@ class Costs:
 
     def of_solver(self, rows: Sequence[int], window: int) -> float:
         """Seconds in the solver, of rounds with so many nodes of each sample."""
-        return 0.0 if self.own is None else sum(self.own(max(one, min(window, 2))) for one in rows)
+        return 0.0 if self.own is None else sum(self.own(max(nodes, min(window, 2))) for nodes in rows)
 
 
 def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
@@ -99,7 +99,7 @@ def predicted_rows(recurrence: Recurrence, method: Method, window: int, toleranc
     first = min(window, recurrence.blind) if method.fill == "held" else 1
     power = _TAPER_NOISY if recurrence.stochastic else 1.0
     left = ((n - 1) * (1 - i / (rounds - 1)) ** power for i in range(rounds - 1))  # nodes, before each later round
-    return [first, *(max(min(window, round(one)), 1) for one in left)]
+    return [first, *(max(min(window, round(nodes)), 1) for nodes in left)]
 
 
 def predict(
@@ -127,13 +127,13 @@ def predict(
     nodes = predicted_rows(recurrence, method, window, tolerance)
     if window > 1:
         nodes = ([1] * warmup_steps + nodes)[: len(recurrence)]
-    rows = [batch * one for one in nodes]
+    rows = [batch * count for count in nodes]
     limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
     sizes = [size for size in costs.network.rows if size <= limit] or [limit]
-    seconds = {size: sum(costs.of_round(one, devices, size) for one in rows) for size in sizes}
+    seconds = {size: sum(costs.of_round(count, devices, size) for count in rows) for size in sizes}
     best = max(size for size in sizes if seconds[size] <= _SPLIT * min(seconds.values()))
-    own = costs.of_solver(nodes, window)
-    return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], own)
+    solver = costs.of_solver(nodes, window)
+    return Prediction(window, best, devices, len(rows), float(sum(rows)), seconds[best], solver)
 
 
 def candidates(steps: int) -> Iterator[int]:
@@ -169,16 +169,17 @@ def choose(
     def cost(window: int) -> Prediction:
         return predict(recurrence, method, window, tolerance, costs, warmup_steps=warmup_steps, **limits)  # type: ignore[arg-type]
 
-    def fits(one: Prediction) -> bool:
-        return max_rounds is None or one.rounds <= max_rounds
+    def fits(choice: Prediction) -> bool:
+        return max_rounds is None or choice.rounds <= max_rounds
 
     sequential = cost(1)
     windows = [cost(window) for window in candidates(len(recurrence))]
     if windows and not any(map(fits, windows)) and not fits(sequential):
-        return min(windows, key=lambda one: (one.rounds, one.seconds)), sequential
-    windows = [one for one in windows if fits(one)]
-    least = min((one.seconds for one in windows), default=math.inf)
-    parallel = next((one for one in windows if one.seconds <= _WIDER * least), sequential)  # the smallest of those
+        return min(windows, key=lambda choice: (choice.rounds, choice.seconds)), sequential
+    windows = [choice for choice in windows if fits(choice)]
+    least = min((choice.seconds for choice in windows), default=math.inf)
+    # the smallest of those
+    parallel = next((choice for choice in windows if choice.seconds <= _WIDER * least), sequential)
     if fits(sequential) and not parallel.seconds < _WORTH * sequential.seconds:
         return sequential, parallel
     return parallel, sequential
@@ -187,12 +188,12 @@ def choose(
 def explain(chosen: Prediction, other: Prediction, max_rounds: int | None = None) -> str:
     """One sentence on a choice."""
 
-    def told(one: Prediction) -> str:
-        name = "sequential sampling" if one.window == 1 else f"a window of {one.window}"
-        return f"{name}: {one.rounds:.0f} rounds in {seconds(one.seconds)}"
+    def described(choice: Prediction) -> str:
+        name = "sequential sampling" if choice.window == 1 else f"a window of {choice.window}"
+        return f"{name}: {choice.rounds:.0f} rounds in {seconds(choice.seconds)}"
 
     within = "" if max_rounds is None else f" within max_rounds={max_rounds}"
-    return f'window="auto" chose{within} {told(chosen)} as predicted, not {told(other)}.'
+    return f'window="auto" chose{within} {described(chosen)} as predicted, not {described(other)}.'
 
 
 def seconds(value: float) -> str:

@@ -41,9 +41,9 @@ class RoundView:
 
     def of(self, row: int, count: int) -> RoundView:
         """Of one of many samples, the first ``count`` nodes."""
-        own = row, slice(count)
-        lo, small = int(np.asarray(self.lo)[row]), np.asarray(self.smallness)[own]
-        return RoundView(lo, self.move[own], self.size[own], self.bound[own], self.rounding, small)
+        at = row, slice(count)
+        lo, small = int(np.asarray(self.lo)[row]), np.asarray(self.smallness)[at]
+        return RoundView(lo, self.move[at], self.size[at], self.bound[at], self.rounding, small)
 
     def leading(self, effect: Float64, tolerance: float) -> tuple[Any, Any]:
         """How many leading nodes, at least 1, have an effect within the tolerance, and the largest effect of them."""

@@ -69,10 +69,10 @@ class Sums:
     @property
     def fine(self) -> NDArray[np.bool_]:
         """(B, n), where nothing has run out of range."""
-        return np.isfinite(self.own) & np.isfinite(self.cross) & np.isfinite(self.length)
+        return np.isfinite(self.defects) & np.isfinite(self.cross) & np.isfinite(self.length)
 
     @property
-    def own(self) -> Float64:
+    def defects(self) -> Float64:
         """(B, n), ``<r_i, r_i>``."""
         return self.gram.diagonal(axis1=1, axis2=2)
 
@@ -152,7 +152,7 @@ class Windows:
         final = columns < accepted[:, None]
         grown = self._note_sizes(inside, kept, final, length, move)
         self.begun = True
-        defects = np.sqrt(sums.own / self._size) / np.abs(q)
+        defects = np.sqrt(sums.defects / self._size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
     def _new_slopes(self, sums: Sums, q: Float64, inside: NDArray[np.bool_]) -> Float64:

@@ -119,8 +119,8 @@ class Buffers:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.isfinite(sums).all()), sums.reshape(count, -1)
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
-        own = np.einsum("bii->bi", gram)  # a view
-        own[...] = at_most(own, self._xp, self._r)
+        diagonal = np.einsum("bii->bi", gram)  # a view
+        diagonal[...] = at_most(diagonal, self._xp, self._r)
         predicted = np.full(count, np.inf)
         if rest.shape[1] > 2:
             predicted = rest[:, 2][np.arange(count), windows.n - 1] ** 2
@@ -147,14 +147,14 @@ class Buffers:
         form, (count, n, _), most = self._form, decision.T.shape, int(decision.passed.max())
         if not decision.grown or most == 0:
             return None
-        own, past, half = form.base - 1, form.past, self._half
+        first, past, half = form.base - 1, form.past, self._half
         x_rows, h_rows = past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1)
         rows = np.concatenate([x_rows, h_rows, half + past + np.arange(most)])
         table = form.onwards(lo, most)
         C = np.zeros((count, most, n + table.shape[2]))
         C[:, :, n:] = table
         moves = decision.T * decision.slope[..., None]  # of the beliefs, in terms of r
-        C[:, :, :n] = table[:, :, own : own + most] @ moves[:, :most]
+        C[:, :, :n] = table[:, :, first : first + most] @ moves[:, :most]
         parts = [self._r, self._rows(np.broadcast_to(rows, (count, len(rows))))]
         if form.noisy:
             parts.append(draw(lo, lo + decision.passed, most))

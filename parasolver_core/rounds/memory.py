@@ -80,7 +80,7 @@ class Memory:
         if recurrence.stochastic:
             raise ValueError("step_rule: a memory follows samplers that add no noise; got one that does")
         found = [solutions] if isinstance(solutions, Solution) else list(solutions)
-        X = np.concatenate([_trajectories(one, len(recurrence)) for one in found], axis=1)
+        X = np.concatenate([_trajectories(solution, len(recurrence)) for solution in found], axis=1)
         if X.shape[1] < _FEWEST:
             raise ValueError(f"solutions: expected at least {_FEWEST} samples that converged, got {X.shape[1]}")
         outputs = recurrence.implied_outputs(np, list(X), lambda step: None)
@@ -98,7 +98,7 @@ class Memory:
         return self.states.shape[1]
 
     def __repr__(self) -> str:
-        seen = hashlib.sha256(b"".join(getattr(self, one.name).tobytes() for one in fields(self)))
+        seen = hashlib.sha256(b"".join(getattr(self, table.name).tobytes() for table in fields(self)))
         return f"Memory({self.samples} samples of size {self.size}, {len(self.held)} steps, {seen.hexdigest()[:12]})"
 
     def check(self, recurrence: Recurrence, size: int) -> None:
@@ -126,22 +126,22 @@ class Memory:
             known: whether its prediction is, too, and not its state alone.
         """
         x, h, target = self.along_states[:, last], self.along_predictions[:, last], self.along_predictions[:, nodes]
-        own = np.stack([_pair(x, h), _pair(h, h)])
+        pairs = np.stack([_pair(x, h), _pair(h, h)])
         xx = np.append(_pair(x, x), self.rest_states[last])
-        xh, hh = np.append(own, self.rest[:, last, last, None], axis=1)
+        xh, hh = np.append(pairs, self.rest[:, last, last, None], axis=1)
         with_x, with_h = (
-            np.append(np.einsum("nr,ncr->cr", one, target), rest[last, nodes, None], axis=1)
-            for one, rest in ((x, self.rest[0]), (h, self.rest[1]))
+            np.append(np.einsum("nr,ncr->cr", source, target), rest[last, nodes, None], axis=1)
+            for source, rest in ((x, self.rest[0]), (h, self.rest[1]))
         )
         common = _fit((xx[-1:], xh[-1:], hh[-1:]), (with_x[:, -1:], with_h[:, -1:]), (0.0, 1.0), _PULL_COMMON, known)
         pull = _PULL / self.samples
         along = _fit((xx[:-1], xh[:-1], hh[:-1]), (with_x[:, :-1], with_h[:, :-1]), common, pull, known)
-        B, C = (np.append(one, rest, axis=1) for one, rest in zip(along, common, strict=True))
+        B, C = (np.append(directions, rest, axis=1) for directions, rest in zip(along, common, strict=True))
         return B, C
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """As a NumPy archive, ``.npz``, in single precision."""
-        tables = {one.name: getattr(self, one.name) for one in fields(self)}
+        tables = {table.name: getattr(self, table.name) for table in fields(self)}
         exact = ("timesteps", "held")
         kept = {name: value if name in exact else value.astype(np.float32) for name, value in tables.items()}
         with Path(file).open("wb") as stream:
@@ -157,7 +157,7 @@ class Memory:
         with np.load(file, allow_pickle=False) as archive:
             if "kind" not in archive or str(archive["kind"]) != KIND:
                 raise ValueError(f"file: expected one that Memory.save has written, got {os.fspath(file)}")
-            return cls(**{one.name: archive[one.name].astype(np.float64) for one in fields(cls)})
+            return cls(**{table.name: archive[table.name].astype(np.float64) for table in fields(cls)})
 
 
 def _numbers(recurrence: Recurrence) -> Float64:
@@ -183,7 +183,7 @@ def _statistics(X: Float64, H: Float64) -> Sequence[Float64]:
     V = _directions(H)
     x, h = X @ V.T, H @ V.T
     X, H = X - x @ V, H - h @ V
-    across = np.stack([np.tensordot(one, H, axes=([1, 2], [1, 2])) for one in (X, H)])
+    across = np.stack([np.tensordot(left, H, axes=([1, 2], [1, 2])) for left in (X, H)])
     return (
         states,
         predictions,
@@ -210,7 +210,7 @@ def _pair(a: Float64, b: Float64) -> Float64:
 
 
 def _fit(
-    own: tuple[Float64, Float64, Float64],
+    among: tuple[Float64, Float64, Float64],
     across: tuple[Float64, Float64],
     prior: tuple[Float64 | float, Float64 | float],
     pull: float,
@@ -219,13 +219,13 @@ def _fit(
     """Least squares for ``target = B x + C h``, pulled towards a prior; x alone where h is not known.
 
     Args:
-        own: sums of ``x x``, ``x h`` and ``h h``, each (k,).
+        among: sums of ``x x``, ``x h`` and ``h h``, each (k,).
         across: sums of ``x target`` and ``h target``, each (count, k).
         prior: of B and C.
         pull: in units of ``x x`` and ``h h``.
         known: whether h is.
     """
-    (xx, xh, hh), (with_x, with_h) = own, across
+    (xx, xh, hh), (with_x, with_h) = among, across
     tiny = np.finfo(np.float64).tiny
     if not known:
         B = (with_x + pull * xx * prior[0]) / np.maximum((1 + pull) * xx, tiny)

@@ -31,7 +31,7 @@ class Recall:
         xp: Any = array_namespace(start)
         self._xp, self._dtype, self._device = xp, start.dtype, device(start)
         self._states, self._predictions, self._directions = (
-            self._put(one) for one in (memory.states, memory.predictions, memory.directions)
+            self._put(table) for table in (memory.states, memory.predictions, memory.directions)
         )
         self._seen = np.zeros(count, dtype=np.int64)  # nodes before it have been compared with what was expected
         self._defects, self._squares = np.zeros((2, count))
@@ -86,7 +86,7 @@ class Recall:
         rest = self._put(slopes[..., -1:])
         along = self._put(slopes[..., :-1] - slopes[..., -1:])
         V = self._xp.matrix_transpose(self._directions)
-        parts = [one * matmul(self._xp, d, V)[:, None, :] for one, d in ((along[0, ...], dx), (along[1, ...], dh))]
+        parts = [along[k, ...] * matmul(self._xp, move, V)[:, None, :] for k, move in enumerate((dx, dh))]
         expected = self._xp.reshape(take_rows(self._predictions, at.reshape(-1)), (*at.shape, x.shape[1]))
         expected = expected + rest[0, ...] * dx[:, None, :] + rest[1, ...] * dh[:, None, :]
         return expected + matmul(self._xp, parts[0] + parts[1], self._directions)

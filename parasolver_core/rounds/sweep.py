@@ -197,7 +197,7 @@ class SweepCorrection:
         kept = self._dX[:, columns.start // _PERIOD : columns.stop // _PERIOD] if not self._whole else self._dX
         moves = list(self._dX[:, 0, columns]) if self._whole else None
         n, first, shift, memory = len(D), lo - base, base - self.base, self._recurrence.memory
-        new, work = (one[: len(D[0])] for one in self._pair)
+        new, work = (scratch[: len(D[0])] for scratch in self._pair)
         for row in range(first + 1 if shift else 0):
             X[row][...], M[row][...] = X[row + shift], M[row + shift]
         M[first][...] = D[0]
@@ -242,7 +242,7 @@ class SweepCorrection:
         noise = [self._noise(i - 1) for i in range(first, hi)]
         self._size[first:hi] = 0.0
         for columns in self._blocks:
-            held, work = (one[: columns.stop - columns.start] for one in self._pair)
+            held, work = (scratch[: columns.stop - columns.start] for scratch in self._pair)
             combine([(c, row[columns]) for c, row in constant], held, work)
             X, M = self.X[self.rows(first, hi), columns], self.M[self.rows(first, hi), columns]
             past = [row[columns] for row in xs], [row[columns] for row in ms]

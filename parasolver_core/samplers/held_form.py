@@ -86,15 +86,15 @@ class HeldForm:
             (B, count, columns), of ``x_lo, x_{lo-1}, ..``, ``h_{lo-1}, h_{lo-2}, ..``, ``h_lo .. h_{lo+count-1}`` and,
             where the sampler adds noise, ``z_lo .. z_{lo+count-1}``. Entries of states beyond N have no meaning.
         """
-        own = self.base - 1  # the first column of the new held quantities
-        unit = np.eye(own + count * (1 + self.noisy))
-        xs, hs = list(unit[: self.reads[0]]), list(unit[self.reads[0] : own])
+        first = self.base - 1  # the first column of the new held quantities
+        unit = np.eye(first + count * (1 + self.noisy))
+        xs, hs = list(unit[: self.reads[0]]), list(unit[self.reads[0] : first])
         states = np.zeros((len(lo), count, len(unit)))
         for ahead in range(count):
-            i, hs = np.minimum(lo + ahead, self.steps - 1), [unit[own + ahead], *hs]
+            i, hs = np.minimum(lo + ahead, self.steps - 1), [unit[first + ahead], *hs]
             states[:, ahead] = self.after(i, xs, hs)
             if self.noisy:
-                states[:, ahead, own + count + ahead] += self.c[i]
+                states[:, ahead, first + count + ahead] += self.c[i]
             xs = [states[:, ahead], *xs]
         return states
 

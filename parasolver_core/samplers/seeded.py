@@ -66,8 +66,8 @@ class SeededNoise:
                 left.append((row, step, sample))
         threads = min(os.cpu_count() or 1, len(left), _MOST_THREADS)
 
-        def draw(own: list[tuple[int, int, int]], streams: dict[int, _Stream]) -> None:
-            for row, step, sample in own:
+        def draw(places: list[tuple[int, int, int]], streams: dict[int, _Stream]) -> None:
+            for row, step, sample in places:
                 rows[row] = self._draw(step, sample, streams)
 
         if threads <= 1 or len(left) * self._size < _MANY:

@@ -72,11 +72,11 @@ class Deadline:
         return 2 * np.maximum(left, 1) * np.max(changes, axis=0)
 
 
-def _apart(one: Array, other: Array) -> NDArray[np.float64]:
+def _apart(state: Array, other: Array) -> NDArray[np.float64]:
     """RMS of the difference over RMS, of each sample."""
-    xp: Any = array_api_compat.array_namespace(one)
-    wide = working_dtype(xp, one.dtype)
-    rows = [to_host(xp.astype(each, wide)).reshape(each.shape[0], -1).astype(np.float64) for each in (one, other)]
+    xp: Any = array_api_compat.array_namespace(state)
+    wide = working_dtype(xp, state.dtype)
+    rows = [to_host(xp.astype(each, wide)).reshape(each.shape[0], -1).astype(np.float64) for each in (state, other)]
     with np.errstate(all="ignore"):
         ratio = np.linalg.norm(rows[0] - rows[1], axis=1) / np.linalg.norm(rows[0], axis=1)
     return np.where(np.isfinite(ratio), ratio, np.inf)

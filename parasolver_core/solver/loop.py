@@ -98,7 +98,8 @@ class Solver(ABC):
 
     def choices(self) -> dict[str, str]:
         """The solver's choices by name; the step rule's are in its table."""
-        chosen = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name != "step_rule"}
+        names = [field.name for field in fields(self) if field.name != "step_rule"]
+        chosen = {name: repr(getattr(self, name)) for name in names}
         return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in chosen.items()} | {
             "solver": type(self).__name__
         }
@@ -125,11 +126,11 @@ class Solver(ABC):
         with no_grad(state.xp), np.errstate(over="ignore"):
             sample = estimate()
             fits = within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
+            now = {Status.RUNNING: end}, {Status.RUNNING: end, Status.CONVERGED: Status.NONFINITE_SOLVER}
             statuses = tuple(
-                end if one is Status.RUNNING else Status.NONFINITE_SOLVER if one is Status.CONVERGED and not ok else one
-                for one, ok in zip(state.statuses, fits, strict=True)
+                now[not ok].get(status, status) for status, ok in zip(state.statuses, fits.tolist(), strict=True)
             )
-            status = next((one for one in statuses if one is not Status.CONVERGED), Status.CONVERGED)
+            status = next((status for status in statuses if status is not Status.CONVERGED), Status.CONVERGED)
             return Solution(
                 sample=sample,
                 status=status,

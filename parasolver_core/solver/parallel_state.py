@@ -98,7 +98,7 @@ class ParallelState(SolverState):
     @property
     def converged(self) -> bool:
         """Whether all samples are final, before the round is committed."""
-        return not self.runs and all(one.status is Status.CONVERGED for one in self._outcomes.values())
+        return not self.runs and all(outcome.status is Status.CONVERGED for outcome in self._outcomes.values())
 
     def _check_guess(self, start: Array) -> Array:
         """The warm start as (N + 1, batch, size)."""
@@ -122,7 +122,7 @@ class ParallelState(SolverState):
             errors[run.samples] = run.errors
         ended = {sample: outcome.state for sample, outcome in self._outcomes.items()}
         running = [(run.samples, run.states()) for run in self.runs]
-        failed = {sample: one.failed_node for sample, one in self._outcomes.items() if one.failed_node >= 0}
+        failed = {sample: outcome.failed_node for sample, outcome in self._outcomes.items() if outcome.failed_node >= 0}
         return Reached(
             steps=tuple(self._final.tolist()),
             statuses=tuple(statuses),

@@ -175,9 +175,10 @@ class SolverState(ABC):
 
     def fingerprint(self) -> dict[str, str]:
         """What processes that share the rows must have been given alike: hashes of the arrays, by name."""
-        own = self.recurrence
-        noisy = np.flatnonzero(own.c)[[0, -1]].tolist() if own.stochastic else []
-        tables = [own.timesteps, own.a, own.b, own.c, own.held, own.slope, own.identity_slope]
+        recurrence = self.recurrence
+        noisy = np.flatnonzero(recurrence.c)[[0, -1]].tolist() if recurrence.stochastic else []
+        names = "timesteps", "a", "b", "c", "held", "slope", "identity_slope"
+        tables = [getattr(recurrence, name) for name in names]
         return {
             "timesteps and step rule": hash_of(*tables),
             "shape and dtype of x_T": f"{tuple(self.x_T.shape)}, {self.x_T.dtype}",
