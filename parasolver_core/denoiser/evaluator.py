@@ -106,12 +106,8 @@ class Evaluator:
             again: makes ``x`` anew: its memory is the network's then, which may work in place. None: it is not.
         """
         given = x if isinstance(x, list) else [x]
-        if again is not None:
-            remake = lambda: self._cast(again(), nodes)  # noqa: E731
-        elif self._scale is not None or any(part.dtype != self._dtype for part in given):
-            remake = lambda: self._cast(given, nodes)  # noqa: E731
-        else:
-            remake = None
+        made = again is not None or not self._as_it_is(given)
+        remake = (lambda: self._cast(again() if again else given, nodes)) if made else None
         parts, t = self._cast(given, nodes), uploaded(self._xp, self._host_t[nodes], self._device, self._time)
         started = time.perf_counter()
         try:
@@ -120,8 +116,14 @@ class Evaluator:
         finally:
             self.seconds += time.perf_counter() - started
 
+    def _as_it_is(self, parts: list[Array]) -> bool:
+        """Whether the network wants the rows as they are."""
+        return self._scale is None and all(part.dtype == self._dtype for part in parts)
+
     def _cast(self, parts: list[Array], nodes: NDArray[np.int64]) -> list[Array]:
         """Rows as the network wants them."""
+        if self._as_it_is(parts):
+            return parts
         cast, first = [], 0
         for part in parts:
             scaled = self._scaled(part, nodes[first : first + part.shape[0]])

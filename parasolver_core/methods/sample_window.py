@@ -78,6 +78,10 @@ class SampleWindow(SampleRun):
         return np.arange(self.lo, self.hi)
 
     @property
+    def owners(self) -> NDArray[np.int64]:
+        return np.full(self.hi - self.lo, self.sample)
+
+    @property
     def inputs(self) -> Array:
         """The window's states, (n, size); a view."""
         return self._shared.given(self._window_states)
