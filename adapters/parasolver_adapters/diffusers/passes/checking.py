@@ -88,13 +88,13 @@ class Check(Listener):
             try:
                 call, leaves = run.send(sent)  # type: ignore[arg-type]
             except StopIteration as end:
-                own_x, own_m = end.value
+                repeated_x, repeated_m = end.value
                 break
             outputs = self._made(i, call, leaves)
             others = other.send(sent and copies(sent))[1]  # type: ignore[arg-type]
             self._look_at_a_batch(call, leaves, others, outputs)
             sent = outputs
-        pairs = {"sample": (self._state if own_x is None else own_x, x), "model_output": (own_m, m)}
+        pairs = {"sample": (self._state if repeated_x is None else repeated_x, x), "model_output": (repeated_m, m)}
         for name, (repeated, real) in pairs.items():
             off = apart(repeated, real)
             if not off <= rounding(real.dtype):

@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
         if self.program is None:
             return func(*args, **kwargs)
         reads: list[int] = []
-        own_args, own_kwargs = self._refs(args, reads), self._refs(kwargs, reads)
+        recorded_args, recorded_kwargs = self._refs(args, reads), self._refs(kwargs, reads)
         if not reads:
             return func(*args, **kwargs)
         mutates = self._check(func, args, kwargs)
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
             results = [self._number(part) if isinstance(part, torch.Tensor) else None for part in result]
         if not self._predicted.isdisjoint(reads):
             self._predicted |= indices_of(results)
-        program.operations.append(Operation(func, own_args, own_kwargs, tuple(reads), results))
+        program.operations.append(Operation(func, recorded_args, recorded_kwargs, tuple(reads), results))
         return result
 
     def call(self, module: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
