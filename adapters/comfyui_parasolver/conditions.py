@@ -39,12 +39,13 @@ class Conditions:
         Raises:
             UnsupportedSamplerError: something remembers the last step, or makes one sample of the whole batch.
         """
-        conditions = [one for group in guider.conds.values() for one in group or ()]
-        controls = [control for one in conditions for control in _controls(one)]
+        conditions = [condition for group in guider.conds.values() for condition in group or ()]
+        controls = [control for condition in conditions for control in _controls(condition)]
         options = extra_args.get("model_options") or {}
         _refuse(conditions, options)
-        patches = _patches(options) + (["hooks"] if any("hooks" in one for one in conditions) else [])
-        lengths = {n for one in conditions for n in _lengths(one)} | {n for one in controls for n in _hints(one)}
+        patches = _patches(options) + (["hooks"] if any("hooks" in condition for condition in conditions) else [])
+        lengths = {n for condition in conditions for n in _lengths(condition)}
+        lengths |= {n for control in controls for n in _hints(control)}
         uneven = sorted(n for n in lengths if batch % n)
         by_step = bool(uneven) or (bool(patches) and not batch_patches)
         if by_step:
@@ -54,13 +55,15 @@ class Conditions:
                 "larger window on one does not",
                 why,
             )
-        ranges = [(one.get("timestep_start"), one.get("timestep_end")) for one in conditions]
-        ranges += [one.timestep_range for one in controls if getattr(one, "timestep_range", None) is not None]
+        ranges = [(condition.get("timestep_start"), condition.get("timestep_end")) for condition in conditions]
+        ranges += [
+            control.timestep_range for control in controls if getattr(control, "timestep_range", None) is not None
+        ]
         return cls(
-            tuple(dict.fromkeys(one for one in ranges if one != (None, None))),
+            tuple(dict.fromkeys(limits for limits in ranges if limits != (None, None))),
             by_step,
             by_step or bool(patches) or any(n > 1 for n in lengths),
-            any(getattr(one, "vae", None) is not None for one in controls),
+            any(getattr(control, "vae", None) is not None for control in controls),
         )
 
     def groups(self, sigma: Tensor) -> Iterator[Tensor]:
@@ -71,7 +74,7 @@ class Conditions:
             yield torch.arange(len(sigma), device=sigma.device)
             return
         else:
-            keys = torch.stack([_active(sigma, *one) for one in self.ranges], dim=1)
+            keys = torch.stack([_active(sigma, *limits) for limits in self.ranges], dim=1)
         _, group = torch.unique(keys, dim=0, return_inverse=True)
         for number in range(int(group.max()) + 1):
             yield torch.nonzero(group == number).flatten()
@@ -95,8 +98,8 @@ def _controls(condition: Mapping[str, Any]) -> Iterator[Any]:
 
 def _lengths(condition: Mapping[str, Any]) -> Iterator[int]:
     """For how many samples a condition has entries."""
-    for one in [condition.get("mask"), *condition.get("model_conds", {}).values()]:
-        value = getattr(one, "cond", one)
+    for entry in [condition.get("mask"), *condition.get("model_conds", {}).values()]:
+        value = getattr(entry, "cond", entry)
         if isinstance(value, Tensor) and value.ndim:
             yield len(value)
 
@@ -113,16 +116,18 @@ def _patches(options: Mapping[str, Any]) -> list[str]:
     names = [name for name, value in options.items() if name not in _KNOWN and value]
     names += [name for name in ("patches", "patches_replace") if transformer.get(name)]
     wrappers = transformer.get("wrappers") or {}
-    return names + [str(kind) for kind, own in wrappers.items() if kind not in _OUTSIDE and any(_leaves(own))]
+    return names + [
+        str(kind) for kind, functions in wrappers.items() if kind not in _OUTSIDE and any(_leaves(functions))
+    ]
 
 
-def _leaves(own: Any) -> Iterator[Any]:
-    for one in own.values() if isinstance(own, Mapping) else own or ():
-        yield from one if isinstance(one, (list, tuple)) else [one]
+def _leaves(functions: Any) -> Iterator[Any]:
+    for entry in functions.values() if isinstance(functions, Mapping) else functions or ():
+        yield from entry if isinstance(entry, (list, tuple)) else [entry]
 
 
 def _refuse(conditions: list[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-    if any("num_video_frames" in one.get("model_conds", {}) for one in conditions):
+    if any("num_video_frames" in condition.get("model_conds", {}) for condition in conditions):
         raise UnsupportedSamplerError(
             "model: it takes the pictures of a batch for the frames of one video, so they cannot be at different steps"
         )
@@ -134,8 +139,8 @@ def _refuse(conditions: list[Mapping[str, Any]], options: Mapping[str, Any]) -> 
         raise UnsupportedSamplerError(
             f"model: {caches[0]} keeps the last step's output, and steps in parallel have none; take its node out"
         )
-    for one in conditions:
-        hooks = getattr(one.get("hooks"), "hooks", ())
+    for condition in conditions:
+        hooks = getattr(condition.get("hooks"), "hooks", ())
         if any(len(getattr(getattr(hook, "hook_keyframe", None), "keyframes", ())) for hook in hooks):
             raise UnsupportedSamplerError(
                 "conditioning: hooks with keyframes go through the steps in order and remember where they are; take "

@@ -76,11 +76,11 @@ class Network:
         denoised = torch.empty_like(x)
         for rows in self._conditions.groups(sigma):
             self._interruption()
-            chosen, own, where = rows, samples[rows], torch.arange(len(rows), device=device)
+            chosen, of_rows, where = rows, samples[rows], torch.arange(len(rows), device=device)
             if self._conditions.per_sample:
-                places, where = self._arranged(own)
-                chosen, own = rows[places], torch.arange(len(places), device=device) % self.batch
-            denoised[rows] = self._evaluate(x[chosen], sigma[chosen], own).to(x.dtype)[where]
+                places, where = self._arranged(of_rows)
+                chosen, of_rows = rows[places], torch.arange(len(places), device=device) % self.batch
+            denoised[rows] = self._evaluate(x[chosen], sigma[chosen], of_rows).to(x.dtype)[where]
         return denoised.to(home)
 
     def _arranged(self, samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,12 +70,12 @@ def parallel_function(fn: Callable[..., Tensor], options: Options) -> Callable[.
         extra_args: dict[str, Any] | None = None,
         callback: Callable[[dict[str, Any]], Any] | None = None,
         disable: bool | None = None,
-        **own: Any,
+        **others: Any,
     ) -> Tensor:
         extra_args = extra_args or {}
-        told = {"callback": callback, "disable": disable, **own}
+        rest = {"callback": callback, "disable": disable, **others}
         if options.window == 1:
-            return fn(model, x, sigmas, extra_args=extra_args, **told)
+            return fn(model, x, sigmas, extra_args=extra_args, **rest)
         try:
             network = Network.of(model, extra_args, len(x), options.batch_patches, _interruption())
             replicas = [network.on(device) for device in options.devices]
@@ -83,7 +83,7 @@ def parallel_function(fn: Callable[..., Tensor], options: Options) -> Callable[.
             if options.fallback == "error":
                 raise
             warnings.warn(f"sampled sequentially: {error}", stacklevel=2)
-            return fn(model, x, sigmas, extra_args=extra_args, **told)
+            return fn(model, x, sigmas, extra_args=extra_args, **rest)
         sample = parallel(
             _for_rows(fn, network, extra_args),
             options.window,
@@ -93,7 +93,7 @@ def parallel_function(fn: Callable[..., Tensor], options: Options) -> Callable[.
             replicas=replicas,
             fallback=options.fallback,  # type: ignore[arg-type]
         )
-        return sample(network, x, sigmas, extra_args={}, **told)
+        return sample(network, x, sigmas, extra_args={}, **rest)
 
     return run
 
@@ -138,7 +138,7 @@ class _Passing:
 def _schedule(model: Any) -> NoiseSchedule | None:
     """How states relate to clean samples: None for ``x = x_0 + sigma eps``."""
     sampling = model.inner_model.inner_model.model_sampling
-    flow = any(one.__name__ == "CONST" for one in type(sampling).__mro__)
+    flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)
     return NoiseSchedule.flow_matching() if flow else None
 
 

@@ -23,13 +23,13 @@ def replica(inner: Any, extra_args: dict[str, Any], device: torch.device) -> tup
     patcher = getattr(guider, "model_patcher", None)
     kept = [getattr(guider, name, None) for name in _GUIDER]
     kept += [getattr(patcher, name, None) for name in _PATCHER]
-    memo = {id(one): one for one in kept}
+    memo = {id(value): value for value in kept}
     with _To(device):
         copied, arguments = copy.deepcopy((inner, extra_args), memo)
-    for one in (getattr(copied.inner_model, "model_patcher", None), copied.inner_model.inner_model):
+    for owner in (getattr(copied.inner_model, "model_patcher", None), copied.inner_model.inner_model):
         for name in ("load_device", "device"):
-            if isinstance(getattr(one, name, None), torch.device):
-                setattr(one, name, device)
+            if isinstance(getattr(owner, name, None), torch.device):
+                setattr(owner, name, device)
     return copied, arguments
 
 

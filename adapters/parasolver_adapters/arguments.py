@@ -41,22 +41,22 @@ class StepArguments:
 
 def _picker(values: list[Any], batch: int, name: str) -> _Pick:
     first = values[0]
-    if any(type(one) is not type(first) for one in values):
+    if any(type(value) is not type(first) for value in values):
         raise ValueError(f"{name}: expected the same kind of value in every call, got {_kinds(values)}")
     if isinstance(first, Mapping):
-        if any(one.keys() != first.keys() for one in values):
+        if any(value.keys() != first.keys() for value in values):
             raise ValueError(f"{name}: expected the same keys in every call of the network")
-        parts = {key: _picker([one[key] for one in values], batch, f"{name}[{key!r}]") for key in first}
+        parts = {key: _picker([value[key] for value in values], batch, f"{name}[{key!r}]") for key in first}
         return lambda steps, samples: {key: part(steps, samples) for key, part in parts.items()}
     if isinstance(first, (list, tuple)):
-        if any(len(one) != len(first) for one in values):
+        if any(len(value) != len(first) for value in values):
             raise ValueError(f"{name}: expected the same length in every call of the network")
-        items = [_picker([one[i] for one in values], batch, f"{name}[{i}]") for i in range(len(first))]
+        items = [_picker([value[i] for value in values], batch, f"{name}[{i}]") for i in range(len(first))]
         make = type(first)._make if hasattr(first, "_make") else type(first)  # type: ignore[attr-defined]
         return lambda steps, samples: make([item(steps, samples) for item in items])
     if isinstance(first, Tensor):
         return _tensor_picker(values, batch, name)
-    if all(_same(first, one) for one in values):
+    if all(_same(first, value) for value in values):
         return lambda steps, samples: first
     if isinstance(first, Number):
         table = torch.tensor(values)
@@ -66,13 +66,13 @@ def _picker(values: list[Any], batch: int, name: str) -> _Pick:
 
 def _tensor_picker(values: list[Tensor], batch: int, name: str) -> _Pick:
     first = values[0]
-    if all(one is first or (one.shape == first.shape and torch.equal(one, first)) for one in values):
+    if all(value is first or (value.shape == first.shape and torch.equal(value, first)) for value in values):
         if first.ndim == 0 or len(first) not in (1, batch):
             return lambda steps, samples: first.to(steps.device) if first.ndim else first
         if len(first) == 1:
             return lambda steps, samples: first.to(steps.device).expand(len(steps), *first.shape[1:])
         return lambda steps, samples: first.to(steps.device)[samples]
-    if any(one.shape != first.shape for one in values):
+    if any(value.shape != first.shape for value in values):
         raise ValueError(f"{name}: expected one shape in every call, got {tuple(first.shape)} and others")
     table = torch.stack(values)
     if first.ndim == 0:
@@ -87,12 +87,12 @@ def _tensor_picker(values: list[Tensor], batch: int, name: str) -> _Pick:
     )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(value: Any, other: Any) -> bool:
     try:
-        return one is other or bool(one == other)
+        return value is other or bool(value == other)
     except Exception:  # arrays and the like, whose comparison is no yes or no
         return False
 
 
 def _kinds(values: list[Any]) -> str:
-    return ", ".join(sorted({type(one).__name__ for one in values}))
+    return ", ".join(sorted({type(value).__name__ for value in values}))

@@ -160,25 +160,25 @@ def _find_state_dict(content: Any, path: Path) -> StateDict:
         got = f"keys {_first(list(content))}" if isinstance(content, Mapping) and content else type(content).__name__
         raise CheckpointError(f"{path}: expected a dictionary of tensors, or one inside of dictionaries; got {got}")
     usual = [state for name in _USUAL for place, state in raw.items() if place.split("/")[-1] == name]
-    return _only(path, {name: one for name, one in raw.items() if not usual or one.keys() == usual[0].keys()})
+    return _only(path, {name: state for name, state in raw.items() if not usual or state.keys() == usual[0].keys()})
 
 
 def _weights(content: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Where in a file there are tensors by name, or averaged ones in a list, as ``(place, them)``."""
-    if isinstance(content, (list, tuple)) and content and all(isinstance(one, Tensor) for one in content):
+    if isinstance(content, (list, tuple)) and content and all(isinstance(value, Tensor) for value in content):
         if _is_averaged(place):
             yield place, list(content)
         return
     if isinstance(content, (list, tuple)):
-        content = {str(number): one for number, one in enumerate(content)}
+        content = {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, Mapping) or "param_groups" in content:  # of an optimizer
         return
-    tensors = {key: one for key, one in content.items() if isinstance(key, str) and isinstance(one, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors and (_is_averaged(place) or (len(tensors) == len(content) and not _is_optimizer(place))):
         yield from ((place + part, state) for part, state in _parts(_unwrapped(tensors)))
-    for key, one in content.items():
-        if len(place) < _DEEPEST and not isinstance(one, Tensor):
-            yield from _weights(one, (*place, str(key)))
+    for key, value in content.items():
+        if len(place) < _DEEPEST and not isinstance(value, Tensor):
+            yield from _weights(value, (*place, str(key)))
 
 
 def _parts(state: StateDict) -> Iterator[tuple[tuple[str, ...], StateDict]]:
@@ -191,7 +191,7 @@ def _parts(state: StateDict) -> Iterator[tuple[tuple[str, ...], StateDict]]:
         if _words(name) & _AVERAGED:
             others = {key: value for key, value in state.items() if key.partition(".")[0] != name}
             pairs = {"the others": others, **groups}
-            beside = [one for one in pairs if one != name and _fitted(groups[name], pairs[one]) is not None]
+            beside = [other for other in pairs if other != name and _fitted(groups[name], pairs[other]) is not None]
             if beside:
                 yield (name,), groups[name]
                 yield (beside[0],), pairs[beside[0]]
@@ -236,9 +236,9 @@ def _only(path: Path, states: Mapping[str, StateDict]) -> StateDict:
     return first
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(tensor: Tensor, other: Tensor) -> bool:
     """Whether they are one tensor in the file; a small file may hold a huge one, so nothing is compared."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape and tensor.stride() == other.stride()
 
 
 def _unwrapped(state: StateDict) -> StateDict:
@@ -269,7 +269,7 @@ def _is_optimizer(place: tuple[str, ...]) -> bool:
 
 
 def _numbers(state: Any) -> int:
-    return sum(one.numel() for one in (state if isinstance(state, list) else state.values()))
+    return sum(tensor.numel() for tensor in (state if isinstance(state, list) else state.values()))
 
 
 def _name(place: tuple[str, ...]) -> str:

@@ -66,11 +66,12 @@ def parallel_denoising_diffusion(diffusion: Any, window: int | Literal["auto"] =
     if hasattr(diffusion, "alphas_cumprod"):
         bar = diffusion.alphas_cumprod.double().cpu().numpy()
         options.setdefault("schedule", NoiseSchedule.from_alphas_cumprod(bar, default_prediction_type="sample"))
-    own = copy.copy(diffusion)
-    own.solution = None
+    drop_in = copy.copy(diffusion)
+    drop_in.solution = None
     for name, part in loops.items():
-        setattr(own, name, _loop(diffusion, own, name, part, functools.partial(parallel, window=window, **options)))
-    return own
+        made = functools.partial(parallel, window=window, **options)
+        setattr(drop_in, name, _loop(diffusion, drop_in, name, part, made))
+    return drop_in
 
 
 def _parts(diffusion: Any) -> dict[str, _Part]:
@@ -151,7 +152,7 @@ class _Preconditioned(_Part):
         return clean
 
 
-def _loop(diffusion: Any, own: Any, name: str, part: _Part, made: Callable[..., Any]) -> Callable[..., Any]:
+def _loop(diffusion: Any, drop_in: Any, name: str, part: _Part, made: Callable[..., Any]) -> Callable[..., Any]:
     original = getattr(diffusion, name)
 
     def sampler(model: Callable[..., Tensor], begin: Tensor, *args: Any, disable: bool = False, **kwargs: Any) -> Any:
@@ -172,9 +173,9 @@ def _loop(diffusion: Any, own: Any, name: str, part: _Part, made: Callable[..., 
 
     @functools.wraps(original)
     def loop(*args: Any, **kwargs: Any) -> Any:
-        own.solution = None
+        drop_in.solution = None
         returned = sample(part.clean, _zeros(original, args, kwargs), *args, **kwargs)
-        own.solution = sample.solution
+        drop_in.solution = sample.solution
         return returned
 
     return loop

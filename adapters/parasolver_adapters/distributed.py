@@ -114,12 +114,12 @@ class DistributedDenoiser(SharedDenoiser):
         _compare(self._tell(Kind.BEGIN, mine))
 
     def agree(self, values: Sequence[float]) -> list[float]:
-        told = self._tell(Kind.AGREE, list(values))
-        if len({len(one) for one in told}) > 1:
+        figures = self._tell(Kind.AGREE, list(values))
+        if len({len(listed) for listed in figures}) > 1:
             raise WorkersDisagreeError(
-                f"the processes have come apart: they compare {[len(one) for one in told]} figures"
+                f"the processes have come apart: they compare {[len(listed) for listed in figures]} figures"
             )
-        return [max(column) for column in zip(*told, strict=True)]
+        return [max(column) for column in zip(*figures, strict=True)]
 
     def end(self, error: BaseException | None = None) -> None:
         begun, self._running = self._running, False
@@ -146,10 +146,10 @@ class DistributedDenoiser(SharedDenoiser):
         content = torch.zeros(-(-most * _row_bytes(x) // 16) * 16, dtype=torch.uint8, device=x.device)
         if mine.stop > mine.start:
             try:
-                own = self._local(x[mine], t[mine], None if rows is None else rows[mine])
+                output = self._local(x[mine], t[mine], None if rows is None else rows[mine])
             except Exception as raised:
                 self._fail(raised, x)
-            values = own.contiguous().flatten().view(torch.uint8)
+            values = output.contiguous().flatten().view(torch.uint8)
             content[: len(values)] = values
         packets = zip(self._meet(Kind.CALL, content, x), parts, strict=True)
         ends = [(packet, (part.stop - part.start) * _row_bytes(x)) for packet, part in packets]
@@ -159,22 +159,22 @@ class DistributedDenoiser(SharedDenoiser):
         """Tell the others of an exception of the network, which ends the run in all of them."""
         try:
             self._meet(Kind.FAILED, _text(error), x)
-        except WorkerError as told:
-            raise told from error
+        except WorkerError as answer:
+            raise answer from error
         raise AssertionError("a failed call ends the run") from error
 
     def _meet(self, kind: Kind, content: Tensor | None = None, x: Tensor | None = None) -> list[Tensor]:
         """Every process's content, once all have come for the same."""
         rows, seen = (0, None) if x is None else (x.shape[0], sketch(x))
-        told = Header(kind, self._exchange.run, self._calls, rows, sketch=seen)
+        header = Header(kind, self._exchange.run, self._calls, rows, sketch=seen)
         content = torch.zeros(0, dtype=torch.uint8) if content is None else content
         content = content.to(self._exchange.device(content.device if x is None else x.device))
-        return self._exchange.meet(told, content, self._timeout)
+        return self._exchange.meet(header, content, self._timeout)
 
     def _tell(self, kind: Kind, message: Any) -> list[Any]:
         """What all processes say, by rank."""
         text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        return [json.loads(one.cpu().numpy().tobytes()) for one in self._meet(kind, text)]
+        return [json.loads(content.cpu().numpy().tobytes()) for content in self._meet(kind, text)]
 
 
 def _compare(messages: list[dict[str, Any]]) -> None:
@@ -182,11 +182,13 @@ def _compare(messages: list[dict[str, Any]]) -> None:
     differing = {name: [message.get(name, "nothing") for message in messages] for name in names}
     differing = {name: values for name, values in differing.items() if len(set(values)) > 1}
     if differing:
-        told = "; ".join(
+        differences = "; ".join(
             f"{name}: " + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
             for name, values in differing.items()
         )
-        raise WorkersDisagreeError(f"the processes must be given the same arguments and network, but differ in {told}")
+        raise WorkersDisagreeError(
+            f"the processes must be given the same arguments and network, but differ in {differences}"
+        )
 
 
 def _text(error: BaseException) -> Tensor:
@@ -230,7 +232,7 @@ def check_group(group: dist.ProcessGroup | DeviceMesh | None, timeout: float) ->
 def fingerprint(denoiser: Any) -> str:
     """A short hash of the networks that a denoiser refers to: names, shapes, dtypes and samples of their parameters."""
     digest, found = hashlib.sha256(), False
-    for module in reachable(denoiser, leaf=lambda one: isinstance(one, (nn.Module, Tensor, DeviceMesh))):
+    for module in reachable(denoiser, leaf=lambda value: isinstance(value, (nn.Module, Tensor, DeviceMesh))):
         if not isinstance(module, nn.Module):
             continue
         for name, value in module.state_dict().items():

@@ -285,7 +285,7 @@ class DiTDenoiser(EpsilonModel):
         """
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
         with torch.no_grad():
-            return torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
+            return torch.cat([vae.decode(latents, return_dict=False)[0] for latents in scaled.split(1)])
 
 
 def _timm() -> Any:

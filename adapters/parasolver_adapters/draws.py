@@ -17,8 +17,12 @@ _ONE_DTYPE = {torch.einsum, torch.tensordot, torch.matmul, torch.dot, torch.Tens
 
 def _are_mixed(args: Any) -> bool:
     """Whether float32 and float64 tensors meet; where all are float32 the sampler calculates so, and has to."""
-    dtypes = {one.dtype for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+    dtypes = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
     return {torch.float32, torch.float64} <= dtypes
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.dtype == torch.float32 else tensor
 
 
 class Float64(TorchFunctionMode):
@@ -42,7 +46,7 @@ class Float64(TorchFunctionMode):
         if func is torch.Tensor.float:
             return args[0].double()
         if func in _ONE_DTYPE and _are_mixed(args):
-            args = tree_map_only(torch.Tensor, lambda one: one.double() if one.dtype == torch.float32 else one, args)
+            args = tree_map_only(torch.Tensor, _widened, args)
         if func is torch.Tensor.to:
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:

@@ -125,11 +125,11 @@ class Exchange:
         self.run, self.lost = 0, ""
         self._room = _ROOM  # bytes of content that the first part has room for; the same in all processes
 
-    def meet(self, told: Header, content: Tensor, timeout: float) -> list[Tensor]:
+    def meet(self, purpose: Header, content: Tensor, timeout: float) -> list[Tensor]:
         """Every process's content, by rank.
 
         Args:
-            told: what this process has come for; its length and sketch are filled in here.
+            purpose: what this process has come for; its length and sketch are filled in here.
             content: uint8; an error's text is cut to what the first part has room for.
             timeout: seconds to wait for the others.
 
@@ -141,16 +141,16 @@ class Exchange:
         if self.lost:
             raise WorkerLostError(f"the group cannot be used any more ({self.lost}); start all processes again")
         self.lost = f"rank {self.rank} was interrupted while it talked to the others"
-        if told.kind in _ERRORS:
+        if purpose.kind in _ERRORS:
             content = content[:_ROOM]
         room, device = self._room, content.device
         first = torch.zeros(_HEADER + room, dtype=torch.uint8, device=device)
-        header = Header(told.kind, told.run, told.call, told.rows, len(content)).packed()
+        header = Header(purpose.kind, purpose.run, purpose.call, purpose.rows, len(content)).packed()
         first[:64] = uploaded(torch, header, device)
-        if told.sketch is not None:
-            first[64:_HEADER] = told.sketch.view(torch.uint8)
+        if purpose.sketch is not None:
+            first[64:_HEADER] = purpose.sketch.view(torch.uint8)
         first[_HEADER : _HEADER + min(len(content), room)] = content[:room]
-        packets = self._gather(first, told, timeout)
+        packets = self._gather(first, purpose, timeout)
         headers = [Header.read(packet) for packet in packets[:, :_HEADER].cpu()]
         wrong = self._wrong(headers, packets)
         most = max(header.length for header in headers)
@@ -158,30 +158,30 @@ class Exchange:
         if wrong is None and most > room:
             rest = torch.zeros(most - room, dtype=torch.uint8, device=device)
             rest[: max(len(content) - room, 0)] = content[room:]
-            received = torch.cat([received, self._gather(rest, told, timeout)], dim=1)
+            received = torch.cat([received, self._gather(rest, purpose, timeout)], dim=1)
         self.lost, self.run = "", max(header.run for header in headers)
         if wrong is None:  # as all processes find
-            self._room = _ROOM if told.kind is Kind.END else max(room, most)
-        if wrong is not None and told.kind is not Kind.LEFT:
+            self._room = _ROOM if purpose.kind is Kind.END else max(room, most)
+        if wrong is not None and purpose.kind is not Kind.LEFT:
             raise wrong
-        return [one[: header.length] for one, header in zip(received, headers, strict=True)]
+        return [packet[: header.length] for packet, header in zip(received, headers, strict=True)]
 
     def _wrong(self, headers: list[Header], packets: Tensor) -> WorkerError | None:
         """What ends the run in all processes alike."""
-        failed = [rank for rank, one in enumerate(headers) if one.kind in _ERRORS]
+        failed = [rank for rank, header in enumerate(headers) if header.kind in _ERRORS]
         if failed:
             texts = []
             for rank in failed:
                 text = packets[rank, _HEADER:][: headers[rank].length].cpu().numpy().tobytes().decode(errors="replace")
                 texts.append(f"rank {rank} of {self.size} {headers[rank]}: {text}")
             return WorkerError("; ".join(texts), failed[0])
-        if len({one.place for one in headers}) > 1:
-            at = ", ".join(f"rank {rank} {one}" for rank, one in enumerate(headers))
+        if len({header.place for header in headers}) > 1:
+            at = ", ".join(f"rank {rank} {header}" for rank, header in enumerate(headers))
             return WorkersDisagreeError(
                 f"the processes have come apart: {at}. They need the same hardware and versions, and callbacks that "
                 "decide alike"
             )
-        sketches = torch.stack([one.sketch for one in headers if one.sketch is not None])
+        sketches = torch.stack([header.sketch for header in headers if header.sketch is not None])
         size = sketches.abs().amax()
         apart = (sketches - sketches[0]).abs().amax(1)
         if bool((apart > _APART * size).any()):
@@ -193,7 +193,7 @@ class Exchange:
             )
         return None
 
-    def _gather(self, packet: Tensor, told: Header, timeout: float) -> Tensor:
+    def _gather(self, packet: Tensor, purpose: Header, timeout: float) -> Tensor:
         """Every process's packet, (size, bytes); the only place where processes wait for each other."""
         group, where = self._group(), self.device(packet.device)
         assert group is not None  # who meets has it
@@ -210,8 +210,8 @@ class Exchange:
         except RuntimeError as error:
             self.lost = f"it lost a process before: {str(error).split('. ')[0].strip()}"
             raise WorkerLostError(
-                f"rank {self.rank} of {self.size}, which {told}, got no answer from the others: a process died, left "
-                f"or did not answer within {timeout:g} s ({error}). See its own output; the state reached is in "
+                f"rank {self.rank} of {self.size}, which {purpose}, got no answer from the others: a process died, "
+                f"left or did not answer within {timeout:g} s ({error}). See its own output; the state reached is in "
                 "error.solution"
             ) from error
         return gathered.view(self.size, -1)

@@ -78,25 +78,25 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
             f"diffusion: p_sample of {type(diffusion).__name__} takes no model; of denoising-diffusion-pytorch? Take "
             "parasolver_adapters.denoising_diffusion.parallel_denoising_diffusion"
         )
-    choices, own = Choices.checked(window, **options), copy.copy(diffusion)
-    own.solution = None
+    choices, drop_in = Choices.checked(window, **options), copy.copy(diffusion)
+    drop_in.solution = None
     if not choices.sequential:
         for name in LOOPS:
             if hasattr(diffusion, name):
-                setattr(own, name, _loop(diffusion, own, name, choices))
-    return own
+                setattr(drop_in, name, _loop(diffusion, drop_in, name, choices))
+    return drop_in
 
 
-def _loop(diffusion: Any, own: Any, name: str, choices: Choices) -> Callable[..., Any]:
+def _loop(diffusion: Any, drop_in: Any, name: str, choices: Choices) -> Callable[..., Any]:
     """One of the loops, over steps of ours."""
     original = getattr(diffusion, name)
 
     @functools.wraps(original)
     def loop(*args: Any, **kwargs: Any) -> Any:
-        own.solution = None
+        drop_in.solution = None
 
         def done(solution: Solution) -> None:
-            own.solution = solution
+            drop_in.solution = solution
 
         return _run(diffusion, name, choices, done, args, kwargs)
 
@@ -110,7 +110,7 @@ def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution],
     given = _named(getattr(diffusion, name), args, kwargs)
     quiet = given | ({"progress": False} if "progress" in given else {})
     draft = Draft(diffusion)
-    device = next((one for one in (given.get("device"), _device(given.get("model"))) if one), "cpu")
+    device = next((device for device in (given.get("device"), _device(given.get("model"))) if device), "cpu")
     with same_draws(torch.empty(0, device=device), given):
         result = getattr(draft.object, name)(**quiet)
         if inspect.isgenerator(result):
@@ -195,8 +195,8 @@ class Draft(_Stepped):
         quiet = {key: self._silenced.get(key, value) if value is not None else None for key, value in arguments.items()}
         with Listener() as listener, torch.no_grad():
             out = step(x=torch.zeros_like(x), t=t, **quiet)
-        if any(one.shape != x.shape for one in listener.draws):
-            shapes = {tuple(one.shape) for one in listener.draws}
+        if any(draw.shape != x.shape for draw in listener.draws):
+            shapes = {tuple(draw.shape) for draw in listener.draws}
             raise UnsupportedDiffusionError(
                 f"diffusion: {name} draws noise of other shapes than its state's, {tuple(x.shape)}: {shapes}"
             )
@@ -207,7 +207,7 @@ class Draft(_Stepped):
         """Rows of different steps in one call have to come out as they do alone; tried without the network."""
         last, batch = len(self.steps) - 1, len(x)
         steps, samples = np.repeat([0, last // 2, last], batch), np.tile(np.arange(batch), 3)
-        rows = _RowStep(step, self.steps, batch, [one.quiet for one in self.steps])
+        rows = _RowStep(step, self.steps, batch, [made.quiet for made in self.steps])
         states = torch.cat([x * 0.5, x, x * 2])
         together = rows(states, steps, samples)["sample"]
         for i in range(len(states)):
@@ -261,7 +261,7 @@ class _Live(_Stepped):
             raise UnsupportedDiffusionError(f"diffusion: step {i} of the loop is another than when it was tried out")
         if self._run is None:
             self._draft.check_rows(step, x)
-            self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [one.arguments for one in steps]), len(steps))
+            self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [made.arguments for made in steps]), len(steps))
             self._run = self._choices.begin(self._nodes, x, self._rule, self._timesteps, self._nodes.noise)
         for draw in steps[i].draws:  # leaves the random numbers where the step would have left them
             torch.randn_like(draw)
@@ -285,7 +285,7 @@ class _RowStep:
     def __init__(
         self, step: Callable[..., Any], steps: list[_Step], batch: int, arguments: list[dict[str, Any]]
     ) -> None:
-        counts = {len(one.draws) for one in steps}
+        counts = {len(step.draws) for step in steps}
         if len(counts) != 1:
             raise UnsupportedDiffusionError(f"diffusion: expected as many draws of noise in every step, got {counts}")
         try:
@@ -293,13 +293,13 @@ class _RowStep:
         except ValueError as error:
             raise UnsupportedDiffusionError(f"diffusion: {error}") from None
         self._step, self._steps, self.batch = step, steps, batch
-        self._t = torch.stack([one.t for one in steps])
+        self._t = torch.stack([step.t for step in steps])
 
     def __call__(self, x: Tensor, steps: np.ndarray, samples: np.ndarray) -> Any:
         """What the step returns for these rows."""
         rows = Rows(steps, samples, None, _no_noise)  # type: ignore[arg-type]
         arguments = self._arguments(rows, x.device)
-        draws = [torch.stack(one).to(x) for one in zip(*map(self.draws_of, steps, samples), strict=True)]
+        draws = [torch.stack(row_draws).to(x) for row_draws in zip(*map(self.draws_of, steps, samples), strict=True)]
         if callable(arguments.get("model")):
             arguments["model"] = _Unheard(arguments["model"])
         if callable(arguments.get("cond_fn")):
@@ -310,7 +310,7 @@ class _RowStep:
 
     def draws_of(self, step: int, sample: int) -> list[Tensor]:
         """The draws of one step of one sample."""
-        return [one[sample] for one in self._steps[step].draws]
+        return [draw[sample] for draw in self._steps[step].draws]
 
 
 class _StepDenoiser:

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,16 +125,14 @@ class GraphedDenoiser:
                 given = [_filled_up(leaf, count, size) for leaf in leaves]
                 outputs = self._captures.replayed(given, spec)
                 if outputs is not None:
-                    return tree_map_only(
-                        Tensor, lambda one: one[:count] if one.ndim and len(one) == size else one, outputs
-                    )
+                    return tree_map_only(Tensor, functools.partial(_first_rows, count=count, size=size), outputs)
         return self._network(x, *args, **kwargs)
 
     def _fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a call of these arguments may be a graph: everything is on one card, or a plain value."""
-        tensors = [one for one in leaves if isinstance(one, Tensor)]
-        plain = all(isinstance(one, (Tensor, *_PLAIN)) for one in leaves)
-        return plain and len({one.device for one in tensors}) == 1 and (self._anywhere or tensors[0].is_cuda)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
+        return plain and len({tensor.device for tensor in tensors}) == 1 and (self._anywhere or tensors[0].is_cuda)
 
 
 class _Captures:
@@ -162,11 +161,11 @@ class _Captures:
 
     def _made(self, given: Sequence[Any], spec: Any) -> _Graph | None:
         """The graph of a call, or None with a warning. The network's own exception is the caller's."""
-        own = [one.clone() if isinstance(one, Tensor) else one for one in given]
-        inputs = [one for one in own if isinstance(one, Tensor)]
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in given]
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def call() -> Any:
-            args, kwargs = tree_unflatten(own, spec)
+            args, kwargs = tree_unflatten(leaves, spec)
             return self._network(*args, **kwargs)
 
         expected = call()
@@ -207,9 +206,9 @@ def _kind(leaf: Any) -> Any:
 
 
 def _write(inputs: Sequence[Tensor], given: Sequence[Any]) -> None:
-    tensors = [one for one in given if isinstance(one, Tensor)]
-    for own, one in zip(inputs, tensors, strict=True):
-        own.copy_(one)
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    for kept, tensor in zip(inputs, tensors, strict=True):
+        kept.copy_(tensor)
 
 
 def _alike(output: Any, expected: Any) -> bool:

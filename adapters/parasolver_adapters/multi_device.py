@@ -50,13 +50,13 @@ class MultiDeviceDenoiser(SharedDenoiser):
         self._networks = list(networks)
         if not self._networks:
             raise ValueError("networks: expected at least one, got none")
-        for one in self._networks:
-            if not callable(one):
-                raise TypeError(f"networks: expected callables denoiser(x, t), got {type(one).__name__}")
+        for network in self._networks:
+            if not callable(network):
+                raise TypeError(f"networks: expected callables denoiser(x, t), got {type(network).__name__}")
         if devices is not None and len(devices) != len(self._networks):
             raise ValueError(f"devices: expected one for each of {len(self._networks)} networks, got {len(devices)}")
         self._where = (
-            [_device_of(one) for one in self._networks] if devices is None else list(map(torch.device, devices))
+            [_device_of(network) for network in self._networks] if devices is None else list(map(torch.device, devices))
         )
         self._local = [BatchedCall(network, max_rows) for network in self._networks]
         self._calls = 0
@@ -71,10 +71,10 @@ class MultiDeviceDenoiser(SharedDenoiser):
 
     @property
     def max_rows(self) -> int | None:
-        return min((one.max_rows for one in self._local if one.memory_ran_out and one.max_rows), default=None)
+        return min((call.max_rows for call in self._local if call.memory_ran_out and call.max_rows), default=None)
 
     def begin(self, plan: Mapping[str, str]) -> None:
-        first, *others = [fingerprint(one) for one in self._networks]
+        first, *others = [fingerprint(network) for network in self._networks]
         for i, other in enumerate(others, start=1):
             if other != first:
                 raise WorkersDisagreeError(
@@ -94,8 +94,8 @@ class MultiDeviceDenoiser(SharedDenoiser):
         with ThreadPoolExecutor(self.devices, thread_name_prefix="parasolver") as pool:  # waits for all on leaving
             for i, part in enumerate(shares(len(x), self.devices)):
                 if part.stop > part.start:
-                    own = None if rows is None else rows[part]
-                    jobs[i] = pool.submit(self._evaluate, i, x[part], t[part], own, modes)
+                    rows_of_part = None if rows is None else rows[part]
+                    jobs[i] = pool.submit(self._evaluate, i, x[part], t[part], rows_of_part, modes)
         failed = {i: job.exception() for i, job in jobs.items() if job.exception() is not None}
         for i, error in failed.items():
             assert error is not None
@@ -119,7 +119,7 @@ class MultiDeviceDenoiser(SharedDenoiser):
 
 def _device_of(network: Any) -> torch.device | None:
     """Where the parameters are that a denoiser refers to."""
-    for module in reachable(network, leaf=lambda one: isinstance(one, (nn.Module, Tensor))):
+    for module in reachable(network, leaf=lambda value: isinstance(value, (nn.Module, Tensor))):
         if isinstance(module, nn.Module):
             for value in module.parameters():
                 return value.device

@@ -156,9 +156,10 @@ class ActionSampler:
         return noise
 
     def _plain_noise(self, generator: torch.Generator | None, like: Tensor) -> Tensor:
-        own = {"generator": generator, "device": like.device, "dtype": like.dtype}
+        options = {"generator": generator, "device": like.device, "dtype": like.dtype}
         zero, kept = torch.zeros_like(like), torch.promote_types(like.dtype, torch.float32)
-        return torch.stack([randn_tensor(like.shape, **own) if c != 0 else zero for c in self._rule.table.c]).to(kept)
+        draws = [randn_tensor(like.shape, **options) if c != 0 else zero for c in self._rule.table.c]
+        return torch.stack(draws).to(kept)
 
 
 class _Conditioned:
@@ -186,16 +187,17 @@ class _Chunk:
         self, table: Recurrence, fresh: Tensor, noise: Tensor | None, shift: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """``(x_T, noise, start)`` of the next chunk, whose noise would have been ``fresh`` and ``noise``."""
-        own, shift = self._solution, min(shift, fresh.shape[1])
+        solution, shift = self._solution, min(shift, fresh.shape[1])
         x_T = _along(1, self.x_T, fresh, shift)
         z = None if noise is None or self.noise is None else _along(2, self.noise, noise, shift)
-        clean = _along(1, own.sample, own.sample[:, -1:].expand_as(own.sample), shift)  # the last action is held
-        start, states = held_path(table, x_T, clean, z), own.trajectory
+        sample = solution.sample
+        clean = _along(1, sample, sample[:, -1:].expand_as(sample), shift)  # the last action is held
+        start, states = held_path(table, x_T, clean, z), solution.trajectory
         stay = fresh.shape[1] - shift
         assert states is not None
-        for sample, steps in enumerate(own.steps):  # what was not final when time was up leads to the estimate
+        for row, steps in enumerate(solution.steps):  # what was not final when time was up leads to the estimate
             final = min(steps, len(table)) + 1
-            start[:final, sample, :stay] = states[:final, sample, shift:].to(start)
+            start[:final, row, :stay] = states[:final, row, shift:].to(start)
         return x_T, z, start
 
 
@@ -204,7 +206,7 @@ def held_path(table: Recurrence, x_T: Tensor, clean: Tensor, noise: Tensor | Non
     dtype = torch.promote_types(x_T.dtype, torch.float32)
     states, outputs, clean = [x_T.to(dtype)], [], clean.to(dtype)
     for i in range(len(table)):
-        p, q = (float(one) for one in table.held[i])
+        p, q = (float(number) for number in table.held[i])
         outputs.insert(0, (clean - p * states[0]) / q)
         z = None if noise is None else noise[i].to(dtype)
         states.insert(0, table.advance(i, states[: table.memory], outputs[: table.memory], z))
@@ -272,10 +274,10 @@ def parallel_policy(policy: Any, window: int | str = 16, *, warm_start: bool = F
     return sampler
 
 
-def _also(own: Any, then: Any) -> Any:
-    @functools.wraps(own)
+def _also(method: Any, then: Any) -> Any:
+    @functools.wraps(method)
     def both(*args: Any, **kwargs: Any) -> Any:
         then()
-        return own(*args, **kwargs)
+        return method(*args, **kwargs)
 
     return both

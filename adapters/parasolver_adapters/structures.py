@@ -220,7 +220,7 @@ class _Esmfold2:
         num_diffusion_samples: int = 1,
         num_sampling_steps: int | None = None,
     ) -> Tensor:
-        head, own = self._model.structure_head, self._model.config.structure_head
+        head, config = self._model.structure_head, self._model.config.structure_head
         if len(single_inputs) != 1:
             raise ValueError(f"sequences: expected one in a run, got {len(single_inputs)}; fold them one by one")
         # for one sample, and then for as many rows as a call has
@@ -233,11 +233,11 @@ class _Esmfold2:
             num_diffusion_samples=1,
         )
         kind = type(conditioning)
-        parts = {one.name: getattr(conditioning, one.name) for one in dataclasses.fields(conditioning)}
+        parts = {field.name: getattr(conditioning, field.name) for field in dataclasses.fields(conditioning)}
 
         def network(x: Tensor, sigma: Tensor) -> Tensor:
-            own = tree_map_only(Tensor, lambda one: one.expand(len(x), *one.shape[1:]), parts)
-            return head(noisy_coords=x, noise_level=sigma, conditioning=kind(**own))
+            expanded = tree_map_only(Tensor, lambda part: part.expand(len(x), *part.shape[1:]), parts)
+            return head(noisy_coords=x, noise_level=sigma, conditioning=kind(**expanded))
 
         mask = atom_inputs.atom_attention_mask[0].float()
         sigmas, _ = self._model._build_noise_schedule(num_sampling_steps, torch.device("cpu"))
@@ -247,10 +247,10 @@ class _Esmfold2:
                 RigidFrames(network, mask),
                 (sigmas[0] * noise).to(single_inputs.device),
                 sigmas,
-                gamma_0=own.gamma_0,
-                gamma_min=own.gamma_min,
-                noise_scale=own.noise_scale,
-                step_scale=own.step_scale,
+                gamma_0=config.gamma_0,
+                gamma_min=config.gamma_min,
+                noise_scale=config.noise_scale,
+                step_scale=config.step_scale,
                 atom_mask=mask.cpu(),
                 seed=int(torch.randint(2**31, ())),
             )

@@ -148,8 +148,8 @@ def _time_function(schedule: NoiseSchedule, convention: Convention | TimeFn | No
     """From the schedule's own time to the model's."""
     if callable(convention):
         return lambda t: _checked_times(convention(t), t)
-    own = {DiscreteSchedule: "timestep", KarrasSchedule: "sigma", FlowSchedule: "unit"}[type(schedule)]
-    if convention is None or convention == own:
+    usual = {DiscreteSchedule: "timestep", KarrasSchedule: "sigma", FlowSchedule: "unit"}[type(schedule)]
+    if convention is None or convention == usual:
         return lambda t: t
     if isinstance(schedule, DiscreteSchedule) and convention in ("unit", "sigma"):
         alpha, sigma = (level[:-1] for level in schedule.levels(np.arange(schedule.train_steps)))
@@ -159,7 +159,8 @@ def _time_function(schedule: NoiseSchedule, convention: Convention | TimeFn | No
     if isinstance(schedule, FlowSchedule) and convention == "timestep":
         return lambda t: _TRAIN_STEPS * t
     raise ValueError(
-        f"time: expected None or {own!r} for this schedule, got {convention!r}; for anything else give a function of t"
+        f"time: expected None or {usual!r} for this schedule, got {convention!r}; for anything else give a function of "
+        "t"
     )
 
 
@@ -193,9 +194,9 @@ def _of_samples(value: Any) -> bool:
 def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
     """Conditions of the samples as conditions of rows."""
     if isinstance(value, Mapping):
-        return {key: _of_rows(one, samples, rows, f"{name}[{key!r}]") for key, one in value.items()}
+        return {key: _of_rows(entry, samples, rows, f"{name}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        parts = [_of_rows(one, samples, rows, f"{name}[{i}]") for i, one in enumerate(value)]
+        parts = [_of_rows(entry, samples, rows, f"{name}[{i}]") for i, entry in enumerate(value)]
         return type(value)(parts)
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
@@ -216,9 +217,9 @@ def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
 def _joined(given: Any, null: Any, name: str) -> Any:
     """Conditions of the rows, with and without."""
     if isinstance(given, Mapping) and isinstance(null, Mapping):
-        return {key: _joined(one, null.get(key, one), name) for key, one in given.items()}
+        return {key: _joined(condition, null.get(key, condition), name) for key, condition in given.items()}
     if isinstance(given, (list, tuple)) and isinstance(null, (list, tuple)) and len(given) == len(null):
-        return type(given)([_joined(one, other, name) for one, other in zip(given, null, strict=True)])
+        return type(given)([_joined(condition, other, name) for condition, other in zip(given, null, strict=True)])
     if isinstance(given, Tensor) and isinstance(null, Tensor) and given.shape == null.shape:
         return torch.cat([given, null]) if given.ndim else given
     if given is null or given == null:

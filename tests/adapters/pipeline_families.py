@@ -20,6 +20,7 @@ from tests.adapters.tiny_pipelines import (
     flux,
     generator,
     half_mask,
+    latents_of,
     picture,
     pixart,
     qwen_image,
@@ -57,17 +58,13 @@ class Family:
         return torch.as_tensor(output)
 
 
-def _latents(**given: Any) -> dict[str, Any]:
-    return {"output_type": "latent", **given}
-
-
 def _sd(
     title: str, batch: int = 1, scheduler: Callable[[], Any] = ddim, limit: float = ROUNDING, **given: Any
 ) -> Family:
     return Family(
         f"StableDiffusionPipeline, {title}",
         lambda: stable_diffusion(scheduler=scheduler()),
-        lambda: _latents(**text(batch), **given),
+        lambda: latents_of(**text(batch), **given),
         limit,
     )
 
@@ -96,7 +93,7 @@ FAMILIES = [
     Family(
         "StableDiffusionPipeline, DDIM, eta=1, a generator for each sample",
         stable_diffusion,
-        lambda: _latents(**text(2), eta=1.0, generator=[generator(1), generator(2)]),
+        lambda: latents_of(**text(2), eta=1.0, generator=[generator(1), generator(2)]),
     ),
     _sd("DDPM", scheduler=_scheduler("DDPMScheduler")),
     _sd(
@@ -117,66 +114,66 @@ FAMILIES = [
     Family(
         "StableDiffusionImg2ImgPipeline",
         lambda: stable_diffusion("StableDiffusionImg2ImgPipeline"),
-        lambda: _latents(**text(), image=picture(), strength=0.7),
+        lambda: latents_of(**text(), image=picture(), strength=0.7),
     ),
     Family(
         "StableDiffusionInstructPix2PixPipeline",
         lambda: stable_diffusion("StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8}),
-        lambda: _latents(**text(), image=picture()),
+        lambda: latents_of(**text(), image=picture()),
     ),
     Family(
         "StableDiffusionInpaintPipeline, 9 channels",
         lambda: stable_diffusion("StableDiffusionInpaintPipeline", unet={"in_channels": 9}),
-        lambda: _latents(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
+        lambda: latents_of(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
     ),
     Family(
         "StableDiffusionInpaintPipeline, 4 channels",
         lambda: stable_diffusion("StableDiffusionInpaintPipeline"),
-        lambda: _latents(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
+        lambda: latents_of(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
     ),
     Family(
         "StableDiffusionInpaintPipeline, 4 channels, DPM-Solver++",
         lambda: stable_diffusion(
             "StableDiffusionInpaintPipeline", scheduler=_scheduler("DPMSolverMultistepScheduler")()
         ),
-        lambda: _latents(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
+        lambda: latents_of(**text(), image=picture(), mask_image=half_mask(), height=32, width=32),
         SINGLE,
     ),
-    Family("StableDiffusionControlNetPipeline", controlnet, lambda: _latents(**text(), image=picture())),
+    Family("StableDiffusionControlNetPipeline", controlnet, lambda: latents_of(**text(), image=picture())),
     Family(
         "StableDiffusionControlNetPipeline, guess mode, part of the steps",
         controlnet,
-        lambda: _latents(**text(), image=picture(), guess_mode=True, control_guidance_end=0.5),
+        lambda: latents_of(**text(), image=picture(), guess_mode=True, control_guidance_end=0.5),
     ),
-    Family("StableDiffusionXLPipeline", sdxl, lambda: _latents(**_sdxl_text())),
+    Family("StableDiffusionXLPipeline", sdxl, lambda: latents_of(**_sdxl_text())),
     Family(
         "StableDiffusionXLPipeline, denoising_end, batch of 2",
         sdxl,
-        lambda: _latents(**_sdxl_text(2), denoising_end=0.6),
+        lambda: latents_of(**_sdxl_text(2), denoising_end=0.6),
     ),
     Family(
         "AnimateDiffPipeline, batch of 2",
         animatediff,
-        lambda: _latents(**text(2), num_frames=2, height=16, width=16),
+        lambda: latents_of(**text(2), num_frames=2, height=16, width=16),
     ),
-    Family("StableDiffusion3Pipeline", sd3, lambda: _latents(**_pooled(), height=16, width=16), SINGLE),
+    Family("StableDiffusion3Pipeline", sd3, lambda: latents_of(**_pooled(), height=16, width=16), SINGLE),
     Family(
         "StableDiffusion3Pipeline, skip-layer guidance, batch of 2",
         sd3,
-        lambda: _latents(**_pooled(2), height=16, width=16, skip_guidance_layers=[0], skip_layer_guidance_stop=0.5),
+        lambda: latents_of(**_pooled(2), height=16, width=16, skip_guidance_layers=[0], skip_layer_guidance_stop=0.5),
         SINGLE,
     ),
-    Family("FluxPipeline", flux, lambda: _latents(**_flux_text(False), height=16, width=16), SINGLE),
+    Family("FluxPipeline", flux, lambda: latents_of(**_flux_text(False), height=16, width=16), SINGLE),
     Family(
         "FluxPipeline, true CFG, batch of 2",
         flux,
-        lambda: _latents(**_flux_text(True, 2), true_cfg_scale=3.0, height=16, width=16),
+        lambda: latents_of(**_flux_text(True, 2), true_cfg_scale=3.0, height=16, width=16),
         SINGLE,
     ),
     Family(
         "QwenImagePipeline, true CFG",
         qwen_image,
-        lambda: _latents(
+        lambda: latents_of(
             **text(),
             prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
             negative_prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
@@ -189,32 +186,32 @@ FAMILIES = [
     Family(
         "PixArtAlphaPipeline, batch of 2",
         pixart,
-        lambda: _latents(**_masked(2), negative_prompt=None, height=16, width=16, use_resolution_binning=False),
+        lambda: latents_of(**_masked(2), negative_prompt=None, height=16, width=16, use_resolution_binning=False),
         SINGLE,
     ),
     Family(
         "SanaPipeline",
         sana,
-        lambda: _latents(**_masked(), negative_prompt=None, height=256, width=256, use_resolution_binning=False),
+        lambda: latents_of(**_masked(), negative_prompt=None, height=256, width=256, use_resolution_binning=False),
         SINGLE,
     ),
     Family("DDIMPipeline", ddim_pipeline, lambda: {"batch_size": 2, "eta": 0.5, "output_type": "np"}),
     Family("DDPMPipeline, clip_sample", ddpm_pipeline, lambda: {"batch_size": 2, "output_type": "np"}),
-    Family("WanPipeline", lambda: wan(1), lambda: _latents(**text(), num_frames=5, height=32, width=32), SINGLE),
+    Family("WanPipeline", lambda: wan(1), lambda: latents_of(**text(), num_frames=5, height=32, width=32), SINGLE),
     Family(
         "WanPipeline, two experts, batch of 2",
         wan,
-        lambda: _latents(**text(2), num_frames=5, height=32, width=32),
+        lambda: latents_of(**text(2), num_frames=5, height=32, width=32),
         SINGLE,
     ),
-    Family("CogVideoXPipeline", cogvideox, lambda: _latents(**text(), num_frames=8, height=16, width=16), SINGLE),
+    Family("CogVideoXPipeline", cogvideox, lambda: latents_of(**text(), num_frames=8, height=16, width=16), SINGLE),
     Family(
         "CogVideoXPipeline, dynamic guidance, DPM, batch of 2",
         lambda: cogvideox(diffusers.CogVideoXDPMScheduler()),
-        lambda: _latents(**text(2), num_frames=8, height=16, width=16, use_dynamic_cfg=True),
+        lambda: latents_of(**text(2), num_frames=8, height=16, width=16, use_dynamic_cfg=True),
         SINGLE,
     ),
-    Family("LTXPipeline, batch of 2", ltx, lambda: _latents(**_masked(2), num_frames=9, height=64, width=64), SINGLE),
+    Family("LTXPipeline, batch of 2", ltx, lambda: latents_of(**_masked(2), num_frames=9, height=64, width=64), SINGLE),
     Family(
         "StableAudioPipeline",
         stable_audio,

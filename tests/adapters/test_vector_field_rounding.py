@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate
-from parasolver_adapters.vector_field.verification import is_rounding, relative, scatter
+from parasolver_adapters.vector_field.rounding import is_rounding, relative, scatter
 
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 

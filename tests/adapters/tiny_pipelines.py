@@ -314,6 +314,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def latents_of(**given: Any) -> dict[str, Any]:
+    """The arguments of a call that gives latents, which are not decoded."""
+    return {"output_type": "latent", **given}
+
+
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
@@ -329,3 +334,6 @@ def watch(network: Any, what: Any) -> list[Any]:
 
     network.forward = forward
     return seen
+
+
+_latents, _ready = latents_of, ready  # as scripts that are kept outside of the project call them

@@ -128,7 +128,7 @@ class UNetDenoiser:
     def _guide(self, predictions: list[Tensor]) -> Tensor:
         if self.guidance_scale is None:
             return predictions[0]
-        other, positive = (one.flatten(0, 1) for one in predictions)
+        other, positive = (branch.flatten(0, 1) for branch in predictions)
         guided = other + self.guidance_scale * (positive - other)
         if not self.guidance_rescale:
             return guided
@@ -189,13 +189,13 @@ def _rows(leaf: Tensor, batch: int) -> Tensor:
 def _stack(negative: Conditions, positive: Conditions) -> Conditions:
     """Both branches of guidance for one call, the negative first."""
 
-    def together(one: Tensor, other: Tensor) -> Tensor:
-        if one.shape != other.shape:
+    def together(null: Tensor, given: Tensor) -> Tensor:
+        if null.shape != given.shape:
             raise ValueError(
-                f"negative: expected conditions of the same shapes, got {tuple(one.shape)} and {tuple(other.shape)}; "
+                f"negative: expected conditions of the same shapes, got {tuple(null.shape)} and {tuple(given.shape)}; "
                 "pass batched=False for two calls"
             )
-        return torch.cat([one, other])
+        return torch.cat([null, given])
 
     return tree_map(together, negative, positive)
 

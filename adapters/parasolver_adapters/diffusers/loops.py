@@ -46,15 +46,15 @@ class ParallelLoop:
     def _pass(self, **given: Any) -> Any:
         """The loop, once; what it has written into its arguments in a pass that was only watched is taken back."""
         args = given.pop(_POSITIONAL, ())
-        tensors = [one for one in tree_leaves((args, given)) if isinstance(one, torch.Tensor)]
-        before = [(one, version_of(one), one.detach().clone()) for one in tensors]
+        tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, torch.Tensor)]
+        before = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors]
         try:
             return self._call(*args, **given)
         except CaptureDone:
             with torch.no_grad():
-                for one, version, values in before:
-                    if was_written(one, version):
-                        one.copy_(values)
+                for tensor, version, values in before:
+                    if was_written(tensor, version):
+                        tensor.copy_(values)
             raise
 
 
@@ -108,10 +108,10 @@ def parallel_loop(
     if not _is_scheduler(scheduler):
         raise TypeError(f"scheduler: expected a scheduler of diffusers, got {type(scheduler).__name__}")
     found = _networks_of(owner) if networks is None else networks
-    named = {f"network {at}": one for at, one in enumerate(found)}
-    for one in named.values():
-        if not isinstance(one, torch.nn.Module):
-            raise TypeError(f"networks: expected torch modules, got {type(one).__name__}")
+    named = {f"network {at}": network for at, network in enumerate(found)}
+    for network in named.values():
+        if not isinstance(network, torch.nn.Module):
+            raise TypeError(f"networks: expected torch modules, got {type(network).__name__}")
     if not named:
         raise ValueError("networks: expected the modules that the loop calls, got none")
     return ParallelLoop(call, _Driven(scheduler, named), Choices.checked(window, **options))
@@ -124,7 +124,7 @@ def _is_scheduler(value: Any) -> bool:
 
 
 def _scheduler_of(owner: Any) -> Any:
-    found = {id(one): one for one in getattr(owner, "__dict__", {}).values() if _is_scheduler(one)}
+    found = {id(value): value for value in getattr(owner, "__dict__", {}).values() if _is_scheduler(value)}
     if len(found) == 1:
         return next(iter(found.values()))
     raise ValueError(
@@ -135,7 +135,7 @@ def _scheduler_of(owner: Any) -> Any:
 
 def _networks_of(owner: Any) -> list[torch.nn.Module]:
     values = list(owner.children()) if isinstance(owner, torch.nn.Module) else getattr(owner, "__dict__", {}).values()
-    found = [one for one in values if isinstance(one, torch.nn.Module)]
+    found = [value for value in values if isinstance(value, torch.nn.Module)]
     if found:
         return found
     raise ValueError(
@@ -151,6 +151,6 @@ def _named_owner(owner: Any) -> str:
 def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by their names, so that callbacks are known; those that have none, under one of their own."""
     parameters = list(inspect.signature(call).parameters.values())[: len(args)]
-    if any(one.kind is not one.POSITIONAL_OR_KEYWORD for one in parameters):
+    if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
         return {_POSITIONAL: args, **kwargs}
     return by_name(inspect.signature(call), args, kwargs)

@@ -94,5 +94,5 @@ def _loops(block: Any) -> Iterator[Any]:
     """The blocks inside that show a progress bar."""
     if hasattr(block, "progress_bar"):
         yield block
-    for one in block.sub_blocks.values():
-        yield from _loops(one)
+    for inner in block.sub_blocks.values():
+        yield from _loops(inner)

@@ -125,11 +125,11 @@ def parallel_sampling(
         group=group,
         timeout=timeout,
     )
-    run, own = ParallelRun(), type(pipe)
-    runs, blocks = [run], getattr(own, _BLOCKS, [])
-    if not any(one is pipe for one, _ in blocks):  # copies of a pipeline have its class
-        blocks.append((pipe, own))
-    entered = pipe, _parallel_class(getattr(own, _UNTOUCHED, own), choices, runs, blocks)
+    run, kind = ParallelRun(), type(pipe)
+    runs, blocks = [run], getattr(kind, _BLOCKS, [])
+    if not any(known is pipe for known, _ in blocks):  # copies of a pipeline have its class
+        blocks.append((pipe, kind))
+    entered = pipe, _parallel_class(getattr(kind, _UNTOUCHED, kind), choices, runs, blocks)
     blocks.append(entered)
     pipe.__class__ = entered[1]
     try:
@@ -146,22 +146,23 @@ _Blocks = list[tuple[Any, type]]  # pipelines, and the classes that they got, th
 def _leave(entered: tuple[Any, type], blocks: _Blocks) -> None:
     """Give a pipeline the class of the block that was entered last of those that are left, in any order."""
     pipe = entered[0]
-    left = [one for one in blocks if one[0] is pipe and one is not entered]
+    left = [block for block in blocks if block[0] is pipe and block is not entered]
     gone = [*left, entered] if len(left) == 1 else [entered]
-    blocks[:] = [one for one in blocks if not any(one is other for other in gone)]
+    blocks[:] = [block for block in blocks if not any(block is other for other in gone)]
     pipe.__class__ = left[-1][1]
 
 
-def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun], blocks: _Blocks) -> type:
+def _parallel_class(parent: type, choices: Choices, runs: list[ParallelRun], blocks: _Blocks) -> type:
     """The pipeline's class, with calls that sample in parallel; prompts are encoded once for both passes."""
     active: list[Session] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if active or not runs:  # a pipeline that calls itself, or a copy that outlives the block
-            return own.__call__(self, *args, **kwargs)
-        inner = [one for one in vars(self).values() if hasattr(type(one), "set_progress_bar_config")]  # combined ones
-        session = Session(self, functools.partial(own.__call__, self), choices, runs[0], [self, *inner])
-        given = by_name(inspect.signature(own.__call__), (self, *args), kwargs)
+            return parent.__call__(self, *args, **kwargs)
+        parts = vars(self).values()
+        inner = [part for part in parts if hasattr(type(part), "set_progress_bar_config")]  # of combined pipelines
+        session = Session(self, functools.partial(parent.__call__, self), choices, runs[0], [self, *inner])
+        given = by_name(inspect.signature(parent.__call__), (self, *args), kwargs)
         del given["self"]
         active.append(session)
         try:
@@ -169,15 +170,15 @@ def _parallel_class(own: type, choices: Choices, runs: list[ParallelRun], blocks
         finally:
             active.clear()
 
-    members: dict[str, Any] = {"__call__": functools.wraps(own.__call__)(call), _UNTOUCHED: own, _BLOCKS: blocks}
-    if hasattr(own, "encode_prompt"):
+    members: dict[str, Any] = {"__call__": functools.wraps(parent.__call__)(call), _UNTOUCHED: parent, _BLOCKS: blocks}
+    if hasattr(parent, "encode_prompt"):
 
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            encode = functools.partial(own.encode_prompt, self, *args, **kwargs)
+            encode = functools.partial(parent.encode_prompt, self, *args, **kwargs)
             return active[0].remember(encode) if active else encode()
 
-        members["encode_prompt"] = functools.wraps(own.encode_prompt)(encode_prompt)
-    return subclass(own, members)
+        members["encode_prompt"] = functools.wraps(parent.encode_prompt)(encode_prompt)
+    return subclass(parent, members)
 
 
 class Session:

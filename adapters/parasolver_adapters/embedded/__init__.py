@@ -176,9 +176,9 @@ class EmbeddedDenoiser:
         single = isinstance(self.labels, (int, str, np.integer))
         given: Sequence[Any] = [self.labels] if single else self.labels  # type: ignore[assignment]
         listed = isinstance(given, Sequence | np.ndarray) and len(given) > 0
-        if not listed or not all(isinstance(one, (int, str, np.integer)) for one in given):
+        if not listed or not all(isinstance(label, (int, str, np.integer)) for label in given):
             raise TypeError(f"labels: expected a class, or one for each sample, got {self.labels!r}")
-        numbers = tuple(class_label(int(one) if isinstance(one, np.integer) else one) for one in given)
+        numbers = tuple(class_label(int(label) if isinstance(label, np.integer) else label) for label in given)
         return numbers[0] if single else numbers
 
     @property

@@ -72,8 +72,8 @@ class SamplerCall:
     @property
     def device(self) -> torch.device:
         """Where the first tensor among the arguments is; the CPU if there is none."""
-        tensors = (one for one in tree_leaves((self.args, dict(self.kwargs))) if isinstance(one, Tensor))
-        return next((one.device for one in tensors), torch.device("cpu"))
+        tensors = (leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor))
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def run(self, model: Any, x: Tensor, **replaced: Any) -> Any:
         """Call it; arguments that it has by these names are replaced."""
@@ -122,13 +122,13 @@ def time_of(args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> float:
 @contextmanager
 def same_draws(x: Tensor, arguments: Any) -> Iterator[None]:
     """What is drawn within is drawn again after it: from the global streams and from generators among the arguments."""
-    generators = [one for one in tree_leaves(arguments) if isinstance(one, torch.Generator)]
-    states = [one.get_state() for one in generators]
+    generators = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     devices = [x.device] if x.device.type not in ("cpu", "meta") else []
     kind = devices[0].type if devices else "cuda"
     with torch.random.fork_rng(devices=devices, device_type=kind):
         try:
             yield
         finally:
-            for one, state in zip(generators, states, strict=True):
-                one.set_state(state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)

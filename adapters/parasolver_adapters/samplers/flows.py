@@ -37,7 +37,7 @@ def sample_flow(
     """
     rule = METHODS.get(method) if isinstance(method, str) else method
     if not isinstance(rule, RungeKutta):
-        known = ", ".join(repr(name) for name, one in METHODS.items() if isinstance(one, RungeKutta))
+        known = ", ".join(repr(name) for name, scheme in METHODS.items() if isinstance(scheme, RungeKutta))
         raise ValueError(f"method: expected one of {known}, got {method!r}")
     grid = torch.as_tensor(times, device=x.device)
     grid = grid if grid.is_floating_point() else grid.to(x.dtype)

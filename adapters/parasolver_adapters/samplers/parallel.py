@@ -66,9 +66,9 @@ class ParallelSampler:
             return call.run(model, x)
         live = _Live(self._choices, rule, denoiser, draft.noise)
         drawn = iter(draft.drawn)
-        own = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
+        replaced = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
         with torch.no_grad():
-            returned = call.run(Stub(live, model), x, **own)
+            returned = call.run(Stub(live, model), x, **replaced)
         self.solution = live.end()
         return returned
 
@@ -77,7 +77,7 @@ class ParallelSampler:
             arguments = StepArguments(draft.arguments, batch, "arguments of the network")
         except ValueError as error:
             raise UnsupportedSamplerError(f"sampler: {error}") from None
-        rows: list[Any] = [RowDenoiser(one, arguments) for one in (model, *self._replicas)]
+        rows: list[Any] = [RowDenoiser(network, arguments) for network in (model, *self._replicas)]
         return MultiDeviceDenoiser(rows) if self._replicas else rows[0]
 
 

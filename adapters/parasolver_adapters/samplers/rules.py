@@ -113,8 +113,8 @@ class Draft:
             return draw
 
         given = {name: rule._call.given(name) for name in DRAWS}
-        own = {name: remembered(source) for name, source in given.items() if source is not None}
-        end = rule._call.silent(Stub(reply, rule._network), torch.zeros_like(x), **own)
+        replaced = {name: remembered(source) for name, source in given.items() if source is not None}
+        end = rule._call.silent(Stub(reply, rule._network), torch.zeros_like(x), **replaced)
         if len(arguments) != len(rule.table):
             raise UnsupportedSamplerError(
                 f"sampler: {rule._call.name} made {len(arguments)} calls of its network, and {len(rule.table)} when it "
@@ -138,7 +138,7 @@ class Draft:
             return None
         dtype = torch.promote_types(self.dtype, torch.float32)
         noise = torch.zeros((len(table), *self.inputs[0].shape), dtype=dtype, device=self.inputs[0].device)
-        for i, term in enumerate(noise_terms([one.to(dtype) for one in self.inputs], table.a)):
+        for i, term in enumerate(noise_terms([state.to(dtype) for state in self.inputs], table.a)):
             if table.c[i] != 0:
                 noise[i] = term / float(table.c[i])
         return noise

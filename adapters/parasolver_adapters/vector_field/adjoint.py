@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parasolver_adapters.vector_field.newton import ParallelIntegrator, basin, settled
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
-from parasolver_adapters.vector_field.verification import is_rounding
+from parasolver_adapters.vector_field.rounding import is_rounding
 
 _MOST_ROUNDS = 40  # backward passes through one batched step; then the plain loop is differentiated
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from parasolver_adapters.vector_field.effort import Effort
 from parasolver_adapters.vector_field.methods import RungeKutta
-from parasolver_adapters.vector_field.newton import Effort
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_core import ParallelIntegralSolver
 from parasolver_core.arrays import Array

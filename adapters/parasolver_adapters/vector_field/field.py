@@ -156,8 +156,8 @@ class Field:
         rows = y.shape[0]
         if np.prod(self.shape) <= _SMALL:
             return
-        one, several = (min(self._seconds(t[:n], y[:n, ...]) for _ in range(3)) for n in (1, rows))
-        share = min(max((several / one - 1) / (rows - 1), 0.0), 0.99)  # of a call with one row that the row costs
+        single, several = (min(self._seconds(t[:n], y[:n, ...]) for _ in range(3)) for n in (1, rows))
+        share = min(max((several / single - 1) / (rows - 1), 0.0), 0.99)  # of a call with one row that the row costs
         self.row_cost = share / (1 - share)
 
     def _seconds(self, t: Array, y: Array) -> float:

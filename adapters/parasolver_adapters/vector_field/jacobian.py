@@ -20,6 +20,7 @@ from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.surrogate import Propagator, Surrogate, doubled, step_increment
 from parasolver_core.arrays import Array
 
+LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
 _BLOCKS = 200  # about as many Jacobians a window at first; fewer of large matrices, whose products cost more
 _BLOCK_ELEMENTS = 800
 _DIRECTIONS = 8  # that estimate a diagonal
@@ -82,10 +83,10 @@ class FieldJacobian(Surrogate):
     def _increment(self, J: Array, mean: np.ndarray) -> Array:
         """``A - 1`` for the mean step of each block."""
         problem = self.problem
-        method, whole = problem.method, J
+        method, full = problem.method, J
         if isinstance(method, ExponentialRungeKutta):
-            whole = J + problem.grid.asarray(_linear_part(problem, method.linear, self.dense))
-        scaled = self._times(whole, mean)
+            full = J + problem.grid.asarray(_linear_part(problem, method.linear, self.dense))
+        scaled = self._times(full, mean)
         return step_increment(problem.xp, scaled, max(method.order, 2), self._halvings(mean), self.dense)
 
     def _times(self, J: Array, mean: np.ndarray) -> Array:

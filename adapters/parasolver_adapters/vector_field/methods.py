@@ -231,8 +231,8 @@ def phi_functions(h: Float64, linear: Float64) -> tuple[Float64, Float64, Float6
     block[..., :d, :d] = scale * L
     block[..., :d, d : 2 * d] = scale * np.eye(d)
     block[..., d : 2 * d, 2 * d :] = np.eye(d)
-    whole = matrix_exponential(block)
-    parts = (whole[..., :d, k * d : (k + 1) * d] for k in range(3))
+    exponential = matrix_exponential(block)
+    parts = (exponential[..., :d, k * d : (k + 1) * d] for k in range(3))
     exp, phi_1, phi_2 = (part if matrix else part.reshape(len(h), *linear.shape) for part in parts)
     return exp, phi_1, phi_2
 

@@ -8,7 +8,6 @@ vanish: at the sequential solution.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,19 +15,11 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_adapters.vector_field.jacobian import FieldJacobian
+from parasolver_adapters.vector_field.effort import Effort, Recorder
+from parasolver_adapters.vector_field.jacobian import LARGEST_DENSE, FieldJacobian
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
+from parasolver_adapters.vector_field.rounding import is_rounding, local_scale, reach, scatter
 from parasolver_adapters.vector_field.surrogate import IdentitySurrogate, SecantSurrogate, Surrogate
-from parasolver_adapters.vector_field.verification import (
-    LARGEST_DENSE,
-    Recorder,
-    Samples,
-    Twin,
-    is_rounding,
-    local_scale,
-    reach,
-    scatter,
-)
 from parasolver_core.arrays import Array, to_host
 
 Linearization = Literal["auto", "identity", "secant", "diagonal", "full", "sequential"]
@@ -41,31 +32,6 @@ _SMALL = 16  # roundings: defects that need no further correction
 _DOUBT = 1 / 32  # of a defect may be left after a correction, whatever the corrections before say
 _DIVERGED = 1e3  # times the smallest correction
 _WASTE = 0.08  # of the sequential cost may go into windows that fail
-
-
-@dataclass
-class Effort:
-    """What a run did beside calling the field.
-
-    Args:
-        rounds: corrections of a whole window, on all levels.
-        windows: windows solved in parallel.
-        sequential_steps: steps of the grid made one after another.
-        note: why steps were made one after another where parallel integration was tried.
-        reached: the trajectory so far, in pieces ``(n, *state)``.
-        twin: how rounding grew along coarse solutions of wide states.
-        samples: rows of batches, to be compared with the field called alone.
-        defects: of the steps made in parallel, in pieces, as far as is known: what the last correction left of them.
-    """
-
-    rounds: int = 0
-    windows: int = 0
-    sequential_steps: int = 0
-    note: str = ""
-    reached: list[Array] = dataclasses.field(default_factory=list)
-    twin: Twin = dataclasses.field(default_factory=Twin)
-    samples: Samples = dataclasses.field(default_factory=Samples)
-    defects: list[Array] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -253,16 +219,16 @@ def level_nodes(lo: int, hi: int, coarse_steps: int) -> list[NDArray[np.int64]]:
 
 def hermite(coarse: Problem, nodes: NDArray[np.int64], states: Array, finer: NDArray[np.int64], grid: Any) -> Array:
     """States at the finer nodes of ``grid`` by cubic Hermite interpolation between those of a coarse solution."""
-    own, xp = coarse.grid, coarse.xp
-    f = coarse.method.derivative(coarse.field(own.asarray(own.t), states), states, own)
-    left = np.minimum(np.searchsorted(nodes, finer, side="right") - 1, len(own) - 1)
-    h = own.h[left]
-    s = (grid.t[finer] - own.t[left]) / h
-    here, ahead = (xp.asarray(one, device=device(states)) for one in (left, left + 1))
+    known, xp = coarse.grid, coarse.xp
+    f = coarse.method.derivative(coarse.field(known.asarray(known.t), states), states, known)
+    left = np.minimum(np.searchsorted(nodes, finer, side="right") - 1, len(known) - 1)
+    h = known.h[left]
+    s = (grid.t[finer] - known.t[left]) / h
+    here, ahead = (xp.asarray(index, device=device(states)) for index in (left, left + 1))
     table = (
         ((1 + 2 * s) * (1 - s) ** 2, states, here),
         (s**2 * (3 - 2 * s), states, ahead),
         (h * s * (1 - s) ** 2, f, here),
         (h * s**2 * (s - 1), f, ahead),
     )
-    return sum(xp.take(values, index, axis=0) * own.column(weights) for weights, values, index in table)
+    return sum(xp.take(values, index, axis=0) * known.column(weights) for weights, values, index in table)

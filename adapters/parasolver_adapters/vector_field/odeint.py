@@ -12,6 +12,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from parasolver_adapters.vector_field.effort import Effort
 from parasolver_adapters.vector_field.few_steps import (
     FEWEST_WORTH_A_WORD,
     NODES,
@@ -22,11 +23,12 @@ from parasolver_adapters.vector_field.few_steps import (
 )
 from parasolver_adapters.vector_field.field import Batching, Field, Signature
 from parasolver_adapters.vector_field.grid import Grid, check_times
+from parasolver_adapters.vector_field.jacobian import LARGEST_DENSE
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
-from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Effort, Linearization, ParallelIntegrator
+from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Linearization, ParallelIntegrator
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
 from parasolver_adapters.vector_field.result import IVPResult, ODESolution, announcement, every, finished, partial
-from parasolver_adapters.vector_field.verification import LARGEST_DENSE, doubt
+from parasolver_adapters.vector_field.verification import doubt
 from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
 from parasolver_core.errors import NonFiniteError, attach
 from parasolver_core.validation import check_count, check_tolerance

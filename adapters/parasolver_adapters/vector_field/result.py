@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_adapters.vector_field.effort import Effort
 from parasolver_adapters.vector_field.field import Batching
-from parasolver_adapters.vector_field.newton import Effort, Linearization, ParallelIntegrator
+from parasolver_adapters.vector_field.newton import Linearization, ParallelIntegrator
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_core.arrays import Array, detach, finite_rows, no_grad, to_host
 from parasolver_core.solution import Status

@@ -179,8 +179,8 @@ def scan(xp: Any, P: Array, r: Array, dense: bool) -> Array:
     even = scan(xp, product, apply(xp, second_P, first_r, dense) + second_r, dense)  # d_2, d_4, ...
     before = xp.concat([xp.zeros_like(r[:1, ...]), even], axis=0)[: n - pairs, ...]  # d_0, d_2, ...
     odd = apply(xp, P[::2, ...], before, dense) + r[::2, ...]  # d_1, d_3, ...
-    whole = xp.reshape(xp.stack([odd[:pairs, ...], even], axis=1), (2 * pairs, *r.shape[1:]))
-    return whole if n == 2 * pairs else xp.concat([whole, odd[pairs:, ...]], axis=0)
+    paired = xp.reshape(xp.stack([odd[:pairs, ...], even], axis=1), (2 * pairs, *r.shape[1:]))
+    return paired if n == 2 * pairs else xp.concat([paired, odd[pairs:, ...]], axis=0)
 
 
 def step_increment(xp: Any, x: Array, order: int, halvings: int, dense: bool) -> Array:

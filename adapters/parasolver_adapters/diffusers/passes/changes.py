@@ -51,7 +51,7 @@ def positions_of(switches: list[tuple[dict[str, Any], str]]) -> list[Any]:
 def what_moved(switches: list[tuple[dict[str, Any], str]], before: list[Any]) -> set[str]:
     """The names of those whose values have changed."""
     pairs = zip(before, positions_of(switches), switches, strict=True)
-    return {name for one, other, (_, name) in pairs if not _equal(one, other) and not _alike(one, other)}
+    return {name for was, now, (_, name) in pairs if not _equal(was, now) and not _alike(was, now)}
 
 
 class Weights:
@@ -71,7 +71,7 @@ class Weights:
         if tensors != self._found:  # others than before: of modules that are moved to the device when they are called
             self._find()
             tensors = self._found
-        marks = [own.get(name) for own, name in self._settings]
+        marks = [attributes.get(name) for attributes, name in self._settings]
         for module in self._modules:
             marks.append(len(vars(module)))
             marks += map(id, module._modules.values())
@@ -84,13 +84,18 @@ class Weights:
         if before[0] != after[0] or len(before[1]) != len(after[1]):
             return True
         return not all(
-            torch.equal(_bytes_of(one), _bytes_of(other)) for one, other in zip(before[1], after[1], strict=True)
+            torch.equal(_bytes_of(was), _bytes_of(now)) for was, now in zip(before[1], after[1], strict=True)
         )
 
     def _find(self) -> None:
         self._modules = [module for network in self._networks for module in network.modules()]
-        owns = [vars(module) for module in self._modules]
-        self._settings = [(own, name) for own in owns for name, value in own.items() if type(value) in _PLAIN]
+        of_modules = [vars(module) for module in self._modules]
+        self._settings = [
+            (attributes, name)
+            for attributes in of_modules
+            for name, value in attributes.items()
+            if type(value) in _PLAIN
+        ]
         self._slots = [
             (slot, name) for module in self._modules for slot in (module._parameters, module._buffers) for name in slot
         ]
@@ -124,9 +129,9 @@ def _some_of(value: torch.Tensor | None) -> torch.Tensor | None:
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     count = min(span, _SOME)
-    own = value.detach()
-    own = own.view(torch.uint8) if own.dtype.itemsize == 1 else own
-    return own.as_strided((count,), (span // count,), own.storage_offset())
+    flat = value.detach()
+    flat = flat.view(torch.uint8) if flat.dtype.itemsize == 1 else flat
+    return flat.as_strided((count,), (span // count,), flat.storage_offset())
 
 
 def hooks_of(network: torch.nn.Module) -> dict[Any, str]:
@@ -157,16 +162,16 @@ def serial_of(value: Any) -> Any:
     return _SERIALS[key][1]
 
 
-def _alike(one: Any, other: Any) -> bool:
-    return isinstance(one, (list, dict)) and one == other
+def _alike(value: Any, other: Any) -> bool:
+    return isinstance(value, (list, dict)) and value == other
 
 
-def are_same(one: Mapping[str, Any], other: Mapping[str, Any], ignore: str = "") -> bool:
-    names = (one.keys() | other.keys()) - {ignore}
-    return all(name in one and name in other and _equal(one[name], other[name]) for name in names)
+def are_same(arguments: Mapping[str, Any], others: Mapping[str, Any], ignore: str = "") -> bool:
+    names = (arguments.keys() | others.keys()) - {ignore}
+    return all(name in arguments and name in others and _equal(arguments[name], others[name]) for name in names)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, (bool, int, float, str)):
-        return one == other
-    return one is other
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, (bool, int, float, str)):
+        return value == other
+    return value is other

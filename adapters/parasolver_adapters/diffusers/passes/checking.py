@@ -44,7 +44,7 @@ class Check(Listener):
         self._steps = steps_to_check(capture.programs)
         self._prelude = Prelude(capture.prelude)
         self._networks = Networks(capture.forwards, capture.recorder.references)
-        first = (one for one in capture.programs[0].operations if isinstance(one, Call))
+        first = (operation for operation in capture.programs[0].operations if isinstance(operation, Call))
         self._batched = {call.signature for call in first if self._networks.reference(call) is not None}
         self._calls: list[tuple[Any, list[Any], list[Any]]] = []
         self._step, self._state = 0, capture.start
@@ -62,9 +62,9 @@ class Check(Listener):
         if self._step not in self._steps:
             known = self._capture.recorder.references.get(key)
             return forward(*args, **kwargs) if known is None else tree_unflatten(copies(known.outputs), known.spec)
-        own = copies(leaves)
+        arguments = copies(leaves)
         output = forward(*args, **kwargs)
-        self._calls.append((key, own, copies(tree_leaves(output))))
+        self._calls.append((key, arguments, copies(tree_leaves(output))))
         return output
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -88,22 +88,22 @@ class Check(Listener):
             try:
                 call, leaves = run.send(sent)  # type: ignore[arg-type]
             except StopIteration as end:
-                own_x, own_m = end.value
+                repeated_x, repeated_m = end.value
                 break
             outputs = self._made(i, call, leaves)
             others = other.send(sent and copies(sent))[1]  # type: ignore[arg-type]
             self._look_at_a_batch(call, leaves, others, outputs)
             sent = outputs
-        pairs = {"sample": (self._state if own_x is None else own_x, x), "model_output": (own_m, m)}
-        for name, (own, real) in pairs.items():
-            off = apart(own, real)
+        pairs = {"sample": (self._state if repeated_x is None else repeated_x, x), "model_output": (repeated_m, m)}
+        for name, (repeated, real) in pairs.items():
+            off = apart(repeated, real)
             if not off <= rounding(real.dtype):
                 raise self._failure(i, f"gives scheduler.step a {name} that is off by {off:.2g} of its size")
 
     def _made(self, i: int, call: Call, leaves: list[Any]) -> list[Any]:
         """The outputs of the loop's own call that this one stands for."""
-        for at, (key, own, outputs) in enumerate(self._calls):
-            if key == call.signature[0] and all(map(_are_alike, leaves, own)):
+        for at, (key, arguments, outputs) in enumerate(self._calls):
+            if key == call.signature[0] and all(map(_are_alike, leaves, arguments)):
                 del self._calls[at]
                 return outputs
         raise self._failure(i, f"calls {type(call.module).__name__} with arguments that the real loop does not give it")
@@ -126,7 +126,7 @@ class Check(Listener):
 def causes(pipe: Any) -> str:
     """What a loop may do that a recording does not show, the likely one first."""
     hooked = {name for network in networks_of(pipe).values() for name in hooks_of(network).values()}
-    kinds = {type(one) for _, processors in processors_of(pipe) for one in processors.values()}
+    kinds = {type(processor) for _, processors in processors_of(pipe) for processor in processors.values()}
     foreign = {kind.__name__ for kind in kinds if not kind.__module__.startswith("diffusers.models.")}
     named = (("hooks on", hooked), ("attention processors", foreign))
     found = "; ".join(f"{what} {', '.join(sorted(names)[:4])}" for what, names in named if names)
@@ -180,8 +180,8 @@ def kind_of_call(pipe: Any, capture: Capture, given: Mapping[str, Any]) -> str:
         (_described(capture.start), type(capture.scheduler).__qualname__, _all(capture.options)),
         _all({name: value is None if "prompt" in name else value for name, value in arguments.items()}),
         _all(settings),
-        [(name, serial_of(one), one.training, sorted(hooks_of(one))) for name, one in networks.items()],
-        [[serial_of(one) for one in processors.values()] for _, processors in processors_of(pipe)],
+        [(name, serial_of(network), network.training, sorted(hooks_of(network))) for name, network in networks.items()],
+        [[serial_of(processor) for processor in processors.values()] for _, processors in processors_of(pipe)],
         (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -189,7 +189,7 @@ def kind_of_call(pipe: Any, capture: Capture, given: Mapping[str, Any]) -> str:
 
 def _all(values: Any) -> Any:
     leaves, form = tree_flatten(values)
-    return [_described(one) for one in leaves], repr(form)
+    return [_described(leaf) for leaf in leaves], repr(form)
 
 
 def _described(value: Any) -> Any:
@@ -211,18 +211,18 @@ def _wiring(value: Any) -> int | None:
 def _structure(program: Program, described: Callable[[Any], Any] = _wiring) -> tuple[Any, ...]:
     """Which operations and network calls a step is made of."""
     parts: list[Any] = [program.x, program.m]
-    for one in program.operations:
+    for operation in program.operations:
         name, leaves = (
-            (one.signature[0], one.leaves)
-            if isinstance(one, Call)
-            else (str(one.function), tree_leaves((one.args, one.kwargs)))
+            (operation.signature[0], operation.leaves)
+            if isinstance(operation, Call)
+            else (str(operation.function), tree_leaves((operation.args, operation.kwargs)))
         )
         parts.append((name, tuple(map(described, leaves))))
     return tuple(parts)
 
 
-def _are_alike(one: Any, other: Any) -> bool:
+def _are_alike(leaf: Any, known: Any) -> bool:
     """Whether two arguments of a network are the same, but for rounding."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return apart(one, other) <= rounding(other.dtype)
-    return one == other if isinstance(one, (bool, int, float, str)) else True
+    if isinstance(leaf, torch.Tensor) and isinstance(known, torch.Tensor):
+        return apart(leaf, known) <= rounding(known.dtype)
+    return leaf == known if isinstance(leaf, (bool, int, float, str)) else True

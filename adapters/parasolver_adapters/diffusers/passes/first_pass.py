@@ -67,7 +67,7 @@ class Capture(Listener):
         x, m = given["sample"], given["model_output"]
         if self.start is None:
             known = inspect.signature(type(scheduler).step).parameters
-            self._defaults = {name: one.default for name, one in known.items()}
+            self._defaults = {name: parameter.default for name, parameter in known.items()}
         options = _options(given, scheduler, self._defaults)
         if self.start is None:
             self._refuse()
@@ -118,7 +118,9 @@ class Capture(Listener):
             )
         if not self.start.is_floating_point():
             raise PipelineNotParallelError(f"the state is of {self.start.dtype}, not of floating point")
-        if self.programs and not any(isinstance(one, Call) for program in self.programs for one in program.operations):
+        if self.programs and not any(
+            isinstance(operation, Call) for program in self.programs for operation in program.operations
+        ):
             raise PipelineNotParallelError(
                 "the loop never calls one of the networks that are known; it has to be a component of the pipeline, or "
                 "among networks=[...], and called by its forward"
@@ -128,7 +130,8 @@ class Capture(Listener):
     def _refuse(self) -> None:
         """What the pipeline has set for its loop; in half precision the comparison of a batch could miss it."""
         for network, processors in processors_of(self.pipe):
-            splitting = {type(one).__name__ for one in processors.values() if type(one).__name__.startswith("PAG")}
+            kinds = {type(processor).__name__ for processor in processors.values()}
+            splitting = {kind for kind in kinds if kind.startswith("PAG")}
             if splitting:
                 raise PipelineNotParallelError(
                     f"perturbed-attention guidance tells the rows of {type(network).__name__}'s batch apart by their "
@@ -158,16 +161,16 @@ class Capture(Listener):
     def _keep_scheduler(self, scheduler: Any, given: dict[str, Any]) -> None:
         """A copy as it was at the start of the loop, and where in its timesteps that was."""
         self.driven = scheduler
-        self.scheduler = own = copy.deepcopy(scheduler)
-        own.__class__ = type(scheduler).__mro__[1]
-        timesteps = getattr(own, "timesteps", None)
+        self.scheduler = kept = copy.deepcopy(scheduler)
+        kept.__class__ = type(scheduler).__mro__[1]
+        timesteps = getattr(kept, "timesteps", None)
         if timesteps is None or isinstance(timesteps, (list, tuple)):
-            raise PipelineNotParallelError(f"{type(own).__name__} has no timesteps of its own")
-        begin = getattr(own, "_begin_index", None)
+            raise PipelineNotParallelError(f"{type(kept).__name__} has no timesteps of its own")
+        begin = getattr(kept, "_begin_index", None)
         self._begins = _places(timesteps, given["timestep"]) or [0] if begin is None else [begin]
         for name in ("_step_index", "_begin_index"):
-            if hasattr(own, name):
-                setattr(own, name, None)
+            if hasattr(kept, name):
+                setattr(kept, name, None)
 
     def _narrow(self, timestep: Any) -> None:
         """Where the loop began, if its first timestep occurs twice among the scheduler's: the next ones tell."""
@@ -221,9 +224,9 @@ def _options(given: dict[str, Any], scheduler: Any, defaults: Mapping[str, Any])
 
 def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
     """The scheduler's steps; kept for the next call with the same schedule."""
-    own = vars(scheduler)
-    tables = [_bytes(value) for value in own.values() if isinstance(value, torch.Tensor) and _is_table(value)]
-    counted = own.get("num_inference_steps"), own.get("custom_timesteps")
+    attributes = vars(scheduler)
+    tables = [_bytes(value) for value in attributes.values() if isinstance(value, torch.Tensor) and _is_table(value)]
+    counted = attributes.get("num_inference_steps"), attributes.get("custom_timesteps")
     key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, counted, begin, repr(options))
     rule = _RULES.get(key)
     if rule is None:
@@ -248,18 +251,18 @@ class Streams:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         leaves = tree_leaves(dict(arguments))
-        self._own = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+        self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
     def same_as(self, other: Streams) -> bool:
         """Whether all of them were in the same state."""
         pairs = [(self._cpu, other._cpu), *zip(self._cuda or [], other._cuda or [], strict=True)]
-        pairs += [(own[1], their[1]) for own, their in zip(self._own, other._own, strict=True)]
-        return all(torch.equal(one, their) for one, their in pairs)
+        pairs += [(mine[1], their[1]) for mine, their in zip(self._generators, other._generators, strict=True)]
+        return all(torch.equal(mine, their) for mine, their in pairs)
 
     def restore(self) -> None:
-        for generator, state in self._own:
+        for generator, state in self._generators:
             generator.set_state(state)
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:

@@ -32,24 +32,24 @@ def listening(pipe: Any, listener: Listener) -> Iterator[None]:
     are kept, as pipelines look at them.
     """
     scheduler, networks = pipe.scheduler, networks_of(pipe)
-    own, signature = type(scheduler), inspect.signature(type(scheduler).step)
+    kind, signature = type(scheduler), inspect.signature(type(scheduler).step)
     active = [listener]  # emptied at the end, as the class lives on until garbage is collected
 
-    @functools.wraps(own.step)
+    @functools.wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not active:  # a copy that outlives the block
-            return own.step(self, *args, **kwargs)
-        return active[0].step(self, own.step, by_name(signature, (self, *args), kwargs))
+            return kind.step(self, *args, **kwargs)
+        return active[0].step(self, kind.step, by_name(signature, (self, *args), kwargs))
 
     try:
         with _FORWARDS:
             for module in networks.values():
                 module.forward = _listened(module, module.forward, active)
-        scheduler.__class__ = subclass(own, {"step": step})
+        scheduler.__class__ = subclass(kind, {"step": step})
         yield
     finally:
         active.clear()
-        scheduler.__class__ = own
+        scheduler.__class__ = kind
         with _FORWARDS:
             for module in networks.values():
                 _take_back(module)
@@ -88,16 +88,16 @@ def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[st
     return dict(zip(names, args, strict=True)) | kwargs
 
 
-def subclass(own: type, members: dict[str, Any]) -> type:
+def subclass(parent: type, members: dict[str, Any]) -> type:
     """A subclass that passes for the class itself."""
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    kind = type(own)
+    names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
+    metaclass = type(parent)
 
     def equal(cls: type, other: object) -> bool:  # BriaPipeline asks whether type(scheduler) != a class
-        return other is own or kind.__eq__(cls, other)
+        return other is parent or metaclass.__eq__(cls, other)
 
-    passing = type(kind.__name__, (kind,), {"__eq__": equal, "__hash__": lambda cls: hash(own)})
-    return passing(own.__name__, (own,), names | members)
+    passing = type(metaclass.__name__, (metaclass,), {"__eq__": equal, "__hash__": lambda cls: hash(parent)})
+    return passing(parent.__name__, (parent,), names | members)
 
 
 def with_state(output: Any, state: torch.Tensor) -> Any:
@@ -110,7 +110,7 @@ def with_state(output: Any, state: torch.Tensor) -> Any:
 
 def is_a(value: Any, name: str) -> bool:
     """Whether a class of diffusers is among the value's; importing those would take seconds that few need."""
-    return any(one.__name__ == name and one.__module__.startswith("diffusers.") for one in type(value).__mro__)
+    return any(base.__name__ == name and base.__module__.startswith("diffusers.") for base in type(value).__mro__)
 
 
 def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -127,11 +127,11 @@ def decoders_of(pipe: Any) -> list[torch.nn.Module]:
 def processors_of(pipe: Any) -> list[tuple[Any, dict[str, Any]]]:
     """The networks with their attention processors."""
     networks: list[Any] = list(networks_of(pipe).values())
-    return [(one, dict(one.attn_processors)) for one in networks if hasattr(one, "attn_processors")]
+    return [(network, dict(network.attn_processors)) for network in networks if hasattr(network, "attn_processors")]
 
 
 def put_back(processors: list[tuple[Any, dict[str, Any]]]) -> None:
     """Set these again where the networks have others."""
-    for network, own in processors:
-        if network.attn_processors != own:
-            network.set_attn_processor(dict(own))
+    for network, known in processors:
+        if network.attn_processors != known:
+            network.set_attn_processor(dict(known))

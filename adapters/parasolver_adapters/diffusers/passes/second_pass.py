@@ -121,7 +121,7 @@ class Replay(Listener):
         return m.to(given["model_output"].dtype)
 
     def _fault(
-        self, scheduler: Any, i: int, given: dict[str, Any], own: torch.Tensor, target: torch.Tensor
+        self, scheduler: Any, i: int, given: dict[str, Any], reached: torch.Tensor, target: torch.Tensor
     ) -> str | None:
         """What is wrong if the scheduler's own step does not lead where the table leads.
 
@@ -135,8 +135,8 @@ class Replay(Listener):
             x = given["sample"].to(target.dtype)
             m = _correct(self._rule, [i], x[None], None, given["model_output"].to(target.dtype)[None])[0]
             z = None if self._noise is None else self._noise[i, 0]
-            want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(own.dtype).eps ** 0.5, 1e-3)
-        error = float((own.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
+            want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(reached.dtype).eps ** 0.5, 1e-3)
+        error = float((reached.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
         if error <= limit:
             return None
         return (
@@ -153,7 +153,7 @@ class Replay(Listener):
             reference = self._capture.recorder.references.get(key)
             if reference is None:
                 return forward(*args, **kwargs)
-            self._blanks[key] = tree_unflatten([zeros(one) for one in reference.outputs], reference.spec)
+            self._blanks[key] = tree_unflatten([zeros(output) for output in reference.outputs], reference.spec)
         return self._blanks[key]
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:

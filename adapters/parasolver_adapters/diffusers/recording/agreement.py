@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 
-def apart(one: Any, other: torch.Tensor) -> float:
+def apart(got: Any, want: torch.Tensor) -> float:
     """The largest difference, over the largest value; what is not finite is equal to itself."""
-    if not isinstance(one, torch.Tensor) or one.shape != other.shape:
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
         return math.inf
-    if torch.equal(one, other):
+    if torch.equal(got, want):
         return 0.0
-    dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    one, other = one.to(dtype), other.to(dtype)
-    same = (one == other) | (one.isnan() & other.isnan())
-    difference = float(torch.where(same, 0, (one - other).abs()).max())
-    size = float(torch.where(other.isfinite(), other, 0).abs().max())
+    dtype = torch.promote_types(torch.promote_types(got.dtype, want.dtype), torch.float32)
+    got, want = got.to(dtype), want.to(dtype)
+    same = (got == want) | (got.isnan() & want.isnan())
+    difference = float(torch.where(same, 0, (got - want).abs()).max())
+    size = float(torch.where(want.isfinite(), want, 0).abs().max())
     return difference / size if size else difference and math.inf
 
 

@@ -79,8 +79,8 @@ class Networks:
             return None
         rest = zip(call.leaves, reference.leaves, call.batched, strict=True)
         same = all(
-            by_rows or (torch.equal(own, other) if isinstance(own, torch.Tensor) else own is other or own == other)
-            for own, other, by_rows in rest
+            by_rows or (torch.equal(leaf, known) if isinstance(leaf, torch.Tensor) else leaf is known or leaf == known)
+            for leaf, known, by_rows in rest
         )
         return reference if same else None
 
@@ -89,14 +89,14 @@ class Networks:
         forward = self._forwards[id(call.module)]
         if len(nodes) == 1:
             args, kwargs = tree_unflatten(nodes[0], call.spec)
-            return [[dense(one) for one in tree_flatten(forward(*args, **kwargs))[0]]]
+            return [[dense(output) for output in tree_flatten(forward(*args, **kwargs))[0]]]
         leaves = [
             self._rows(call, [node[at] for node in nodes]) if by_rows else nodes[0][at]
             for at, by_rows in enumerate(call.batched)
         ]
         args, kwargs = tree_unflatten(leaves, call.spec)
-        outputs = [dense(one) for one in tree_flatten(forward(*args, **kwargs))[0]]
-        return [list(parts) for parts in zip(*(_split(call, one, len(nodes)) for one in outputs), strict=True)]
+        outputs = [dense(output) for output in tree_flatten(forward(*args, **kwargs))[0]]
+        return [list(parts) for parts in zip(*(_split(call, output, len(nodes)) for output in outputs), strict=True)]
 
     def _rows(self, call: Call, values: list[torch.Tensor]) -> torch.Tensor:
         """One argument of all nodes, ``(nodes x rows, ...)``."""
@@ -152,10 +152,10 @@ class RecordedDenoiser:
         results = self._run(groups, numbers, x) | {None: (None, self._first.expand(first, *self._first.shape))}
         corrected: list[Any] = [None] * len(numbers)
         for kind, group in groups.items():
-            own, m = results[kind]
+            x_of_group, m_of_group = results[kind]
             of_group = [numbers[row] for row in group]
-            self.outputs.update(zip(of_group, m.unbind(), strict=True))
-            parts = self._correct(of_group, _chosen(x, group), own, m.to(x.dtype)).unbind()
+            self.outputs.update(zip(of_group, m_of_group.unbind(), strict=True))
+            parts = self._correct(of_group, _chosen(x, group), x_of_group, m_of_group.to(x.dtype)).unbind()
             for row, part in zip(group, parts, strict=True):
                 corrected[row] = part
         return torch.stack(corrected)
@@ -176,8 +176,10 @@ class RecordedDenoiser:
                     requests[kind] = runs[kind].send(sent)
                 except StopIteration as end:
                     results[kind] = end.value
-            outputs = iter(self._networks.together([one for every in requests.values() for one in every]))
-            waiting = {kind: [next(outputs) for _ in every] for kind, every in requests.items()}
+            outputs = iter(
+                self._networks.together([request for requested in requests.values() for request in requested])
+            )
+            waiting = {kind: [next(outputs) for _ in requested] for kind, requested in requests.items()}
         return results
 
 

@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.program: Program | None = None
         self.references: dict[tuple[Any, ...], Reference] = {}
-        self._own: dict[int, tuple[torch.Tensor, int]] = {}  # this step's values by their id, with their numbers
+        self._numbered: dict[int, tuple[torch.Tensor, int]] = {}  # this step's values by their id, with their numbers
         self._places: dict[Any, int] = {}  # and by where they lie, as autograd and ``.data`` make others of them
         self._predicted: set[int] = set()  # those of them that depend on a network's output
         self._earlier: Any = WeakTensorKeyDictionary()  # those of earlier steps that the loop still holds, and what of
@@ -67,7 +67,7 @@ class Recorder(TorchDispatchMode):
     def begin(self, state: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
         """Record from here: a step has returned ``state``, and ``others`` that only the next step may use."""
         self.program = Program(dtype=state.dtype)
-        self._own, self._places, self._predicted = {id(state): (state, 0)}, {place_of(state): 0}, set()
+        self._numbered, self._places, self._predicted = {id(state): (state, 0)}, {place_of(state): 0}, set()
         for other in others:
             if other is not state:
                 self._earlier[other] = SCHEDULED
@@ -95,8 +95,8 @@ class Recorder(TorchDispatchMode):
             return
         self.program = None
         self._pause()
-        values = [(weakref.ref(tensor), number in self._predicted) for tensor, number in self._own.values()]
-        self._own, self._places = {}, {}  # held until here, as an id is another tensor's as soon as it is free
+        values = [(weakref.ref(tensor), number in self._predicted) for tensor, number in self._numbered.values()]
+        self._numbered, self._places = {}, {}  # held until here, as an id is another tensor's as soon as it is free
         left = [(value(), PREDICTED if predicted else KEPT) for value, predicted in values]
         self._earlier.update((tensor, what) for tensor, what in left if tensor is not None)
         self._exits = None  # which refers to this
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
         if self.program is None:
             return func(*args, **kwargs)
         reads: list[int] = []
-        own_args, own_kwargs = self._refs(args, reads), self._refs(kwargs, reads)
+        recorded_args, recorded_kwargs = self._refs(args, reads), self._refs(kwargs, reads)
         if not reads:
             return func(*args, **kwargs)
         mutates = self._check(func, args, kwargs)
@@ -132,10 +132,10 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             results = self._number(result)
         elif isinstance(result, (tuple, list)):
-            results = [self._number(one) if isinstance(one, torch.Tensor) else None for one in result]
+            results = [self._number(part) if isinstance(part, torch.Tensor) else None for part in result]
         if not self._predicted.isdisjoint(reads):
             self._predicted |= indices_of(results)
-        program.operations.append(Operation(func, own_args, own_kwargs, tuple(reads), results))
+        program.operations.append(Operation(func, recorded_args, recorded_kwargs, tuple(reads), results))
         return result
 
     def call(self, module: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -148,10 +148,10 @@ class Recorder(TorchDispatchMode):
         key = form_of_call(module, kwargs, leaves)
         if key not in self.references:
             with self._outside():
-                own = copies(leaves)  # the loop may write into these later
+                arguments = copies(leaves)  # the loop may write into these later
                 output = forward(*args, **kwargs)
                 outputs, form = tree_flatten(output)
-                self.references[key] = Reference(own, copies(outputs), form)
+                self.references[key] = Reference(arguments, copies(outputs), form)
             if not reads:
                 return output
         elif not reads:
@@ -185,18 +185,18 @@ class Recorder(TorchDispatchMode):
         rows = next(leaf.shape[0] for leaf, ref in zip(leaves, refs, strict=True) if isinstance(ref, Ref) and leaf.ndim)
         names = _names(leaves, spec, kwargs)
         batched = tuple(_is_batched(leaf, rows, name) for leaf, name in zip(leaves, names, strict=True))
-        own, rest = [], []
+        constants, rest = [], []
         for at, (ref, leaf, by_rows) in enumerate(zip(refs, leaves, batched, strict=True)):
             constant = ref if isinstance(ref, Ref) else self._intern((key, at), leaf)
-            own.append(constant)
+            constants.append(constant)
             if isinstance(leaf, torch.Tensor):
                 rest.append(None if by_rows else id(constant))
             else:
                 rest.append(leaf if _hashable(leaf) else id(leaf))
         outputs = [stand_in(leaf, leaves) for leaf in reference.outputs]
-        results = [self._number(one) if isinstance(one, torch.Tensor) else program.new() for one in outputs]
+        results = [self._number(output) if isinstance(output, torch.Tensor) else program.new() for output in outputs]
         self._predicted.update(results)
-        program.operations.append(Call(module, own, spec, rows, batched, (key, *rest), reads, results))
+        program.operations.append(Call(module, constants, spec, rows, batched, (key, *rest), reads, results))
         return tree_unflatten(outputs, reference.spec)
 
     def _intern(self, key: tuple[Any, ...], leaf: Any) -> Any:
@@ -212,15 +212,15 @@ class Recorder(TorchDispatchMode):
     def _number(self, tensor: torch.Tensor) -> int:
         assert self.program is not None
         index = self.program.new()
-        self._own[id(tensor)], self._places[place_of(tensor)] = (tensor, index), index
+        self._numbered[id(tensor)], self._places[place_of(tensor)] = (tensor, index), index
         return index
 
     def _number_of(self, value: Any) -> int | None:
         """The number of a value that depends on the state."""
         if not isinstance(value, torch.Tensor):
             return None
-        own = self._own.get(id(value))
-        return own[1] if own is not None else self._places.get(place_of(value) or ())
+        numbered = self._numbered.get(id(value))
+        return numbered[1] if numbered is not None else self._places.get(place_of(value) or ())
 
     def _refs(self, value: Any, reads: list[int]) -> Any:
         """The argument with :class:`Ref` in place of values that depend on the state, whose numbers join ``reads``."""
@@ -232,9 +232,9 @@ class Recorder(TorchDispatchMode):
             if value in self._earlier:
                 raise PipelineNotParallelError(self._earlier[value])
         elif type(value) is tuple or type(value) is list:
-            return type(value)([self._refs(one, reads) for one in value])
+            return type(value)([self._refs(item, reads) for item in value])
         elif type(value) is dict:
-            return {key: self._refs(one, reads) for key, one in value.items()}
+            return {key: self._refs(item, reads) for key, item in value.items()}
         return value
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> bool:

@@ -124,9 +124,9 @@ def keep(operation: Operation, result: Any, values: Any) -> None:
     if isinstance(operation.results, int):
         values[operation.results] = result
     elif operation.results is not None:
-        for index, one in zip(operation.results, result, strict=True):
+        for index, part in zip(operation.results, result, strict=True):
             if index is not None:
-                values[index] = one
+                values[index] = part
 
 
 _NESTED = (Ref, tuple, list, dict)
@@ -137,11 +137,11 @@ def _resolve(value: Any, values: Sequence[Any]) -> Any:
     if kind is Ref:
         return values[value.index]
     if kind is tuple or kind is list:
-        return kind([_resolve(one, values) if type(one) in _NESTED else one for one in value])
+        return kind([_resolve(item, values) if type(item) in _NESTED else item for item in value])
     if kind is dict:
-        return {key: _resolve(one, values) for key, one in value.items()}
+        return {key: _resolve(item, values) for key, item in value.items()}
     return value
 
 
 def indices_of(results: Any) -> set[int]:
-    return {results} if isinstance(results, int) else {one for one in results or () if one is not None}
+    return {results} if isinstance(results, int) else {number for number in results or () if number is not None}

@@ -47,8 +47,8 @@ class SharedNetworks(Networks):
 
     def _batch(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
         form = self._references[call.signature[0]].outputs
-        tensors = [one for one in form if isinstance(one, torch.Tensor)]
-        room = sum(one.numel() * one.element_size() for one in tensors)
+        tensors = [output for output in form if isinstance(output, torch.Tensor)]
+        room = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         blank = torch.zeros(len(nodes), room, dtype=torch.uint8, device=tensors[0].device)
         self._request = call, nodes
         rows = self.processes(blank, torch.arange(len(nodes), device="cpu"))
@@ -58,7 +58,9 @@ class SharedNetworks(Networks):
         """The outputs of some nodes, made by this process, as bytes: one row a node."""
         assert self._request is not None
         call, every = self._request
-        return torch.stack([_packed(one) for one in super()._batch(call, [every[node] for node in nodes.tolist()])])
+        return torch.stack(
+            [_packed(outputs) for outputs in super()._batch(call, [every[node] for node in nodes.tolist()])]
+        )
 
 
 class SharedSteps(RecordedDenoiser, SharedDenoiser):
@@ -90,35 +92,39 @@ class SharedSteps(RecordedDenoiser, SharedDenoiser):
 
 def modules_of(programs: Sequence[Program]) -> list[torch.nn.Module]:
     """The networks that the steps call, each once."""
-    calls = (one for program in programs for one in program.operations if isinstance(one, Call))
+    calls = (operation for program in programs for operation in program.operations if isinstance(operation, Call))
     return list({id(call.module): call.module for call in calls}.values())
 
 
 def _packed(outputs: list[Any]) -> torch.Tensor:
-    tensors = [one for one in outputs if isinstance(one, torch.Tensor)]
-    return torch.cat([one.contiguous().flatten().view(torch.uint8) for one in tensors])
+    tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
 
 
 def _unpacked(row: torch.Tensor, form: list[Any]) -> list[Any]:
     """The outputs of one node; what is no tensor is as in the known call."""
     outputs, start = [], 0
-    for one in form:
-        if isinstance(one, torch.Tensor):
-            end = start + one.numel() * one.element_size()
+    for output in form:
+        if isinstance(output, torch.Tensor):
+            end = start + output.numel() * output.element_size()
             part = row[start:end].clone()  # aligned
-            outputs.append(part.view(one.dtype).view(one.shape))
+            outputs.append(part.view(output.dtype).view(output.shape))
             start = end
         else:
-            outputs.append(one)
+            outputs.append(output)
     return outputs
 
 
 def _described(programs: Sequence[Program]) -> str:
     """A short hash of what the steps do: their operations, numbers, and samples of their large constants."""
     digest, seen = hashlib.sha256(), set()
-    for one in (operation for program in programs for operation in program.operations):
-        digest.update((type(one.module).__qualname__ if isinstance(one, Call) else str(one.function)).encode())
-        for value in one.leaves if isinstance(one, Call) else tree_leaves((one.args, one.kwargs)):
+    for operation in (operation for program in programs for operation in program.operations):
+        if isinstance(operation, Call):
+            name, leaves = type(operation.module).__qualname__, operation.leaves
+        else:
+            name, leaves = str(operation.function), tree_leaves((operation.args, operation.kwargs))
+        digest.update(name.encode())
+        for value in leaves:
             if isinstance(value, (bool, int, float, str)):
                 digest.update(repr(value).encode())
             elif isinstance(value, torch.Tensor) and value.ndim > 1 and id(value) not in seen:

@@ -17,7 +17,7 @@ def dense(value: Any) -> Any:
 
 def copies(values: Iterable[Any]) -> list[Any]:
     """The same values, whatever is written into these later."""
-    return [dense(one.detach().clone()) if isinstance(one, torch.Tensor) else one for one in values]
+    return [dense(value.detach().clone()) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def zeros(like: Any) -> Any:
@@ -26,7 +26,7 @@ def zeros(like: Any) -> Any:
 
 def stand_in(like: Any, arguments: list[Any]) -> Any:
     """Zeros, through which no gradient can be taken."""
-    wanted = [one for one in arguments if isinstance(one, torch.Tensor) and one.requires_grad]
+    wanted = [argument for argument in arguments if isinstance(argument, torch.Tensor) and argument.requires_grad]
     if not wanted or not torch.is_grad_enabled() or not isinstance(like, torch.Tensor) or not like.is_floating_point():
         return zeros(like)
     return _Opaque.apply(like.detach(), *wanted)

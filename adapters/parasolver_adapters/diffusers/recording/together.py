@@ -25,7 +25,7 @@ from parasolver_core.arrays import uploaded
 Requests = list[tuple[Call, list[Any]]]
 Outputs = Sequence[list[Any]]
 _HALF = (torch.float16, torch.bfloat16)
-_Own = dict[tuple[int, int], torch.Tensor]  # stacked numbers, by the operation and by their place in its arguments
+_Stacked = dict[tuple[int, int], torch.Tensor]  # stacked numbers, by the operation and by their place in its arguments
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Step:
     @staticmethod
     def of(program: Program) -> Step:
         flat = [
-            ([], None) if isinstance(one, Call) else tree_flatten((one.args, one.kwargs)) for one in program.operations
+            ([], None) if isinstance(operation, Call) else tree_flatten((operation.args, operation.kwargs))
+            for operation in program.operations
         ]
         return Step(program, [leaves for leaves, _ in flat], [spec for _, spec in flat])
 
@@ -136,7 +137,7 @@ class Together:
 def _row_by_row(
     programs: list[Program], states: torch.Tensor
 ) -> Generator[Requests, Outputs, tuple[torch.Tensor | None, torch.Tensor]]:
-    runs, sent = [one.run(state) for one, state in zip(programs, states, strict=True)], [None] * len(programs)
+    runs, sent = [program.run(state) for program, state in zip(programs, states, strict=True)], [None] * len(programs)
     ended: list[tuple[Any, Any]] = []
     while True:
         requests: Requests = []
@@ -154,15 +155,15 @@ def _row_by_row(
 def _run_at_once(segment: Segment, steps: list[Step], values: list[Any]) -> list[torch.Tensor]:
     first = steps[0]
 
-    def run(inputs: list[torch.Tensor], own: _Own) -> list[torch.Tensor]:
+    def run(inputs: list[torch.Tensor], stacked: _Stacked) -> list[torch.Tensor]:
         local = dict(zip(segment.reads, inputs, strict=True))
         for place in segment.places:
             leaves = [local[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in first.leaves[place]]
             scalar = False
             for at, leaf in enumerate(leaves):
-                if (place, at) in own:
+                if (place, at) in stacked:
                     scalar |= leaf.ndim == 0 and leaf.device.type == "cpu"
-                    leaves[at] = own[place, at]
+                    leaves[at] = stacked[place, at]
             operation = first.program.operations[place]
             assert isinstance(operation, Operation)
             keep(operation, _applied(operation, leaves, first.specs[place], scalar), local)
@@ -178,15 +179,15 @@ def _applied(operation: Operation, leaves: list[Any], spec: Any, scalar: bool) -
     if not scalar or half is None:
         args, kwargs = tree_unflatten(leaves, spec)
         return operation.function(*args, **kwargs)
-    wide = tree_map_only(torch.Tensor, lambda one: one.float() if one.dtype in _HALF else one, leaves)
+    wide = tree_map_only(torch.Tensor, lambda leaf: leaf.float() if leaf.dtype in _HALF else leaf, leaves)
     args, kwargs = tree_unflatten(wide, spec)
     result = operation.function(*args, **kwargs)
-    return tree_map_only(torch.Tensor, lambda one: one.to(half) if one.dtype == torch.float32 else one, result)
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to(half) if leaf.dtype == torch.float32 else leaf, result)
 
 
-def _differing(segment: Segment, steps: list[Step], device: torch.device) -> _Own:
+def _differing(segment: Segment, steps: list[Step], device: torch.device) -> _Stacked:
     """The numbers in which the steps differ, ``(rows, ...)``, on the device."""
-    found: _Own = {}
+    found: _Stacked = {}
     for place in segment.places:
         for at, leaf in enumerate(steps[0].leaves[place]):
             if isinstance(leaf, torch.Tensor):
@@ -197,12 +198,12 @@ def _differing(segment: Segment, steps: list[Step], device: torch.device) -> _Ow
 
 
 def _run_alone(segment: Segment, step: Step, values: list[Any], row: int) -> list[torch.Tensor]:
-    own: list[Any] = [None] * len(values)
+    of_row: list[Any] = [None] * len(values)
     for number in segment.reads:
-        own[number] = values[number][row]
+        of_row[number] = values[number][row]
     for place in segment.places:
-        perform(step.program.operations[place], own)
-    return [own[number] for number in segment.keeps]
+        perform(step.program.operations[place], of_row)
+    return [of_row[number] for number in segment.keeps]
 
 
 @contextmanager
@@ -215,13 +216,13 @@ def _warnings_raised() -> Iterator[None]:
 
 def _segments(program: Program) -> list[Segment]:
     operations = program.operations
-    ends = [*(at for at, one in enumerate(operations) if isinstance(one, Call)), len(operations)]
+    ends = [*(at for at, operation in enumerate(operations) if isinstance(operation, Call)), len(operations)]
     found, start = [], 0
     for end in ends:
         places = range(start, end)
         made = {number for at in places for number in indices_of(operations[at].results)}
         read = {number for at in places for number in operations[at].reads} - made
-        later = {program.x, program.m, *(number for one in operations[end:] for number in one.reads)}
+        later = {program.x, program.m, *(number for operation in operations[end:] for number in operation.reads)}
         found.append(Segment(places, tuple(sorted(read)), tuple(sorted(made & later))))
         start = end + 1
     return found
@@ -231,11 +232,13 @@ def _kind(step: Step) -> Any:
     """What is equal for steps that differ in numbers of tensors only; those that work in place have their own."""
     program = step.program
     parts: list[Any] = [program.x, program.m, program.dtype, id(program) if program.mutates else None]
-    for one, leaves in zip(program.operations, step.leaves, strict=True):
-        if isinstance(one, Call):
-            parts.append((one.signature[0], one.spec, [_form(leaf) for leaf in one.leaves]))
+    for operation, leaves in zip(program.operations, step.leaves, strict=True):
+        if isinstance(operation, Call):
+            parts.append((operation.signature[0], operation.spec, [_form(leaf) for leaf in operation.leaves]))
         else:
-            parts.append((str(one.function), len(one.args), [*one.kwargs], [_form(leaf) for leaf in leaves]))
+            parts.append(
+                (str(operation.function), len(operation.args), [*operation.kwargs], [_form(leaf) for leaf in leaves])
+            )
     return repr(parts)
 
 

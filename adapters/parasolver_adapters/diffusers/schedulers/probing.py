@@ -169,7 +169,7 @@ def _guarded(
 def _levels(node: Node) -> tuple[float, float]:
     """alpha and sigma at a node, asked of the scheduler's ``add_noise``; NaN if it has none."""
     scheduler = node.scheduler
-    one, zero = torch.ones(PROBES), torch.zeros(PROBES)  # float32, in which schedulers compute these themselves
+    ones, zeros = torch.ones(PROBES), torch.zeros(PROBES)  # float32, in which schedulers compute these themselves
     t = node.timestep.reshape(1)
     if hasattr(scheduler, "scale_noise"):
         add = lambda sample, noise: scheduler.scale_noise(sample, t, noise)  # noqa: E731
@@ -179,7 +179,7 @@ def _levels(node: Node) -> tuple[float, float]:
         return np.nan, np.nan
     try:
         with torch.no_grad():
-            return float(add(one, zero).flatten()[0]), float(add(zero, one).flatten()[0])
+            return float(add(ones, zeros).flatten()[0]), float(add(zeros, ones).flatten()[0])
     except Exception:  # the levels are only a help; what the scheduler's own loop needs is checked by running it
         return np.nan, np.nan
 

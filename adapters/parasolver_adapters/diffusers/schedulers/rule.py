@@ -66,9 +66,9 @@ class SchedulerRule(FixedRule):
     @property
     def predicts(self) -> str | None:
         """What the scheduler is configured to be given, if that is one of the names of ``prediction_type``."""
-        told = self._loop.scheduler.config.get("prediction_type")
-        told = {"flow_prediction": "flow"}.get(told, told)
-        return told if told in get_args(PredictionType) else None
+        configured = self._loop.scheduler.config.get("prediction_type")
+        configured = {"flow_prediction": "flow"}.get(configured, configured)
+        return configured if configured in get_args(PredictionType) else None
 
     @property
     def band(self) -> tuple[int, int]:
@@ -184,9 +184,9 @@ def _rule(
     sigma_data: float | None,
     step_options: dict[str, Any],
 ) -> SchedulerRule:
-    own = _with_timesteps(scheduler, num_inference_steps)
-    loop = _loop(own, begin_index, step_options)
-    active = clips(own)
+    prepared = _with_timesteps(scheduler, num_inference_steps)
+    loop = _loop(prepared, begin_index, step_options)
+    active = clips(prepared)
     if active and clipping == "refuse":
         raise UnsupportedSchedulerError(
             f"scheduler: {', '.join(active)} of {loop.name} is not linear. Switch it off, or pass clipping='denoiser' "
@@ -194,11 +194,11 @@ def _rule(
         )
     linear = loop
     if active:
-        linear = replace(loop, scheduler=copy.deepcopy(own))
+        linear = replace(loop, scheduler=copy.deepcopy(prepared))
         switch_off(linear.scheduler)
     timesteps = torch.stack(linear.timesteps).numpy()
     with torch.random.fork_rng(devices=[]):  # some schedulers seed their noise from the global stream
-        table, path, independent = tabulate(linear, timesteps, _sigma_data(own, sigma_data))
+        table, path, independent = tabulate(linear, timesteps, _sigma_data(prepared, sigma_data))
         check_replay(linear, table)
         clip = clip_of(loop, table, path) if active else None
     if not independent:
@@ -207,7 +207,7 @@ def _rule(
             "draws it as the scheduler does, and not a seed",
             stacklevel=3,
         )
-    return SchedulerRule(table, float(getattr(own, "init_noise_sigma", 1.0)), independent, clip, linear)
+    return SchedulerRule(table, float(getattr(prepared, "init_noise_sigma", 1.0)), independent, clip, linear)
 
 
 def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
         if option not in accepted:
             raise TypeError(f"{option}: {name}.step takes no such argument; it takes {', '.join(accepted)}")
     given = GIVEN_BY_THE_LOOP | set(step_options) | SPECIAL_ARGUMENTS.get(name, set())
-    missing = [key for key, one in accepted.items() if one.default is one.empty and key not in given]
+    missing = [key for key, parameter in accepted.items() if parameter.default is parameter.empty and key not in given]
     if missing:
         raise UnsupportedSchedulerError(
             f"scheduler: {name}.step needs {', '.join(missing)} besides the network's output and the sample"
@@ -232,37 +232,37 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
 
 def _with_timesteps(scheduler: Any, num_inference_steps: int | None) -> Any:
     """A private copy with its timesteps set, at the start of a run."""
-    own, name = copy.deepcopy(scheduler), type(scheduler).__name__
-    for attribute, value in vars(own).items():
+    prepared, name = copy.deepcopy(scheduler), type(scheduler).__name__
+    for attribute, value in vars(prepared).items():
         if isinstance(value, torch.Tensor):
-            setattr(own, attribute, value.cpu())
+            setattr(prepared, attribute, value.cpu())
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps: expected an integer of at least 1, got {num_inference_steps!r}")
         try:
-            own.set_timesteps(num_inference_steps)
+            prepared.set_timesteps(num_inference_steps)
         except Exception as error:
             raise UnsupportedSchedulerError(
                 f"scheduler: {name}.set_timesteps({num_inference_steps}) fails: {type(error).__name__}: {error}"
             ) from error
-    elif getattr(own, "timesteps", None) is None or (
-        getattr(own, "num_inference_steps", "unknown") is None and not getattr(own, "custom_timesteps", False)
+    elif getattr(prepared, "timesteps", None) is None or (
+        getattr(prepared, "num_inference_steps", "unknown") is None and not getattr(prepared, "custom_timesteps", False)
     ):
         raise ValueError(f"num_inference_steps: expected a number, as {name}.set_timesteps has not been called")
-    elif getattr(own, "_step_index", None) or getattr(own, "counter", 0):
+    elif getattr(prepared, "_step_index", None) or getattr(prepared, "counter", 0):
         raise ValueError(f"scheduler: {name} is in the middle of a run; call set_timesteps again")
-    return own
+    return prepared
 
 
-def _loop(own: Any, begin_index: int, step_options: dict[str, Any]) -> Loop:
-    timesteps = own.timesteps
-    if type(own).__name__ in ENDS_WITH_ZERO:
+def _loop(scheduler: Any, begin_index: int, step_options: dict[str, Any]) -> Loop:
+    timesteps = scheduler.timesteps
+    if type(scheduler).__name__ in ENDS_WITH_ZERO:
         timesteps = timesteps[:-1]
     if not 0 <= begin_index < len(timesteps):
         raise ValueError(f"begin_index: expected 0..{len(timesteps) - 1}, got {begin_index}")
-    if begin_index and hasattr(own, "set_begin_index"):
-        own.set_begin_index(begin_index)
-    return Loop(own, tuple(timesteps[begin_index:].cpu()), step_options)
+    if begin_index and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin_index)
+    return Loop(scheduler, tuple(timesteps[begin_index:].cpu()), step_options)
 
 
 def _sigma_data(scheduler: Any, given: float | None) -> float:
