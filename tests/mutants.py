@@ -139,11 +139,12 @@ class Copy:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what tests of several processes have left
         (self.folder / file).write_text((ROOT / file).read_text())
-        if undecided or process.exitcode in _MISUSED:
+        failed = str(told.recv()) if told.poll() else ""
+        if undecided or (not failed and process.exitcode in _MISUSED):
             return None
         if process.exitcode == 0:
             return ""
-        failed = str(told.recv()) if told.poll() else tests[0]  # the process itself may have died
+        failed = failed or tests[0]  # the process itself may have died
         return next(one for one in tests if one.startswith(failed))
 
 
@@ -151,7 +152,8 @@ def _run_tests(folder: Path, tests: list[str], tell: Any) -> None:
     """In a process of its own, which has the large libraries already and takes the project from the copy."""
     os.setsid()
     os.chdir(folder)
-    sys.path[:0] = [str(folder), str(folder / "adapters")]
+    sys.path[:0] = own = [str(folder), str(folder / "adapters")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(own)  # for the processes that tests start
     for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
         del sys.modules[name]
     silence = os.open(os.devnull, os.O_WRONLY)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -24,7 +25,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".mutants_cache"
 _SECONDS = 20.0  # longer tests are left out: there are many changes
-_EACH = 3  # of a test with many parameters: the first, the last and one between
 _LISTENS = "PARASOLVER_MUTANTS_CALLS"  # the environment variable that says where
 _CODE = tuple(str(ROOT / part) for part in ("parasolver_core", "adapters/parasolver_adapters"))
 
@@ -35,17 +35,6 @@ class Recorder:
     def __init__(self, folder: Path) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
         self._folder = folder  # where processes write what they call
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        groups: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        last = _EACH - 1
-        items[:] = [
-            one
-            for group in groups.values()
-            for one in (group if len(group) <= _EACH else [group[k * (len(group) - 1) // last] for k in range(_EACH)])
-        ]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -109,6 +98,7 @@ def record(files: Iterable[Path], end: float) -> None:
         subprocess.run([sys.executable, "-m", "tests.reached", str(file), str(kept)], cwd=ROOT, check=True)
 
 
+@cache
 def tests_of(file: Path) -> dict[str, dict[str, Any]]:
     """What is kept of the tests of a file, of those that are quick enough."""
     kept = _record_of(file)
