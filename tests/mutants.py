@@ -128,10 +128,10 @@ class Copy:
     def _failing(self, file: Path, text: str, tests: list[str]) -> str | None:
         """The first test that fails with this text of a module; empty if none does, None where time ran out."""
         (self.folder / file).write_text(text)
-        told, tell = _FORK.Pipe(duplex=False)
-        process = _FORK.Process(target=_run_tests, args=(self.folder, tests, tell))
+        told = self.folder / "failed.txt"
+        told.write_text("")
+        process = _FORK.Process(target=_run_tests, args=(self.folder, tests, told))
         process.start()
-        tell.close()
         process.join(self.seconds)
         undecided = process.is_alive()
         process.kill()
@@ -139,7 +139,7 @@ class Copy:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what tests of several processes have left
         (self.folder / file).write_text((ROOT / file).read_text())
-        failed = str(told.recv()) if told.poll() else ""
+        failed = told.read_text()
         if undecided or (not failed and process.exitcode in _MISUSED):
             return None
         if process.exitcode == 0:
@@ -148,7 +148,7 @@ class Copy:
         return next(one for one in tests if one.startswith(failed))
 
 
-def _run_tests(folder: Path, tests: list[str], tell: Any) -> None:
+def _run_tests(folder: Path, tests: list[str], told: Path) -> None:
     """In a process of its own, which has the large libraries already and takes the project from the copy."""
     os.setsid()
     os.chdir(folder)
@@ -162,12 +162,14 @@ def _run_tests(folder: Path, tests: list[str], tell: Any) -> None:
 
     class Teller:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.failed:
-                tell.send(report.nodeid)
+            self._tell(report)
 
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-            if report.failed:
-                tell.send(report.nodeid)
+            self._tell(report)
+
+        def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+            if report.failed and not told.read_text():
+                told.write_text(report.nodeid)
 
     options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", str(_HANGS)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from parasolver_core import DDIM, Euler, NoiseSchedule, Status, solve, solve_sequential
+from parasolver_core import DDIM, DDPM, Euler, Method, NoiseSchedule, Status, StepRule, solve, solve_sequential
 from tests.arrays import to_numpy
 from tests.core.problems import Mixture, normal, relative
 
@@ -42,6 +42,21 @@ def test_what_a_network_says_to_a_guess_ends_no_sample(
     assert np.all(np.isfinite(got.error_estimate))
     if method in ("secant", "identity"):
         assert relative(got.sample, way.sample) <= max(tolerance, 1e-10)
+
+
+@pytest.mark.parametrize("rule", [DDIM(TABLE), DDPM(TABLE)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_copies_are_what_the_network_is_given_first(rule: StepRule, batch: int) -> None:
+    """Beliefs that make the state behind each node the same again, the noise of its step included."""
+    calls: list[np.ndarray] = []
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        calls.append(x.copy())
+        return np.tanh(x)
+
+    x_T = normal((batch, 6), seed=3)
+    solve(network, x_T, GRID, rule, 8, method=Method(spread=False, fill="copy"), check=False, seed=1)
+    np.testing.assert_allclose(calls[0], np.repeat(x_T, 8, axis=0), rtol=1e-12, atol=1e-12)
 
 
 def test_outputs_that_are_not_finite_are_left_out_where_nodes_are_spread() -> None:
