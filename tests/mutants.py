@@ -40,6 +40,7 @@ PIPELINES = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"  # 
 KEPT = FOLDER / "noticed.txt"
 _FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
 _BUDGET = 8.0  # seconds of tests that follow a change at first
+_PATIENCE = 10  # a change may make tests slower so many times
 _HANGS = 60  # a test that takes so long hangs: those recorded take a third at most
 _MISUSED = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache")
@@ -58,11 +59,11 @@ def closest(file: Path) -> list[str]:
     return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
 
 
-def following(site: Site) -> tuple[list[str], list[str]]:
-    """The tests that call the function of a change, or anything of its file if it is in none: the first, the others.
+def following(site: Site, seconds: float) -> tuple[list[str], list[str], int]:
+    """The tests that call the function of a change, or anything of its file if it is in none: first, later, how many.
 
     The first are taken in turn from each test file, the closest one first and the quickest test of each first, for some
-    seconds; the others are all that are left, the quickest first.
+    seconds; later come the others, the quickest first, for so many seconds.
     """
     file = site[0]
     name = f"{file}:{function_of(site)}"
@@ -74,14 +75,20 @@ def following(site: Site) -> tuple[list[str], list[str]]:
             (told["seconds"], test) for test, told in calls if any(_calls(f, name, whole) for f in told["functions"])
         ]
         queues.append(sorted(own))
-    first, others, spent = [], [], 0.0
-    for seconds, test in (one for turn in zip_longest(*queues) for one in turn if one is not None):
-        if not first or spent + seconds <= _BUDGET:  # a slow test leaves room for many quick ones
-            first.append(test)
-            spent += seconds
-        else:
-            others.append((seconds, test))
-    return first, [test for _, test in sorted(others)]
+    turns = [one for turn in zip_longest(*queues) for one in turn if one is not None]
+    first = _within(_BUDGET, turns)
+    later = _within(seconds, sorted(set(turns) - set(first)))
+    return [test for _, test in first], [test for _, test in later], len(turns)
+
+
+def _within(budget: float, turns: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Those that fit into so many seconds; a slow test leaves room for quick ones behind it."""
+    chosen: list[tuple[float, str]] = []
+    for seconds, test in turns:
+        if seconds <= budget or not chosen:
+            chosen.append((seconds, test))
+            budget -= seconds
+    return chosen
 
 
 def _calls(function: str, name: str, whole: bool) -> bool:
@@ -97,19 +104,19 @@ class Copy:
         self._sound: set[str] = set()  # tests that failed with a change, and pass without it
         self._broken: set[str] = set()  # those that fail without it too: here they say nothing
 
-    def outcome(self, site: Site, thorough: bool) -> Outcome:
+    def outcome(self, site: Site) -> Outcome:
         """What became of a change: noticed, at first or later, survived, immaterial or undecided; and why."""
         text, told = mutated(site)
         if told in immaterial():
             return "immaterial", immaterial()[told]
-        first, others = following(site)
-        for tests, name in ((first, "noticed"), (others if thorough else [], "noticed later")):
+        first, later, known = following(site, self.seconds)
+        for tests, name in ((first, "noticed"), (later, "noticed later")):
             test = self._noticing(site[0], text, tests)
             if test is None:
                 return "undecided", "time ran out"
             if test:
                 return name, test
-        return "survived", f"{len(first) + len(others) * thorough} tests that call it pass"
+        return "survived", f"{len(first) + len(later)} tests pass, of {known} that call it"
 
     def _noticing(self, file: Path, text: str, tests: list[str]) -> str | None:
         """The first test that fails with this text of a module and passes without; empty if none, None without time."""
@@ -132,7 +139,7 @@ class Copy:
         told.write_text("")
         process = _FORK.Process(target=_run_tests, args=(self.folder, tests, told))
         process.start()
-        process.join(self.seconds)
+        process.join(_PATIENCE * (_BUDGET + self.seconds))
         undecided = process.is_alive()
         process.kill()
         process.join()
@@ -176,14 +183,14 @@ def _run_tests(folder: Path, tests: list[str], told: Path) -> None:
     os._exit(int(pytest.main([*options, *tests], plugins=[Teller()])))
 
 
-def work(own: list[Site], seconds: float, thorough: bool, end: float, results: Any) -> None:
+def work(own: list[Site], seconds: float, end: float, results: Any) -> None:
     """The changes of one worker, in a copy of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder), seconds)
         for site in own:
             if time.monotonic() > end:
                 break
-            results.put((site, copy.outcome(site, thorough)))
+            results.put((site, copy.outcome(site)))
     results.put(None)
 
 
@@ -206,7 +213,7 @@ def share_out(sample: list[Site], given: argparse.Namespace, end: float) -> Iter
         importlib.import_module(library)
     results = _FORK.Queue()
     parts = [sample[start :: given.workers] for start in range(given.workers)]
-    workers = [_FORK.Process(target=work, args=(part, given.each, not given.quick, end, results)) for part in parts]
+    workers = [_FORK.Process(target=work, args=(part, given.each, end, results)) for part in parts]
     for worker in workers:
         worker.start()
     left = len(workers)
@@ -231,10 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=200, help="how many changes")
     parser.add_argument("--seconds", type=float, default=3600, help="no new change after so many seconds")
     parser.add_argument("--workers", type=int, default=2, help="how many copies of the project work at once")
-    parser.add_argument(
-        "--each", type=float, default=300, help="seconds for the tests of one change, at first and later"
-    )
-    parser.add_argument("--quick", action="store_true", help="only the first tests of each change")
+    parser.add_argument("--each", type=float, default=90, help="seconds of tests for what the first did not notice")
     parser.add_argument("--part", choices=[*PARTS, "both"], default="both")
     parser.add_argument("--file", default="", help="only files whose name contains this")
     given = parser.parse_args(argv)
