@@ -94,6 +94,8 @@ def test_sampler_of_edm(churn: float) -> None:
     assert rule.noisy_start == (churn > 0)
     assert rule.table.stages == 2
     assert len(rule.timesteps) == 35
+    short = step_rule_from_sampler(edm_sampler, model=network, **(options | {"num_steps": 6}))
+    assert (short.table.stages, len(short.timesteps)) == (2, 11)
 
 
 def test_names_that_people_know_are_these_rules() -> None:
