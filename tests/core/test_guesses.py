@@ -134,6 +134,20 @@ def test_a_move_that_is_no_number_is_not_small(seed: int) -> None:
         assert not got.success or relative(got.sample, expected.sample) < 1e-3
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_a_last_step_that_overflows_is_not_counted(tolerance: float, batch: int) -> None:
+    schedule = NoiseSchedule.karras(5.0, 80.0)
+    rule, grid = Euler(schedule, prediction_type="epsilon"), schedule.timesteps(6)
+    last = lambda x, t: np.where(t[:, None] < 5.1, np.float32(3e38), np.zeros_like(x))  # noqa: E731
+    x_T = normal((batch, 6)).astype(np.float32)
+    got = solve(last, x_T, grid, rule, 4, tolerance=tolerance, check=False, throw=False)
+    expected = solve_sequential(last, x_T, grid, rule, throw=False)
+    assert got.statuses == expected.statuses == (Status.NONFINITE_SOLVER,) * batch
+    assert got.steps == expected.steps == (5,) * batch
+    np.testing.assert_allclose(got.states, expected.states, rtol=1e-6)
+
+
 @pytest.mark.parametrize("tolerance", [0.0, 1e-2])
 def test_a_step_that_overflows_is_not_counted(tolerance: float) -> None:
     """Its input and the output there are finite, the state behind is not: swept, and many samples together."""
