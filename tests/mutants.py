@@ -48,15 +48,18 @@ Outcome = tuple[str, str]
 
 
 def closest(file: Path) -> list[str]:
-    """The test files that may call a module, those first that name it; the smallest of each kind first."""
+    """The test files that may call a module: those that name it, that import from its package, and all others.
+
+    Of each kind the smallest is first.
+    """
     folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
     texts = {one: one.read_text() for one in tests}
     packages = module.rpartition(".")[0], ".".join(module.split(".")[:2])
     naming = [one for one in tests if module in texts[one] or file.stem in one.stem]
-    others = [one for one in tests if folder == "core" or any(f"{name} import" in texts[one] for name in packages)]
-    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
+    near = [one for one in tests if any(f"{name} import" in texts[one] for name in packages)]
+    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + near + tests)]
 
 
 def following(site: Site, seconds: float) -> tuple[list[str], list[str], int]:
