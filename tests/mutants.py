@@ -1,157 +1,75 @@
-"""How much the tests notice: small changes of the code, one at a time, each followed by the tests closest to it.
+"""How much the tests notice: small changes of the code, one at a time, each followed by the tests that call it.
 
-``python -m tests.mutants --seed 0 --count 200 --seconds 3600`` works in a temporary copy of the project, and lists the
-changes after which all tests that were run still pass. Look at each: it changes nothing that matters, or a test is
-missing. Changes of docstrings, messages, annotations and logging are not made. A first run takes minutes longer: it
-records which test calls which function. What was noticed is remembered, so a run that was cut off goes on.
+``python -m tests.mutants --seed 0 --count 200 --seconds 3600`` works in a temporary copy of the project. The closest
+and quickest tests follow each change first; what they do not notice is followed by all others. Listed are the changes
+after which all of them still pass. Look at each: a test is missing, or it changes nothing that matters. The latter are
+written down in ``immaterial.toml``, with the reason, and counted apart. Changes of docstrings, messages, annotations
+and logging are not made. A first run takes much longer: it records which test calls which function. What was noticed
+is remembered, so a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import contextlib
 import hashlib
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.reached import FOLDER, function_at, record, tests_of
+from tests.changes import PARTS, ROOT, Site, function_of, immaterial, mutated, sites
+from tests.reached import FOLDER, record, tests_of
 
-ROOT = Path(__file__).parents[1]
-LEFT_OUT = ("__init__.py", "introspection.py", "progress.py", "errors.py")
-PARTS = {"core": "parasolver_core", "adapters": "adapters/parasolver_adapters"}
-COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div,
-    ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.MatMult: ast.Mult,
-}  # fmt: skip
-NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
 PROJECT = ("tests", "parasolver_core", "parasolver_adapters")
 LIBRARIES = ("numpy", "torch", "scipy.linalg", "array_api_strict", "array_api_compat.torch")
-_FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+PIPELINES = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"  # brings most that tests of pipelines need
 KEPT = FOLDER / "noticed.txt"
-_BUDGET = 8.0  # seconds of tests for one change
-_CONTROL = 20  # one change in so many is followed by the same tests without it
-_UNUSABLE = "the tests fail, or take too long, without a change"
-Change = Callable[[], str]
-Site = tuple[Path, int, int]
-
-
-def changes(tree: ast.AST, skipped: set[int]) -> Iterator[tuple[ast.AST, Change]]:
-    """Every small change of a module, as a function that makes it and says what it was."""
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
-            yield node, _setter(node.ops, 0, COMPARISONS[type(node.ops[0])]())
-        elif isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in ARITHMETIC:
-            yield node, _setter(node, "op", ARITHMETIC[type(node.op)]())
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            yield node, _setter(node, "op", ast.UAdd())
-        elif isinstance(node, ast.BoolOp):
-            yield node, _setter(node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And())
-        elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
-            yield node, _setter(node, "test", _without_not(node.test))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-            value = node.value
-            yield node, _setter(node, "value", (not value) if isinstance(value, bool) else value + 1 if value else 1)
-        elif isinstance(node, ast.Name) and node.id in NAMES:
-            yield node, _setter(node, "id", NAMES[node.id])
-        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
-            yield node, _setter(node, "attr", NAMES[node.attr])
-        elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
-            yield node, _setter(node, "value", ast.Constant(None))
-
-
-def _setter(target: object, at: str | int, new: object) -> Change:
-    def change() -> str:
-        if isinstance(at, int):
-            target[at] = new  # type: ignore[index]
-        else:
-            setattr(target, at, new)
-        return type(new).__name__ if isinstance(new, ast.AST) else repr(new)
-
-    return change
-
-
-def _without_not(test: ast.expr) -> ast.expr:
-    return (
-        test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else ast.UnaryOp(ast.Not(), test)
-    )
-
-
-def _skipped(tree: ast.AST) -> set[int]:
-    """Nodes whose change is no change of behaviour: annotations, what an error says, decorators, `__all__`."""
-    roots: list[ast.AST] = []
-    for node in ast.walk(tree):
-        roots += [part for name in ("annotation", "returns") if (part := getattr(node, name, None)) is not None]
-        roots += getattr(node, "decorator_list", [])
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            roots += node.exc.args
-        if isinstance(node, (ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)):
-            roots.append(node)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            roots.append(node)
-    return {id(inner) for root in roots for inner in ast.walk(root)}
-
-
-def sites(part: str) -> list[Site]:
-    """``(file, line, number of the change in the file)`` of every change that could be made."""
-    files = [file for file in sorted((ROOT / PARTS[part]).rglob("*.py")) if file.name not in LEFT_OUT]
-    found = []
-    for file in files:
-        tree = ast.parse(file.read_text())
-        found += [
-            (file.relative_to(ROOT), getattr(node, "lineno", 0), number)
-            for number, (node, _) in enumerate(changes(tree, _skipped(tree)))
-        ]
-    return found
-
-
-def mutated(file: Path, number: int) -> tuple[str, str]:
-    """The text of a module with one change, and what it is."""
-    tree = ast.parse((ROOT / file).read_text())
-    node, change = list(changes(tree, _skipped(tree)))[number]
-    before = ast.unparse(node).splitlines()[0]
-    told = change()
-    return ast.unparse(ast.fix_missing_locations(tree)), f"{before[:80]}  ->  {told}"
+_FORK: Any = multiprocessing.get_context("fork")  # the large libraries are imported once
+_BUDGET = 8.0  # seconds of tests that follow a change at first
+_PATIENCE = 10  # a change may make tests slower so many times
+_HANGS = 60  # a test that takes so long hangs: those recorded take a third at most
+_MISUSED = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+_NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache")
+Outcome = tuple[str, str]
 
 
 def closest(file: Path) -> list[str]:
-    """The test files that may call a module, those first that name it; the smallest of each kind first."""
+    """The test files that may call a module: those that name it, that import from its package, and all others.
+
+    Of each kind the smallest is first.
+    """
     folder = "core" if file.parts[0] == "parasolver_core" else "adapters"
     tests = sorted((ROOT / "tests" / folder).glob("test_*.py"), key=lambda one: one.stat().st_size)
     module = ".".join(file.with_suffix("").parts).removeprefix("adapters.")
     texts = {one: one.read_text() for one in tests}
     packages = module.rpartition(".")[0], ".".join(module.split(".")[:2])
     naming = [one for one in tests if module in texts[one] or file.stem in one.stem]
-    others = [one for one in tests if folder == "core" or any(f"{name} import" in texts[one] for name in packages)]
-    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + others)]
+    near = [one for one in tests if any(f"{name} import" in texts[one] for name in packages)]
+    return [str(one.relative_to(ROOT)) for one in dict.fromkeys(naming + near + tests)]
 
 
-def able(site: Site, thorough: bool) -> list[str]:
-    """The tests that call the function of a change, or anything of its file if it is in none.
+def following(site: Site, seconds: float) -> tuple[list[str], list[str], int]:
+    """The tests that call the function of a change, or anything of its file if it is in none: first, later, how many.
 
-    In turn from each test file, the closest one first and the quickest test of each first, for some seconds.
+    The first are taken in turn from each test file, the closest one first and the quickest test of each first, for some
+    seconds; later come the others, the quickest first, for so many seconds.
     """
-    file, _, number = site
-    tree = ast.parse((ROOT / file).read_text())
-    node, _ = list(changes(tree, _skipped(tree)))[number]
-    name = f"{file}:{function_at(tree, node)}"
+    file = site[0]
+    name = f"{file}:{function_of(site)}"
     whole = name.endswith(":")
     queues = []
     for one in closest(file):
@@ -161,11 +79,18 @@ def able(site: Site, thorough: bool) -> list[str]:
         ]
         queues.append(sorted(own))
     turns = [one for turn in zip_longest(*queues) for one in turn if one is not None]
-    chosen, spent = [], 0.0
+    first = _within(_BUDGET, turns)
+    later = _within(seconds, sorted(set(turns) - set(first)))
+    return [test for _, test in first], [test for _, test in later], len(turns)
+
+
+def _within(budget: float, turns: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Those that fit into so many seconds; a slow test leaves room for quick ones behind it."""
+    chosen: list[tuple[float, str]] = []
     for seconds, test in turns:
-        if not chosen or thorough or spent + seconds <= _BUDGET:  # a slow test leaves room for many quick ones
-            chosen.append(test)
-            spent += seconds
+        if seconds <= budget or not chosen:
+            chosen.append((seconds, test))
+            budget -= seconds
     return chosen
 
 
@@ -173,59 +98,102 @@ def _calls(function: str, name: str, whole: bool) -> bool:
     return function.startswith(name) if whole else function == name
 
 
-def survives(copy: Path, site: Site, limit: float, thorough: bool) -> str | None:
-    """What the change was, if all tests near it still pass; None if one fails."""
-    file, _, number = site
-    text, told = mutated(file, number)
-    tests = able(site, thorough)
-    if not tests:
-        return f"{told}  (no test calls it)"
-    whole = (ROOT / file).read_text()
-    (copy / file).write_text(text)
-    failed = fails(copy, tests, limit)
-    (copy / file).write_text(whole)
-    if failed is None:
-        return f"{told}  (time ran out, undecided)"
-    return None if failed else told
+class Copy:
+    """A copy of the project in which one module at a time is changed."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder / "project", seconds
+        shutil.copytree(ROOT, self.folder, ignore=_NOT_COPIED)
+        self._sound: set[str] = set()  # tests that failed with a change, and pass without it
+        self._broken: set[str] = set()  # those that fail without it too: here they say nothing
+
+    def outcome(self, site: Site) -> Outcome:
+        """What became of a change: noticed, at first or later, survived, immaterial or undecided; and why."""
+        text, told = mutated(site)
+        if told in immaterial():
+            return "immaterial", immaterial()[told]
+        first, later, known = following(site, self.seconds)
+        for tests, name in ((first, "noticed"), (later, "noticed later")):
+            test = self._noticing(site[0], text, tests)
+            if test is None:
+                return "undecided", "time ran out"
+            if test:
+                return name, test
+        return "survived", f"{len(first) + len(later)} tests pass, of {known} that call it"
+
+    def _noticing(self, file: Path, text: str, tests: list[str]) -> str | None:
+        """The first test that fails with this text of a module and passes without; empty if none, None without time."""
+        left = [one for one in tests if one not in self._broken]
+        while left:
+            test = self._failing(file, text, left)
+            if not test or test in self._sound:
+                return test
+            if self._failing(file, (ROOT / file).read_text(), [test]) == "":
+                self._sound.add(test)
+                return test
+            self._broken.add(test)
+            left.remove(test)
+        return ""
+
+    def _failing(self, file: Path, text: str, tests: list[str]) -> str | None:
+        """The first test that fails with this text of a module; empty if none does, None where time ran out."""
+        (self.folder / file).write_text(text)
+        told = self.folder / "failed.txt"
+        told.write_text("")
+        process = _FORK.Process(target=_run_tests, args=(self.folder, tests, told))
+        process.start()
+        process.join(_PATIENCE * (_BUDGET + self.seconds))
+        undecided = process.is_alive()
+        process.kill()
+        process.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what tests of several processes have left
+        (self.folder / file).write_text((ROOT / file).read_text())
+        failed = told.read_text()
+        if undecided or (not failed and process.exitcode in _MISUSED):
+            return None
+        if process.exitcode == 0:
+            return ""
+        failed = failed or tests[0]  # the process itself may have died
+        return next(one for one in tests if one.startswith(failed))
 
 
-def fails(copy: Path, files: list[str], limit: float) -> bool | None:
-    """Whether a test among these fails; None where time ran out."""
-    tests = _FORK.Process(target=_run_tests, args=(copy, files))
-    tests.start()
-    tests.join(limit)
-    undecided = tests.is_alive()
-    tests.kill()
-    tests.join()
-    return None if undecided else tests.exitcode != 0
-
-
-def _run_tests(copy: Path, files: list[str]) -> None:
+def _run_tests(folder: Path, tests: list[str], told: Path) -> None:
     """In a process of its own, which has the large libraries already and takes the project from the copy."""
-    os.chdir(copy)
-    sys.path[:0] = [str(copy), str(copy / "adapters")]
+    os.setsid()
+    os.chdir(folder)
+    sys.path[:0] = own = [str(folder), str(folder / "adapters")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(own)  # for the processes that tests start
     for name in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
         del sys.modules[name]
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600"]
+
+    class Teller:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            self._tell(report)
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            self._tell(report)
+
+        def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+            if report.failed and not told.read_text():
+                told.write_text(report.nodeid)
+
+    options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", str(_HANGS)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    os._exit(int(pytest.main([*options, *files])))
+    os._exit(int(pytest.main([*options, *tests], plugins=[Teller()])))
 
 
-def work(own: list[Site], each: float, thorough: bool, end: float, results: Any) -> None:
+def work(own: list[Site], seconds: float, end: float, results: Any) -> None:
     """The changes of one worker, in a copy of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "project"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_build", "__pycache__", ".*_cache"))
-        for number, site in enumerate(own):
+        copy = Copy(Path(folder), seconds)
+        for site in own:
             if time.monotonic() > end:
                 break
-            told = survives(copy, site, each, thorough)
-            if told is None and number % _CONTROL == 0 and fails(copy, able(site, thorough), each) is not False:
-                told = f"{_UNUSABLE} (undecided)"  # else every change would count as noticed
-            results.put((site, told))
+            results.put((site, copy.outcome(site)))
     results.put(None)
 
 
@@ -235,18 +203,20 @@ def _key(site: Site) -> str:
     return f"{site[0]} {text} {site[2]}"
 
 
-def noticed_before() -> set[str]:
-    """Changes that an earlier run found noticed; what was not is tried again, since tests may have been added."""
-    return set(KEPT.read_text().splitlines()) if KEPT.exists() else set()
+def noticed_before() -> dict[str, str]:
+    """What an earlier run found noticed, and how; what was not is tried again, since tests may have been added."""
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    return dict(line.split(": ") for line in lines)
 
 
-def share_out(sample: list[Site], given: argparse.Namespace, end: float) -> Iterator[tuple[Site, str | None]]:
+def share_out(sample: list[Site], given: argparse.Namespace, end: float) -> Iterator[tuple[Site, Outcome]]:
     """The changes and what became of them, as the workers find out."""
-    for library in LIBRARIES:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in all tests
+    for library in (*LIBRARIES, *([PIPELINES] if importlib.util.find_spec("diffusers") else [])):
         importlib.import_module(library)
     results = _FORK.Queue()
     parts = [sample[start :: given.workers] for start in range(given.workers)]
-    workers = [_FORK.Process(target=work, args=(part, given.each, given.thorough, end, results)) for part in parts]
+    workers = [_FORK.Process(target=work, args=(part, given.each, end, results)) for part in parts]
     for worker in workers:
         worker.start()
     left = len(workers)
@@ -258,32 +228,40 @@ def share_out(sample: list[Site], given: argparse.Namespace, end: float) -> Iter
             yield result
 
 
+def summary(part: str, counts: Counter[str]) -> str:
+    """The share of what was noticed among the changes that matter, as far as they were followed."""
+    noticed = counts["noticed"] + counts["noticed later"]
+    decided = max(noticed + counts["survived"], 1)
+    return f"{part}: {noticed / decided:.0%} of {decided} changes noticed; {dict(counts)}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="How much the tests notice.")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of changes")
     parser.add_argument("--count", type=int, default=200, help="how many changes")
     parser.add_argument("--seconds", type=float, default=3600, help="no new change after so many seconds")
     parser.add_argument("--workers", type=int, default=2, help="how many copies of the project work at once")
-    parser.add_argument("--each", type=float, default=180, help="seconds for the tests of one change")
-    parser.add_argument("--thorough", action="store_true", help="all tests that call the changed function")
+    parser.add_argument("--each", type=float, default=90, help="seconds of tests for what the first did not notice")
     parser.add_argument("--part", choices=[*PARTS, "both"], default="both")
     parser.add_argument("--file", default="", help="only files whose name contains this")
     given = parser.parse_args(argv)
-    known = [one for part in PARTS if given.part in (part, "both") for one in sites(part) if given.file in one[0].name]
-    sample = random.Random(given.seed).sample(known, min(given.count, len(known)))
+    known = {part: [one for one in sites(part) if given.file in one[0].name] for part in PARTS}
+    every = [one for part in PARTS if given.part in (part, "both") for one in known[part]]
+    sample = random.Random(given.seed).sample(every, min(given.count, len(every)))
     end, before = time.monotonic() + given.seconds, noticed_before()
     record(sorted({ROOT / one for site in sample for one in closest(site[0])}), end)
-    again = [one for one in sample if _key(one) not in before]
-    counts = {"noticed": len(sample) - len(again), "survived": 0, "undecided": 0}
-    for site, told in share_out(again, given, end):
-        counts["noticed" if told is None else "undecided" if told.endswith("undecided)") else "survived"] += 1
-        if told is not None:
-            print(f"{site[0]}:{site[1]}: {told}", flush=True)
-        else:
+    found: dict[Site, Outcome] = {one: (before[_key(one)], "") for one in sample if _key(one) in before}
+    for site, (how, why) in share_out([one for one in sample if one not in found], given, end):
+        found[site] = how, why
+        if how.startswith("noticed"):
             with KEPT.open("a") as kept:
-                kept.write(f"{_key(site)}\n")
-    decided = max(counts["noticed"] + counts["survived"], 1)
-    print(f"{counts['noticed'] / decided:.0%} noticed; {counts}, of {len(known)} changes that could be made")
+                kept.write(f"{_key(site)}: {how}\n")
+        elif how != "immaterial":
+            _, line, to = mutated(site)[1]
+            print(f"{site[0]}:{site[1]}: {line}  ->  {to}  ({how}: {why})", flush=True)
+    for part in PARTS:
+        own = Counter(found[one][0] for one in known[part] if one in found)
+        print(f"{summary(part, own)}, of {len(known[part])} changes that could be made")
     return 0
 
 

@@ -1,18 +1,21 @@
 """Which functions each test calls, so that a change of one is followed by the tests that can notice it.
 
-``record(files, end)`` keeps a file for each test file: of each test that passes, its seconds and what it called. Only
-what has no record yet, or has changed since, is run.
+``record(files, end)`` keeps a file for each test file: of each test that passes, its seconds and what it called, in the
+processes that it started as well. Only what has no record yet, or has changed since, is run.
 """
 
 from __future__ import annotations
 
-import ast
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -22,72 +25,65 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".mutants_cache"
 _SECONDS = 20.0  # longer tests are left out: there are many changes
-_EACH = 3  # of a test with many parameters: the first, the last and one between
+_LISTENS = "PARASOLVER_MUTANTS_CALLS"  # the environment variable that says where
 _CODE = tuple(str(ROOT / part) for part in ("parasolver_core", "adapters/parasolver_adapters"))
 
 
 class Recorder:
-    """A plugin of pytest that notes what is called while a test runs, its fixtures included."""
+    """A plugin of pytest that notes what is called while a test runs, its fixtures and processes included."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
-        self._names: dict[CodeType, str | None] = {}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        groups: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        last = _EACH - 1
-        items[:] = [
-            one
-            for group in groups.values()
-            for one in (group if len(group) <= _EACH else [group[k * (len(group) - 1) // last] for k in range(_EACH)])
-        ]
+        self._folder = folder  # where processes write what they call
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        called: set[CodeType] = set()
-
-        def trace(frame: FrameType, event: str, arg: object) -> None:  # whose lines are not followed
-            called.add(frame.f_code)
-
+        names: set[str] = set()
         started = time.monotonic()
-        threading.settrace(trace)
-        sys.settrace(trace)
-        try:
-            return (yield)
-        finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
-            names = sorted({name for code in called if (name := self._name(code)) is not None})
-            self.tests.setdefault(item.nodeid, {}).update(seconds=time.monotonic() - started, functions=names)
+        with calls(names):
+            result = yield
+        for file in self._folder.iterdir():
+            names.update(json.loads(file.read_text()))
+            file.unlink()
+        self.tests.setdefault(item.nodeid, {}).update(seconds=time.monotonic() - started, functions=sorted(names))
+        return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         kept = self.tests.setdefault(report.nodeid, {"passed": True})
         kept["passed"] = kept.get("passed", True) and report.passed
 
-    def _name(self, code: CodeType) -> str | None:
-        if code not in self._names:
-            ours = code.co_filename.startswith(_CODE)
-            self._names[code] = f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}" if ours else None
-        return self._names[code]
+
+@contextmanager
+def calls(names: set[str]) -> Iterator[None]:
+    """Adds the names of the functions that are called meanwhile, at the end."""
+    called: set[CodeType] = set()
+
+    def trace(frame: FrameType, event: str, arg: object) -> None:  # whose lines are not followed
+        called.add(frame.f_code)
+
+    threading.settrace(trace)
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
+        ours = [code for code in called if code.co_filename.startswith(_CODE)]
+        names.update(f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}" for code in ours)
 
 
-def function_at(tree: ast.AST, target: ast.AST) -> str:
-    """The qualified name of the innermost function around a node, as ``co_qualname`` has it; empty outside of any."""
-
-    def search(node: ast.AST, name: str) -> str | None:
-        if node is target:
-            return name
-        inner = name
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            inner = f"{name}{node.name}.<locals>."
-        elif isinstance(node, ast.ClassDef):
-            inner = f"{name}{node.name}."
-        found = (search(child, inner) for child in ast.iter_child_nodes(node))
-        return next((one for one in found if one is not None), None)
-
-    return (search(tree, "") or "").rpartition(".<locals>.")[0]
+@contextmanager
+def calls_of_process() -> Iterator[None]:
+    """In a process that a test has started: tell the recorder what is called meanwhile, if there is one."""
+    if _LISTENS not in os.environ:
+        yield
+        return
+    names: set[str] = set()
+    try:
+        with calls(names):
+            yield
+    finally:
+        Path(os.environ[_LISTENS], f"{os.getpid()}.json").write_text(json.dumps(sorted(names)))
 
 
 def record(files: Iterable[Path], end: float) -> None:
@@ -102,6 +98,7 @@ def record(files: Iterable[Path], end: float) -> None:
         subprocess.run([sys.executable, "-m", "tests.reached", str(file), str(kept)], cwd=ROOT, check=True)
 
 
+@cache
 def tests_of(file: Path) -> dict[str, dict[str, Any]]:
     """What is kept of the tests of a file, of those that are quick enough."""
     kept = _record_of(file)
@@ -114,9 +111,11 @@ def _record_of(file: Path) -> Path:
 
 
 def main(file: str, kept: str) -> None:
-    recorder = Recorder()
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow and not distributed", "--no-header"]
-    pytest.main([*options, file], plugins=[recorder])
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--no-header"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[_LISTENS] = folder
+        recorder = Recorder(Path(folder))
+        pytest.main([*options, file], plugins=[recorder])
     whole = {name: one for name, one in recorder.tests.items() if one.pop("passed") and "functions" in one}
     Path(kept).write_text(json.dumps(whole))
 

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.mutants import ROOT, closest, mutated, sites
-from tests.reached import function_at
+from tests.changes import ROOT, function_at, mutated, sites
+from tests.mutants import closest
 
 
 def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
     own = [one for one in sites("core") if one[0].name == "acceptance.py"]
     assert len(own) > 20
-    texts = {mutated(file, number)[0] for file, _, number in own}
+    texts = {mutated(one)[0] for one in own}
     assert ast.unparse(ast.parse((ROOT / own[0][0]).read_text())) not in texts
     assert len(texts) > 0.9 * len(own)
     for text in texts:

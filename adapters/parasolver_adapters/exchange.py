@@ -182,10 +182,9 @@ class Exchange:
                 "decide alike"
             )
         sketches = torch.stack([header.sketch for header in headers if header.sketch is not None])
-        size = sketches.abs().amax()
-        apart = (sketches - sketches[0]).abs().amax(1)
-        if bool((apart > _APART * size).any()):
-            rank = int((apart > _APART * size).int().argmax())
+        apart = (sketches - sketches[0]).abs().amax(1) > _APART * sketches.abs().amax()
+        if bool(apart.any()):
+            rank = int(apart.int().argmax())
             return WorkersDisagreeError(
                 f"the processes have come apart: in network call {headers[0].call} of run {headers[0].run} rank {rank} "
                 "has other states than rank 0. They need the same noise, and callbacks that leave the states alone",

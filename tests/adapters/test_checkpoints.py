@@ -109,6 +109,7 @@ WITH_AVERAGES: dict[str, Callable[[Any, Any], Any]] = {
         **under("model_ema", {**without_dots(mean), **NUMBERS}),
     },
     "in an optimizer": lambda raw, mean: {"state_dict": raw, "optimizer_states": [{"ema": tuple(mean.values())}]},
+    "in a list, after a number": lambda raw, mean: [torch.tensor(3), {"model": raw, "ema": mean}],
     "compiled": lambda raw, mean: {"model": under("_orig_mod", raw), "ema": under("module", mean)},
     "a step's average": lambda raw, mean: {"model": raw, "ema": mean, "avg_loss": {"train": torch.tensor(0.1)}},
 }

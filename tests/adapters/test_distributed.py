@@ -4,12 +4,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from parasolver_adapters.distributed import DistributedDenoiser, WorkerLostError, fingerprint, process_group, shares
+from parasolver_adapters.distributed import (
+    DistributedDenoiser,
+    WorkerLostError,
+    WorkersDisagreeError,
+    fingerprint,
+    process_group,
+    shares,
+)
+from parasolver_adapters.exchange import Exchange, Header, Kind
 from tests.adapters import workers
 from tests.adapters.workers import launch
 
@@ -213,6 +222,24 @@ def test_a_script_under_torchrun(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60, env=os.environ | {"PYTHONPATH": workers.PATH})
     assert (tmp_path / "rank0").exists()
     assert (tmp_path / "rank1").exists()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_processes_are_apart_where_their_inputs_differ_by_more_than_rounding(size: float) -> None:
+    """By more than a thousandth of the largest number, whatever its size."""
+
+    def told(*differences: float) -> Any:
+        numbers = size * torch.linspace(-1, 0.5, 16)
+        sketches = [numbers + size * difference for difference in differences]
+        headers = [Header(Kind.CALL, run=2, call=7, rows=8, sketch=sketch) for sketch in sketches]
+        packets = torch.zeros(len(headers), 0, dtype=torch.uint8)
+        return Exchange._wrong(SimpleNamespace(size=len(headers)), headers, packets)  # type: ignore[arg-type]
+
+    assert told(0, 9e-4, -9e-4) is None
+    wrong = told(0, 9e-4, -1.1e-3)
+    assert isinstance(wrong, WorkersDisagreeError)
+    assert wrong.rank == 2
+    assert "in network call 7 of run 2 rank 2 has other states than rank 0" in str(wrong)
 
 
 @pytest.mark.parametrize("rows", range(10))

@@ -77,6 +77,15 @@ FROZEN = {
 SMALL = Preset(NEW, classifier=UNetConfig(16, num_head_channels=16, num_classes=5, resblock_updown=True, **COMMON))
 
 
+def test_what_a_network_is_unless_told() -> None:
+    """As by ``model_and_diffusion_defaults`` of the published code."""
+    own = UNetConfig(64)
+    assert (own.num_channels, own.num_res_blocks, own.num_heads, own.attention_resolutions) == (128, 2, 4, (16, 8))
+    assert own.num_head_channels is own.num_heads_upsample is own.num_classes is own.channel_mult is None
+    assert (own.use_scale_shift_norm, own.in_channels, own.dropout) == (True, 3, 0.0)
+    assert not any((own.learn_sigma, own.resblock_updown, own.use_fp16, own.use_new_attention_order))
+
+
 def pictures() -> torch.Tensor:
     return (1.5 * torch.sin(0.9 * torch.arange(2 * 3 * 16 * 16, dtype=torch.float64))).float().view(2, 3, 16, 16)
 

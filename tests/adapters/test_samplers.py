@@ -94,6 +94,8 @@ def test_sampler_of_edm(churn: float) -> None:
     assert rule.noisy_start == (churn > 0)
     assert rule.table.stages == 2
     assert len(rule.timesteps) == 35
+    short = step_rule_from_sampler(edm_sampler, model=network, **(options | {"num_steps": 6}))
+    assert (short.table.stages, len(short.timesteps)) == (2, 11)
 
 
 def test_names_that_people_know_are_these_rules() -> None:
@@ -317,6 +319,28 @@ def test_products_of_a_samplers_own_single_precision_tables_are_read() -> None:
     rule = step_rule_from_sampler(sample_two_outputs, sigmas)
     gain = float(1 - sigmas[4] / sigmas[3])
     np.testing.assert_allclose(rule.table.b[3, :2], [0.75 * gain, 0.5 * gain], rtol=1e-6)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_output_that_its_own_step_does_not_read(later: bool) -> None:
+    """It may go unread, but not be read by the step after it alone."""
+
+    def sample_late(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        earlier = torch.zeros_like(x)
+        for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
+            denoised = model(x, here.expand(len(x)))
+            mean = earlier if i == 3 else 0.7 * denoised + 0.3 * earlier if i != 4 or later else denoised
+            x, earlier = mean + after / here * (x - mean), denoised
+        return x
+
+    network = lambda x, sigma: torch.tanh(x / sigma[:, None])  # noqa: E731
+    x, sigmas = normal(2, 6), torch.linspace(1, 0.1, 11)
+    if later:
+        with pytest.raises(UnsupportedSamplerError, match=r"step 3 of sample_late does not read .* at its own state"):
+            parallel(sample_late, 4)(network, x, sigmas)
+    else:
+        got = parallel(sample_late, 4, tolerance=0)(network, x, sigmas)
+        assert relative(got, sample_late(network, x, sigmas)) < 1e-6
 
 
 def test_times_that_a_sampler_works_out_in_the_states_dtype_are_the_same_times() -> None:

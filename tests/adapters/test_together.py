@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parasolver_adapters.diffusers import parallel_sampling
+from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sampling
 from parasolver_adapters.diffusers.recording import together
 from parasolver_adapters.diffusers.recording.agreement import apart
-from parasolver_adapters.diffusers.recording.batching import Networks, RecordedDenoiser
+from parasolver_adapters.diffusers.recording.batching import Networks, RecordedDenoiser, _split
 from parasolver_adapters.diffusers.recording.programs import Operation, Program, Ref
 from parasolver_adapters.diffusers.recording.together import Together
 from tests.adapters.tiny_pipelines import SINGLE, ddim, distance, generator, stable_diffusion, text
@@ -181,3 +182,13 @@ def test_other_operations_and_numbers_in_the_program_are_another_kind() -> None:
     )
     assert [steps.kind(0) == steps.kind(other) for other in range(1, 6)] == [True, False, False, False, False]
     assert steps.kind(4) != steps.kind(5)
+
+
+def test_what_a_network_returns_is_shared_out_among_the_steps() -> None:
+    """Rows to their steps; what is no tensor, as the flag of some networks, is the same for all."""
+    call: Any = SimpleNamespace(module=torch.nn.Identity())
+    first, second = _split(call, torch.arange(6.0).reshape(6, 1), 2)
+    assert (first[:, 0].tolist(), second[:, 0].tolist()) == ([0.0, 1.0, 2.0], [3.0, 4.0, 5.0])
+    assert list(_split(call, None, 3)) == [None] * 3
+    with pytest.raises(PipelineNotParallelError, match=r"Identity returns a tensor of shape \(5, 1\) for a batch of 2"):
+        _split(call, torch.zeros(5, 1), 2)

@@ -22,6 +22,7 @@ from parasolver_adapters.distributed import DistributedDenoiser, WorkerError, pr
 from parasolver_adapters.exchange import exchange_of
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, solve
 from tests.core.problems import Rational
+from tests.reached import calls_of_process
 
 SCHEDULE = NoiseSchedule.linear()
 TIMEOUT = 3.0  # for the tests of the timeout; elsewhere a busy machine must not be taken for a lost process
@@ -62,7 +63,7 @@ def _work(rank: int, ranks: int, port: int, folder: Path, scenario: Callable[...
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with process_group(timeout=FOREVER):
+    with process_group(timeout=FOREVER), calls_of_process():
         seen = scenario(rank, *args)
     part = folder / f"rank{rank}.part"
     part.write_text(json.dumps(seen))

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from parasolver_core import DDIM, Euler, NoiseSchedule, Status, solve, solve_sequential
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    Euler,
+    Method,
+    NoiseSchedule,
+    ParallelIntegralSolver,
+    Status,
+    StepRule,
+    solve,
+    solve_sequential,
+)
+from parasolver_core.methods.sample_window import SampleWindow
 from tests.arrays import to_numpy
 from tests.core.problems import Mixture, normal, relative
 
@@ -42,6 +54,26 @@ def test_what_a_network_says_to_a_guess_ends_no_sample(
     assert np.all(np.isfinite(got.error_estimate))
     if method in ("secant", "identity"):
         assert relative(got.sample, way.sample) <= max(tolerance, 1e-10)
+
+
+@pytest.mark.parametrize("rule", [DDIM(TABLE), DDPM(TABLE)])
+@pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (1, 1e-2), (2, 1e-2)])
+def test_copies_are_what_the_network_is_given_first(rule: StepRule, batch: int, tolerance: float) -> None:
+    """Beliefs that make the state behind each node the same again, the noise of its step included."""
+    x_T, calls = normal((batch, 6), seed=3), []
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        calls.append(x.copy())
+        return np.tanh(x)
+
+    solver = ParallelIntegralSolver(rule, window=8, tolerance=tolerance, method=Method(spread=False, fill="copy"))
+    state = solver.init(network, x_T, GRID, seed=1)
+    (run,) = state.runs
+    if isinstance(run, SampleWindow):
+        for node in range(8):
+            np.testing.assert_allclose(run._correction.behind(node), x_T[0], rtol=1e-12, atol=1e-12)
+    solver.step(state)
+    np.testing.assert_allclose(calls[0], np.repeat(x_T, 8, axis=0), rtol=1e-12, atol=1e-12)
 
 
 def test_outputs_that_are_not_finite_are_left_out_where_nodes_are_spread() -> None:
@@ -100,6 +132,20 @@ def test_a_move_that_is_no_number_is_not_small(seed: int) -> None:
         start = expected.trajectory * (1 + 0.01 * rng.standard_normal(expected.trajectory.shape))
         got = solve(network, x_T, grid, rule, steps, tolerance=0, start=start.astype(np.float32), throw=False)
         assert not got.success or relative(got.sample, expected.sample) < 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_a_last_step_that_overflows_is_not_counted(tolerance: float, batch: int) -> None:
+    schedule = NoiseSchedule.karras(5.0, 80.0)
+    rule, grid = Euler(schedule, prediction_type="epsilon"), schedule.timesteps(6)
+    last = lambda x, t: np.where(t[:, None] < 5.1, np.float32(3e38), np.zeros_like(x))  # noqa: E731
+    x_T = normal((batch, 6)).astype(np.float32)
+    got = solve(last, x_T, grid, rule, 4, tolerance=tolerance, check=False, throw=False)
+    expected = solve_sequential(last, x_T, grid, rule, throw=False)
+    assert got.statuses == expected.statuses == (Status.NONFINITE_SOLVER,) * batch
+    assert got.steps == expected.steps == (5,) * batch
+    np.testing.assert_allclose(got.states, expected.states, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-2])

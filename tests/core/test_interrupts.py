@@ -18,6 +18,7 @@ from parasolver_core import (
     Method,
     NoiseSchedule,
     ParallelIntegralSolver,
+    SequentialSolver,
     Solution,
     Status,
     solve,
@@ -202,6 +203,25 @@ def test_stepping_by_hand_after_an_interrupt() -> None:
             with pytest.raises(RuntimeError, match="its last round was interrupted half-way"):
                 solver.step(state)
     assert torn > 5
+
+
+def test_stepping_by_hand_after_an_interrupt_of_the_plain_loop() -> None:
+    interrupts = [KeyboardInterrupt]
+
+    def noise(step: int, sample: int) -> np.ndarray:
+        if step == 3 and interrupts:
+            raise interrupts.pop()
+        return np.zeros(4)
+
+    solver = SequentialSolver(DDPM(SCHEDULE))
+    state = solver.init(NETWORK, normal((1, 4)), SCHEDULE.timesteps(14), noise=noise)
+    for _ in range(3):
+        solver.step(state)
+    with pytest.raises(KeyboardInterrupt):
+        solver.step(state)
+    assert solver.result(state).steps == (3,)
+    with pytest.raises(RuntimeError, match="its last round was interrupted half-way"):
+        solver.step(state)
 
 
 def test_an_interrupt_while_the_window_is_chosen() -> None:

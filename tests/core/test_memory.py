@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from parasolver_core import DDIM, DDPM, NoiseSchedule, solve, solve_sequential
+from parasolver_core.arrays import host_view
 from parasolver_core.denoiser.calls import BatchedCall, out_of_memory
 from parasolver_core.methods import sliding, spread
 from parasolver_core.methods import window_batch as batch
@@ -48,6 +49,20 @@ def test_half_precision_rows_that_a_network_spoils_are_made_anew(batch: int) -> 
 
 class OutOfMemoryError(Exception):
     """As CuPy names it."""
+
+
+def test_tensors_on_a_cpu_are_worked_on_as_arrays_of_numpy_in_the_same_memory() -> None:
+    """Those of half precision are not: NumPy's arithmetic of them is slow, and bfloat16 is unknown to it."""
+    for dtype in (torch.float32, torch.float64):
+        tensor = torch.zeros(3, dtype=dtype)
+        view = host_view(tensor)
+        assert isinstance(view, np.ndarray)
+        view[1] = 2.0
+        assert tensor.tolist() == [0.0, 2.0, 0.0]
+    for dtype in (torch.float16, torch.bfloat16):
+        tensor = torch.zeros(3, dtype=dtype)
+        assert host_view(tensor) is tensor
+    assert host_view(away := torch.zeros(3, device="meta")) is away
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_predicted_rounds_are_near_the_real_ones(rule: Any, steps: int, window: 
     assert predicted_rounds(table(steps, rule), METHOD, window, tolerance) == pytest.approx(got.stats.rounds, rel=0.4)
 
 
+@pytest.mark.parametrize(("steps", "window", "tolerance"), [(400, 40, 1e-2), (1000, 64, 1e-2), (1000, 100, 1e-1)])
+def test_predicted_rounds_of_spread_nodes(steps: int, window: int, tolerance: float) -> None:
+    """This network takes fewer than those that the constants were fitted to, but not less than half as many."""
+    assert METHOD.spreads(table(steps), window, tolerance)
+    network, rule = Mixture(SCHEDULE, "epsilon"), DDIM(SCHEDULE)
+    got = solve(network, normal((1, 16)), SCHEDULE.timesteps(steps), rule, window, tolerance=tolerance)
+    assert got.stats.rounds <= predicted_rounds(table(steps), METHOD, window, tolerance) <= 2 * got.stats.rounds
+
+
 def test_predictions_are_in_order() -> None:
     for steps in (1, 2, 3, 10, 200, 1000):
         for tolerance in (0.0, 1e-3, 1e-1, 3.0):

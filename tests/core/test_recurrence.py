@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import Recurrence, StepRule, solve
+from parasolver_core.samplers.recurrence import added_noise_share
 from tests.core.forward_rules import AdamsBashforth, LeapFrog, table
 from tests.core.problems import Rational, normal
 
@@ -68,6 +69,16 @@ def test_what_a_table_leaves_out() -> None:
     table = Recurrence(short.timesteps, short.a, b, short.c, given.held, given.slope)
     assert table.identity_slope[0] == pytest.approx(0.2)  # at one node what is held does not matter
     assert table.identity_slope[2] == 7.0
+
+
+def test_the_share_of_added_noise() -> None:
+    """Of the variances that ancestral steps add, each next to that of the state after it."""
+    alpha, sigma = np.array([0.5, 0.8, 2.0]), np.array([3.0, 2.0, 1.0])
+    full = np.array([4 - (0.5 * 4 / (0.8 * 3)) ** 2, 1 - (0.8 * 1 / (2 * 2)) ** 2])
+    ancestral = np.sqrt(np.append(full, 9.0))  # what the last step adds does not count
+    assert added_noise_share(alpha, sigma, ancestral) == pytest.approx(1.0, rel=1e-12)
+    only_last = added_noise_share(alpha, sigma, ancestral * [0, 0.5, 1])
+    assert only_last == pytest.approx(0.25 * (full[1] / 5) / (full[0] / 4.64 + full[1] / 5), rel=1e-12)
 
 
 def test_recurrence_properties() -> None:
