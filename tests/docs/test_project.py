@@ -34,6 +34,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert set(listed) <= set(re.findall(r"\((\w+)\.md\)", index.split("## All pages")[1]))  # for forges
 
 
+def test_the_plan_of_the_house_names_every_module() -> None:
+    plan = (ROOT / "docs/architecture.md").read_text()
+    modules = [file for root in ("parasolver_core", "adapters") for file in (ROOT / root).rglob("*.py")]
+    assert {
+        file.stem for file in modules if file.stem != "__init__" and not re.search(rf"\b{file.stem}\b", plan)
+    } == set()
+
+
 def test_an_index_gets_absolute_links() -> None:
     absolute_links = runpy.run_path(str(ROOT / "setup.py"))["absolute_links"]
     text = (ROOT / "README.md").read_text()
