@@ -1,23 +1,36 @@
 """The array libraries that tests run on, and the way from NumPy into each of them and back."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-# Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise. JAX,
-# which compiles each operation for each shape that it meets, would take over ten minutes: its cases are in
-# tests/core/test_jax.py.
+# Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise.
 LIBRARIES = {
     "numpy": "array_api_compat.numpy",
     "torch": "array_api_compat.torch",
     "array_api_strict": "array_api_strict",
+    "jax": "jax.numpy",
 }
 
 
 def load(library: str) -> ModuleType:
     return importlib.import_module(LIBRARIES[library])
+
+
+@contextmanager
+def jax_in_64_bits() -> Iterator[None]:
+    """JAX with 64-bit arrays, which are off unless a user asks for them."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def from_numpy(array: np.ndarray, xp: ModuleType) -> Any:

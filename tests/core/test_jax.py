@@ -1,21 +1,23 @@
 """JAX: its arrays cannot be written to, and a compiled network is compiled for each number of rows.
 
 In its 32-bit mode, which is the usual one, but for the promises: those are of float64. The promises are tried on a few
-runs each and not on any, as JAX compiles each operation for each shape.
+runs each; on any, in the slow tests, where JAX is one of the libraries of the fixture `xp`.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, NoiseSchedule, StepRule, solve, solve_sequential
+from tests.arrays import jax_in_64_bits
 from tests.core import test_promises as promises
 from tests.core.any_runs import Run
 from tests.core.problems import normal, relative
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
 
 SCHEDULE = NoiseSchedule.linear()
 WEIGHTS = normal((8, 8), dtype="float32") / 2
@@ -56,10 +58,8 @@ def test_a_sample_that_fails_leaves_the_plain_loop() -> None:
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """64-bit arrays, which are off unless a user asks for them."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+    with jax_in_64_bits():
+        yield
 
 
 PROMISES: dict[str, tuple[Any, dict[str, Any]]] = {
