@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.changes import ROOT, function_at, mutated, sites
+from tests.changes import PARTS, ROOT, function_at, immaterial, mutated, sites
 from tests.mutants import closest
 
 
@@ -31,6 +31,14 @@ def test_a_change_belongs_to_the_innermost_function() -> None:
     tree = ast.parse("class A:\n  def f(self):\n    def g(): return 1\n    return 2\n  n = 3\nm = 4\n")
     numbers = {node.value: node for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert [function_at(tree, numbers[k]) for k in (1, 2, 3, 4)] == ["A.f.<locals>.g", "A.f", "", ""]
+
+
+def test_what_was_reviewed_is_a_change_that_can_be_made() -> None:
+    """As `make mutants` prints it; a line that has been written anew is looked at anew."""
+    files = {file for file, _, _ in immaterial()}
+    own = {mutated(one)[1] for part in PARTS for one in sites(part) if str(one[0]) in files}
+    assert immaterial().keys() - own == set()
+    assert all(immaterial().values())
 
 
 TESTS = """
