@@ -107,6 +107,13 @@ def mutated(site: Site) -> tuple[str, tuple[str, str, str]]:
     return ast.unparse(ast.fix_missing_locations(tree)), told
 
 
+def described(file: Path) -> set[tuple[str, str, str]]:
+    """All changes of a module as `mutated` tells of them."""
+    text = (ROOT / file).read_text()
+    tree, lines = ast.parse(text), text.splitlines()
+    return {(str(file), _marked(lines, node), change()) for node, change in list(changes(tree, _skipped(tree)))}
+
+
 def function_of(site: Site) -> str:
     """The qualified name of the innermost function around a change; empty outside of any."""
     tree = ast.parse((ROOT / site[0]).read_text())

@@ -4,8 +4,8 @@
 and quickest tests follow each change first; what they do not notice is followed by all others. Listed are the changes
 after which all of them still pass. Look at each: a test is missing, or it changes nothing that matters. The latter are
 written down in ``immaterial.toml``, with the reason, and counted apart. Changes of docstrings, messages, annotations
-and logging are not made. A first run takes much longer: it records which test calls which function. What was noticed
-is remembered, so a run that was cut off goes on.
+and logging are not made. A first run takes half an hour longer: it records which test calls which function. What was
+noticed is remembered, so a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     known = {part: [one for one in sites(part) if given.file in one[0].name] for part in PARTS}
     every = [one for part in PARTS if given.part in (part, "both") for one in known[part]]
     sample = random.Random(given.seed).sample(every, min(given.count, len(every)))
+    record(sorted({ROOT / one for site in sample for one in closest(site[0])}), given.workers)
     end, before = time.monotonic() + given.seconds, noticed_before()
-    record(sorted({ROOT / one for site in sample for one in closest(site[0])}), end)
     found: dict[Site, Outcome] = {one: (before[_key(one)], "") for one in sample if _key(one) in before}
     for site, (how, why) in share_out([one for one in sample if one not in found], given, end):
         found[site] = how, why

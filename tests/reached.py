@@ -1,6 +1,6 @@
 """Which functions each test calls, so that a change of one is followed by the tests that can notice it.
 
-``record(files, end)`` keeps a file for each test file: of each test that passes, its seconds and what it called, in the
+``record(files, workers)`` keeps a file for each test file: of each test that passes, its seconds and what it called, in
 processes that it started as well. Only what has no record yet, or has changed since, is run.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -86,16 +87,18 @@ def calls_of_process() -> Iterator[None]:
         Path(os.environ[_LISTENS], f"{os.getpid()}.json").write_text(json.dumps(sorted(names)))
 
 
-def record(files: Iterable[Path], end: float) -> None:
-    """Run the test files that have no record, or an older one, until the time is over."""
-    for file in files:
-        kept = _record_of(file)
-        if kept.exists() and kept.stat().st_mtime > file.stat().st_mtime:
-            continue
-        if time.monotonic() > end:
-            return
-        FOLDER.mkdir(exist_ok=True)
-        subprocess.run([sys.executable, "-m", "tests.reached", str(file), str(kept)], cwd=ROOT, check=True)
+def record(files: Iterable[Path], workers: int) -> None:
+    """Run the test files that have no record, or an older one, so many at once."""
+    FOLDER.mkdir(exist_ok=True)
+
+    def run(file: Path) -> None:
+        command = [sys.executable, "-m", "tests.reached", str(file), str(_record_of(file))]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+    known = {file: _record_of(file) for file in files}
+    older = [file for file, kept in known.items() if not kept.exists() or kept.stat().st_mtime <= file.stat().st_mtime]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run, older))
 
 
 @cache

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.changes import ROOT, function_at, mutated, sites
+from tests.changes import ROOT, described, function_at, immaterial, mutated, sites
 from tests.mutants import closest
 
 
 def test_every_change_is_valid_code_and_differs_from_the_module() -> None:
     own = [one for one in sites("core") if one[0].name == "acceptance.py"]
     assert len(own) > 20
+    assert {mutated(one)[1] for one in own} == described(own[0][0])
     texts = {mutated(one)[0] for one in own}
     assert ast.unparse(ast.parse((ROOT / own[0][0]).read_text())) not in texts
     assert len(texts) > 0.9 * len(own)
@@ -31,6 +32,13 @@ def test_a_change_belongs_to_the_innermost_function() -> None:
     tree = ast.parse("class A:\n  def f(self):\n    def g(): return 1\n    return 2\n  n = 3\nm = 4\n")
     numbers = {node.value: node for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert [function_at(tree, numbers[k]) for k in (1, 2, 3, 4)] == ["A.f.<locals>.g", "A.f", "", ""]
+
+
+def test_what_was_reviewed_is_a_change_that_can_be_made() -> None:
+    """As `make mutants` prints it; a line that has been written anew is looked at anew."""
+    possible = {one for file in {file for file, _, _ in immaterial()} for one in described(Path(file))}
+    assert immaterial().keys() - possible == set()
+    assert all(immaterial().values())
 
 
 TESTS = """

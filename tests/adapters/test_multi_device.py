@@ -111,6 +111,21 @@ def test_memory_that_runs_out_halves_the_calls_of_that_replica_alone() -> None:
     assert "Memory ran out" in solution.message
 
 
+def test_the_least_memory_of_all_replicas_is_told() -> None:
+    def network(most: int) -> Any:
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            if len(x) > most:
+                raise RuntimeError("CUDA out of memory")
+            return torch.tanh(x)
+
+        return call
+
+    denoiser = MultiDeviceDenoiser([network(4), network(2), network(100)])
+    assert denoiser.max_rows is None
+    denoiser(normal(24, 8), torch.zeros(24))
+    assert denoiser.max_rows == 2
+
+
 def test_autocast_reaches_the_threads() -> None:
     seen: list[torch.dtype] = []
     layer = torch.nn.Linear(8, 8)

@@ -156,6 +156,9 @@ def test_a_noise_sampler_of_the_user_is_called_once_a_draw() -> None:
     want = fn(model, x, sigmas, noise_sampler=source(), **CALL)
     got = parallel(fn, 4, tolerance=0)(model, x, sigmas, noise_sampler=source(), **CALL)
     assert relative(got, want) < 1e-6
+    positional = (CALL["extra_args"], None, True, 1.0, 1.0)
+    got = parallel(fn, 4, tolerance=0)(model, x, sigmas, *positional, source())
+    assert relative(got, want) < 1e-6
     tree = k_diffusion().BrownianTreeNoiseSampler(x, sigmas[-2], sigmas[0], seed=[3, 4])
     fn = k_diffusion().sample_dpmpp_2m_sde
     want = fn(model, x, sigmas, noise_sampler=tree, **CALL)

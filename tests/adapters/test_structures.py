@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
+import numpy as np
 import torch
 from torch import Tensor
 
+from parasolver_adapters.arguments import _same
 from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
 from parasolver_adapters.structures import (
     RigidFrames,
@@ -181,3 +183,12 @@ def test_steps_are_those_of_esmfold2_itself(esmfold2: Any) -> None:
         ours = x + 1.5 * (sigmas[i + 1] / levels[i] - 1) * (x - align(answer, x))
         following = inputs[i + 1] if i + 1 < len(inputs) else end
         assert float((aligned_distance(ours, following) / sigmas[i].clamp_min(1)).max()) < 1e-3
+
+
+def test_what_is_the_same_in_every_call_of_a_network() -> None:
+    """Equal, or one object where a comparison says neither yes nor no."""
+    numbers = np.ones(2)
+    assert _same("".join(["no", "thing"]), "nothing")
+    assert _same(numbers, numbers)
+    assert not _same(numbers, numbers.copy())
+    assert not _same("nothing", "something")

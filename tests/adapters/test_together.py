@@ -17,6 +17,7 @@ from parasolver_adapters.diffusers.recording.agreement import apart
 from parasolver_adapters.diffusers.recording.batching import Networks, RecordedDenoiser, _split
 from parasolver_adapters.diffusers.recording.programs import Operation, Program, Ref
 from parasolver_adapters.diffusers.recording.together import Together
+from parasolver_core import NonFiniteError
 from tests.adapters.tiny_pipelines import SINGLE, ddim, distance, generator, stable_diffusion, text
 from tests.traffic import VIEWS
 
@@ -192,3 +193,25 @@ def test_what_a_network_returns_is_shared_out_among_the_steps() -> None:
     assert list(_split(call, None, 3)) == [None] * 3
     with pytest.raises(PipelineNotParallelError, match=r"Identity returns a tensor of shape \(5, 1\) for a batch of 2"):
         _split(call, torch.zeros(5, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "known", "seen"),
+    [
+        (ValueError("boom"), False, PipelineNotParallelError),  # before any batch has gone well, the batch is to blame
+        (ValueError("boom"), True, ValueError),
+        (torch.OutOfMemoryError("no room"), False, torch.OutOfMemoryError),  # a smaller batch will do
+        (NonFiniteError("of another process"), False, NonFiniteError),
+    ],
+)
+def test_an_error_of_a_batch_is_the_networks_own_or_the_batchs(
+    error: Exception, known: bool, seen: type[Exception]
+) -> None:
+    def fails(call: Any, nodes: list[Any]) -> Any:
+        raise error
+
+    call: Any = SimpleNamespace(module=torch.nn.Identity(), signature="signature")
+    networks: Any = SimpleNamespace(_checked={"signature"} if known else set(), _batch=fails)
+    networks.reference = lambda call: SimpleNamespace(leaves=[], outputs=[])
+    with pytest.raises(seen, match=str(error)):
+        Networks._group(networks, call, [[], []])

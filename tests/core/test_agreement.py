@@ -82,6 +82,16 @@ def test_clipping_takes_the_clean_sample_from_what_the_denoiser_predicts() -> No
     assert predicted_by(clipped) == "sample"
 
 
+@pytest.mark.parametrize(("schedule", "kind"), [(KARRAS, "epsilon"), (FLOW, "flow")])
+def test_clipping_at_times_that_are_no_integers(schedule: Any, kind: str) -> None:
+    """Both predict ``(x - sample) / t``."""
+    x, t = 5 * normal((3, 4)), np.array([0.9, 0.5, 0.1])
+    clipped = clip_sample(lambda x, t: np.tanh(x), schedule, kind, clip_range=0.7)(x, t)
+    sample = x - t[:, None] * np.tanh(x)
+    assert (np.abs(sample) < 0.7).any()
+    np.testing.assert_allclose(clipped, (x - np.clip(sample, -0.7, 0.7)) / t[:, None], rtol=1e-12)
+
+
 def test_a_class_in_the_place_of_a_rule() -> None:
     with pytest.raises(
         TypeError, match=r"^step_rule: got the class DDIM; make an object of it, such as DDIM\(schedule\)"

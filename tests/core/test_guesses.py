@@ -145,6 +145,8 @@ def test_a_last_step_that_overflows_is_not_counted(tolerance: float, batch: int)
     expected = solve_sequential(last, x_T, grid, rule, throw=False)
     assert got.statuses == expected.statuses == (Status.NONFINITE_SOLVER,) * batch
     assert got.steps == expected.steps == (5,) * batch
+    assert "The solver's own arithmetic overflowed" in got.message
+    assert "Use a wider dtype or a smaller window." in got.message
     np.testing.assert_allclose(got.states, expected.states, rtol=1e-6)
 
 

@@ -49,6 +49,8 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert costs.in_calls(9, 4) == pytest.approx(1.0 + 1.0 + 0.4)
     assert costs.in_calls(8, 4) == 2 * costs(4)
     assert costs.in_calls(3, 4) == costs(3)
+    assert costs.up_to(7) == CostTable.of({1: 0.4, 4: 1.0})
+    assert CostTable.of({4: 1.0, 8: 3.0}).up_to(2) == CostTable.of({4: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,18 @@ def test_predicted_rounds_of_spread_nodes(steps: int, window: int, tolerance: fl
     network, rule = Mixture(SCHEDULE, "epsilon"), DDIM(SCHEDULE)
     got = solve(network, normal((1, 16)), SCHEDULE.timesteps(steps), rule, window, tolerance=tolerance)
     assert got.stats.rounds <= predicted_rounds(table(steps), METHOD, window, tolerance) <= 2 * got.stats.rounds
+
+
+@pytest.mark.parametrize("rule", [DDIM, DDPM])
+def test_predicted_rows_grow_fewer_towards_the_end(rule: Any) -> None:
+    """As a window does that has reached the last node; of the rows of all rounds they are as many as there are."""
+    network, timesteps = Mixture(SCHEDULE, "epsilon"), SCHEDULE.timesteps(100)
+    got = solve(network, normal((1, 16)), timesteps, rule(SCHEDULE), 32, tolerance=1e-2)
+    rows = predicted_rows(table(100, rule), METHOD, 32, 1e-2)
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 32
+    assert rows[-1] <= 16
+    assert sum(rows) == pytest.approx(got.stats.evaluations, rel=0.15)
 
 
 def test_predictions_are_in_order() -> None:

@@ -22,6 +22,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from parasolver_core.rounds.memory import _fit
 from parasolver_core.rounds.recall import Recall
 from tests.arrays import from_numpy
 from tests.core.problems import Gaussian, Mixture, TanhNetwork, normal, relative
@@ -227,3 +228,17 @@ def test_what_cannot_be_learnt_from_is_refused_by_name() -> None:
         Memory.learn(finished(network), GRID, DDPM(TABLE))
     with pytest.raises(TypeError, match=r"^memory: expected a Memory, got str"):
         solve(network, normal((1, SIZE)), GRID, rule, 8, memory="memory.npz")  # type: ignore[arg-type]
+
+
+def test_a_fit_with_a_pull_solves_its_normal_equations() -> None:
+    """Least squares of ``target - B x - C h``, and of what B and C differ from a prior by, as large as x and h are."""
+    x, h, target = normal((3, 5, 40), seed=6)
+    prior, pull = (np.full(5, 0.4), np.full(5, -0.3)), 0.25
+    own = tuple((one * other).sum(1) for one, other in ((x, x), (x, h), (h, h)))
+    across = (x * target).sum(1)[None], (h * target).sum(1)[None]
+    B, C = _fit(own, across, prior, pull, True)
+    for k in range(5):
+        wide = np.sqrt(pull) * np.array([np.linalg.norm(x[k]), np.linalg.norm(h[k])])
+        rows = np.concatenate([np.stack([x[k], h[k]], axis=1), np.diag(wide)])
+        wanted = np.concatenate([target[k], wide * np.array([prior[0][k], prior[1][k]])])
+        np.testing.assert_allclose([B[0, k], C[0, k]], np.linalg.lstsq(rows, wanted, rcond=None)[0], rtol=1e-10)
