@@ -150,7 +150,8 @@ class Windows:
         kept = columns < sound[:, None]
         _write(self._moved, self._at[inside], np.where(kept, norms, 0.0)[inside])
         final = columns < accepted[:, None]
-        grown = self._note_sizes(inside, kept, final, length, move)
+        added = (np.abs(T) @ np.sqrt(sums.defects)[..., None])[..., 0]  # the move's parts, which may cancel
+        grown = self._note_sizes(inside, kept, final, length, move, added)
         self.begun = True
         defects = np.sqrt(sums.defects / self._size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
@@ -196,15 +197,17 @@ class Windows:
         final: NDArray[np.bool_],
         length: Float64,
         move: Float64,
+        added: Float64,
     ) -> bool:
         """Keep account of how large states are and were; whether those kept are to be made again for that.
 
-        Final states that once were much larger, and are not made again, keep the rounding of that size.
+        A state keeps the rounding of the largest that it ever was, and of the largest that was ever added to it. Final
+        states for which that is much, and which are not made again, are told of as less exact.
         """
         most, at = length + move, self._at
         least = np.where(inside, np.maximum(length - move, 0.0), self._least.take(at))
         largest = self._largest.take(at)
-        largest = np.where(inside, np.maximum(largest, most), largest)
+        largest = np.where(inside, np.maximum(largest, length + added), largest)
         room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
         grown = bool((kept & (largest > room * least))[:, 1:].any())
         if grown:

@@ -18,6 +18,11 @@ def test_random_programs_keep_the_promises(number: int) -> None:
     assert fuzz.guarded(fuzz.run, number).complaints == []
 
 
+def test_parts_of_a_move_that_cancel_leave_no_rounding_unseen() -> None:
+    """Beliefs of 1e7 and a move of 1e-3 made of them: the states are to be made again, by the recurrence."""
+    assert fuzz.guarded(fuzz.run, 8010627).complaints == []
+
+
 def changed(solution: Solution, fault: str) -> Solution:
     faults: dict[str, Any] = {
         "sample": {"sample": solution.sample * 1.001},
