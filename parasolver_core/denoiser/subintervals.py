@@ -13,8 +13,8 @@ from parasolver_core.arrays import Array, copied, given_back, take_rows, working
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.samplers.noise import NoiseSource
-from parasolver_core.samplers.recurrence import combine
 from parasolver_core.samplers.subintervals import Subintervals
+from parasolver_core.samplers.terms import combine
 
 Indices = NDArray[np.int64]
 

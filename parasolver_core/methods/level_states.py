@@ -20,7 +20,7 @@ from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.free_states import states_of_noise
 from parasolver_core.samplers.held_form import Float64, Indices
-from parasolver_core.samplers.recurrence import combine
+from parasolver_core.samplers.terms import combine
 
 
 class LevelStates:
@@ -166,7 +166,7 @@ class LevelStates:
         recurrence = self._shared.recurrence
         weights = interpolation(np.array([i]), self.level.nodes, recurrence.stages)
         h = matmul(self._xp, self._put(weights), held)[0, :]
-        return combine(recurrence.believed(i, h, x))
+        return combine(recurrence.terms().of_belief(i, h, x))
 
     def _made_of_start(self) -> tuple[Array, Array]:
         """What the level's states, and the samples, are made of ``x_T`` and the noise: (B, n, size) and (B, size)."""

@@ -15,8 +15,9 @@ from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.rounds.sweep import SweepCorrection
-from parasolver_core.samplers.recurrence import combine
+from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, Status
 
 Float64 = NDArray[np.float64]
@@ -78,10 +79,6 @@ class SampleWindow(SampleRun):
         return np.arange(self.lo, self.hi)
 
     @property
-    def owners(self) -> NDArray[np.int64]:
-        return np.full(self.hi - self.lo, self.sample)
-
-    @property
     def inputs(self) -> Array:
         """The window's states, (n, size); a view."""
         return self._shared.given(self._window_states)
@@ -101,7 +98,8 @@ class SampleWindow(SampleRun):
         """
         D, nodes, told = self._shared.taken(D), self.nodes, self._correction.read(sums, self.lo)
         unit = self._eps if self._single else max(self._eps, float(coarse(self._xp, D[0, :])[0]))
-        smallness = self._recurrence.smallness(self.hi - 1, self._predicted(D), float(told.size[-1]))
+        predicted = _predicted_size(self._recurrence, self.hi - 1, self._window_states[-1, :], D[-1, :])
+        smallness = self._recurrence.smallness(self.hi - 1, predicted, float(told.size[-1]))
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
@@ -109,7 +107,7 @@ class SampleWindow(SampleRun):
             count = min(count, self._forecast.usable(self.lo, told.defect * D.shape[1]))
         if count < len(nodes):
             D, self.hi = D[:count, :], self.lo + count
-            told = self._correction.read(self._correction.leading(sums, count), self.lo)
+            told = self._correction.read(leading_sums(sums, count), self.lo)
         at = slice(self.lo, self.hi)
         known = self._evaluated[at] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[at].copy()
@@ -134,15 +132,6 @@ class SampleWindow(SampleRun):
             relative = np.append(relative, np.full(len(nodes) - count, np.nan))
         return self.record(nodes, accepted, relative, defects)
 
-    def _predicted(self, D: Array) -> float:
-        """The mean square of the last node's prediction of the sample, where its size is asked for."""
-        last = self.hi - 1
-        if not self._recurrence.tells_size(last):
-            return math.inf
-        p, q = self._recurrence.held[last].tolist()
-        held = combine([(p, self._window_states[-1, :]), (q, D[-1, :])])
-        return float(np.dot(held, held)) / len(held)
-
     def estimate(self, sample: int) -> Array:
         if not self._evaluated[0]:
             return self.state
@@ -150,7 +139,8 @@ class SampleWindow(SampleRun):
         p, q = recurrence.held[last].tolist()
         # made once: its rounding must be the same in all rows, which must fit together
         held = combine([(p, xs[0]), (q, ms[0])])
-        *_, (x, _) = recurrence.march(last, xs, ms, lambda i, x: combine(recurrence.believed(i, held, x)), self._noise)
+        believed = recurrence.terms().of_belief
+        *_, (x, _) = recurrence.march(last, xs, ms, lambda i, x: combine(believed(i, held, x)), self._noise)
         return self._shared.given(x)
 
     @property
@@ -253,3 +243,12 @@ class SampleWindow(SampleRun):
             self.lo -= 1  # the last state that is good
         self.end(status, self.lo, self.state, failed_node)
         return self.record(nodes, 0, nothing, nothing)
+
+
+def _predicted_size(recurrence: Recurrence, node: int, x: Array, m: Array) -> float:
+    """The mean square of the prediction of the sample, where its size is asked for."""
+    if not recurrence.tells_size(node):
+        return math.inf
+    p, q = recurrence.held[node].tolist()
+    held = combine([(p, x), (q, m)])
+    return float(np.dot(held, held)) / len(held)

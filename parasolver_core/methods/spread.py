@@ -106,9 +106,8 @@ class SpreadNodes(Run):
         effects = _norms(np.stack([at_end, at_end * new, T[:, -1] * new], axis=1), gram)
         moves = _norms(T, gram)
         lost |= ~(np.isfinite(moves).all(axis=1) & np.isfinite(effects).all(axis=1))
-        scale = np.sqrt(size) * np.stack(
-            [refinement.scale * refinement.smallness[self._states.level.nodes] for refinement in self.refinements]
-        )
+        nodes = self._states.level.nodes
+        scale = np.sqrt(size) * np.stack([each.scale * each.smallness[nodes] for each in self.refinements])
         move, effects = shares(moves, scale), shares(effects, np.broadcast_to(scale[:, -1:], effects.shape))
         self._states.move(np.where(lost[:, None, None], 0.0, T), g, picks, real & ~lost[:, None])
         verdicts = [

@@ -21,7 +21,7 @@ from parasolver_core.rounds.matrix import Buffers
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
-from parasolver_core.samplers.recurrence import combine
+from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, SampleRecords, Status
 
 Failures = dict[int, tuple[Status, int, Array]]  # by row: status, node and last good state

@@ -34,7 +34,7 @@ from parasolver_core.arrays import (
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
 from parasolver_core.rounds.next_rows import NextRows
-from parasolver_core.rounds.squares import at_most
+from parasolver_core.rounds.squares import at_least, at_most
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
@@ -121,10 +121,11 @@ class Buffers:
         gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
         diagonal = np.einsum("bii->bi", gram)  # a view
         diagonal[...] = at_most(diagonal, self._xp, self._r)
+        length = at_least(rest[:, 1], self._xp, self._S[:, self._form.past : self._half, :])
         predicted = np.full(count, np.inf)
         if rest.shape[1] > 2:
             predicted = rest[:, 2][np.arange(count), windows.n - 1] ** 2
-        return Sums(gram, rest[:, 0], rest[:, 1], predicted, unit, finite)
+        return Sums(gram, rest[:, 0], length, predicted, unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""

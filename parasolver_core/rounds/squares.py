@@ -42,9 +42,24 @@ def at_most(sums: Float64, xp: Any, rows: Array) -> Float64:
 
     That takes the rows' largest elements, which are only then brought to the host.
     """
-    size, dtype = rows.shape[-1], f"f{xp.finfo(rows.dtype).bits // 8}"
-    few = sums < lowest(size, dtype)
-    if not np.any(few):
+    few = _lost(sums, xp, rows)
+    if not few.any():
         return sums
-    most = to_host(xp.linalg.vector_norm(rows, axis=-1, ord=float("inf"))).astype(np.float64)
-    return np.where(few, np.where(most > 0, np.maximum(size * most**2, _TINY), 0.0), sums)
+    most = _largest(xp, rows)
+    return np.where(few, np.where(most > 0, np.maximum(rows.shape[-1] * most**2, _TINY), 0.0), sums)
+
+
+def at_least(lengths: Float64, xp: Any, rows: Array) -> Float64:
+    """Lengths (..) of rows (.., size), made on a device; where their squares may have lost something: what they surely
+    are."""
+    few = _lost(lengths**2, xp, rows)
+    return np.where(few, np.maximum(lengths, _largest(xp, rows)), lengths) if few.any() else lengths
+
+
+def _lost(sums: Float64, xp: Any, rows: Array) -> NDArray[np.bool_]:
+    return sums < lowest(rows.shape[-1], f"f{xp.finfo(rows.dtype).bits // 8}")
+
+
+def _largest(xp: Any, rows: Array) -> Float64:
+    """The largest elements of rows, on the host."""
+    return to_host(xp.linalg.vector_norm(rows, axis=-1, ord=float("inf"))).astype(np.float64)

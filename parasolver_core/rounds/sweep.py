@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
 from parasolver_core.rounds.squares import lowest, sums_of_squares
-from parasolver_core.samplers.recurrence import Recurrence, StepNoise, combine
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise
+from parasolver_core.samplers.terms import combine
 
 Float64 = NDArray[np.float64]
 
@@ -81,7 +82,7 @@ class SweepCorrection:
         self._work = np.empty(max(2 * block, rows * self._dX[0].size), dtype=start.dtype)
         self._pair = self._work[:block], self._work[block : 2 * block]
         self._together = rows  # of a comparison
-        self.X[0], self._dtype = start, start.dtype
+        self.X[0], self._terms = start, recurrence.terms(start.dtype)
         self._measure(0, start)
 
     def rows(self, lo: int, hi: int) -> slice:
@@ -133,10 +134,6 @@ class SweepCorrection:
         cross, defect, nodes = compared[:n], compared[n:], slice(lo, lo + n)
         return Comparison(cross, self._moved[nodes].copy(), self._size[nodes].copy(), defect)
 
-    def leading(self, compared: Float64, count: int) -> Float64:
-        """What :meth:`compare` would have found for the first ``count`` nodes alone."""
-        return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))
-
     def move(self, D: Array, slope: Float64, lo: int, still: Float64 | float = 0.0) -> Float64:
         """``X += dX``; ``M = D + g dX``, but ``M = D`` where a move is so small that a guessed slope is worse.
 
@@ -152,8 +149,8 @@ class SweepCorrection:
         n, size = D.shape
         base = max(lo - self._recurrence.memory + 1, self.base)
         noise = [self._noise(i) for i in range(lo, lo + n - 1)]
-        slopes = slope.astype(self._dtype)
-        g = [slopes[j, ...] for j in range(n)]  # arrays: products with them take half the time
+        slopes = slope.astype(D.dtype)
+        g = [slopes[j, ...] for j in range(n)]  # arrays, as the coefficients of the terms
         squares, still_squares = np.zeros(n), (still**2 * self._size[lo : lo + n]).tolist()
         for columns in self._blocks:
             squares += self._sweep(D, columns, noise, g, still_squares, lo, base)
@@ -202,16 +199,14 @@ class SweepCorrection:
             X[row][...], M[row][...] = X[row + shift], M[row + shift]
         M[first][...] = D[0]
         kept[0].fill(0.0)
-        squares, low = [math.inf] * n, lowest(len(new), new.dtype)
-        squares[0] = 0.0
+        squares, low = [0.0, *[math.inf] * (n - 1)], lowest(len(new), new.dtype)
         for j in range(1, n):
             at = first + j
             back = range(at - 1, max(at - 1 - memory, -1), -1)
             x, dx = X[at] if shift else new, moves[j] if moves else work
             z = noise[j - 1]
             z = None if z is None else z[columns]
-            terms = self._recurrence.terms(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z, self._dtype)
-            combine(terms, x, work)
+            combine(self._terms.of_step(lo + j - 1, [X[i] for i in back], [M[i] for i in back], z), x, work)
             np.subtract(x, X[at + shift], out=dx)
             if not shift:
                 X[at][...] = new
@@ -238,7 +233,7 @@ class SweepCorrection:
             xs, ms: states and outputs at ``first - 1, first - 2, ...``, each (size,).
             constant: what the held quantity is made of.
         """
-        recurrence, memory, size = self._recurrence, self._recurrence.memory, len(xs[0])
+        memory, size = self._recurrence.memory, len(xs[0])
         noise = [self._noise(i - 1) for i in range(first, hi)]
         self._size[first:hi] = 0.0
         for columns in self._blocks:
@@ -247,8 +242,8 @@ class SweepCorrection:
             X, M = self.X[self.rows(first, hi), columns], self.M[self.rows(first, hi), columns]
             past = [row[columns] for row in xs], [row[columns] for row in ms]
             for i, x, m, z in zip(range(first, hi), X, M, noise, strict=True):
-                combine(recurrence.terms(i - 1, *past, None if z is None else z[columns], self._dtype), x, work)
-                combine(recurrence.believed(i, held, x, self._dtype), m, work)
+                combine(self._terms.of_step(i - 1, *past, None if z is None else z[columns]), x, work)
+                combine(self._terms.of_belief(i, held, x), m, work)
                 if size > _WHOLE:  # else all of them in one call
                     self._size[i] += float(sums_of_squares(x)) / size
                 past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
@@ -276,3 +271,8 @@ class SweepCorrection:
 def _inner(a: Array, b: Array) -> Float64:
     """Inner products of rows (n, stripes, length), (n,)."""
     return np.vecdot(a, b).sum(axis=1, dtype=np.float64)
+
+
+def leading_sums(compared: Float64, count: int) -> Float64:
+    """What :meth:`SweepCorrection.compare` would have found for the first ``count`` nodes alone."""
+    return np.reshape(np.reshape(compared, (2, -1))[:, :count], (-1,))

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
+from parasolver_core.samplers.terms import Terms, combine
 from parasolver_core.validation import check_count
 
 Float64 = NDArray[np.float64]
 StepNoise = Callable[[int], Any]  # ``z_i`` of step i; None where it adds none
-Term = tuple[Any, Any]  # a number and an array, of a sum
 
 UNDECIDED = 0.01  # a smaller share of the clean sample in a state: nothing of the sample is decided
 _USUAL = 0.25  # data of this size or more, RMS beside noise of 1 at the start, are not small
@@ -238,73 +238,17 @@ class Recurrence:
         The only place where a state is computed from a node's final values, so that sequential and parallel
         sampling agree to the last bit. Terms are added in the order of the table.
         """
-        return combine(self.terms(i, x, m, z))
+        return combine(self.terms().of_step(i, x, m, z))
 
-    def terms(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None, dtype: Any = None) -> list[Term]:
-        """What :meth:`advance` adds up: coefficients and arrays.
-
-        Args:
-            i, x, m, z: as there.
-            dtype: of NumPy arrays: their coefficients then have it already, and small products take half the time.
-        """
-        states, outputs, c = self._coefficients(dtype)[0][i]
-        terms = [(a, x[k]) for a, k in states] + [(b, m[k]) for b, k in outputs]
-        if z is not None and c is not None:
-            terms.append((c, z))
-        return terms
-
-    def believed(self, i: int, held: Any, x: Any, dtype: Any = None) -> list[Term]:
-        """Terms of the output at node i for the state x that makes the held quantity what it is there."""
-        of_held, of_state = self._coefficients(dtype)[1][i]
-        return [(of_held, held), (of_state, x)]
-
-    def _coefficients(self, dtype: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
-        """Of each step the coefficients of :meth:`terms`, with their k; of each node those of :meth:`believed`.
-
-        Those of a and b that are not 0, the first of a always, and c, or None if it is 0.
-        """
-        if dtype not in self._known_coefficients:
-            rows = zip(self.a.tolist(), self.b.tolist(), self.c.tolist(), strict=True)
-
-            def cast(value: float) -> Any:
-                return value if dtype is None else np.asarray(value, dtype=dtype)
-
-            steps = [
-                (
-                    [(cast(value), k) for k, value in enumerate(a) if value != 0 or k == 0],
-                    [(cast(value), k) for k, value in enumerate(b) if value != 0],
-                    cast(c) if c != 0 else None,
-                )
-                for a, b, c in rows
-            ]
-            beliefs = [(cast(1 / q), cast(-p / q)) for p, q in self.held.tolist()]
-            self._known_coefficients[dtype] = steps, beliefs
-        return self._known_coefficients[dtype]
+    def terms(self, dtype: Any = None) -> Terms:
+        """What :meth:`advance` adds up, with coefficients of a dtype of NumPy arrays, or numbers."""
+        if dtype not in self._terms:
+            self._terms[dtype] = Terms(self.a, self.b, self.c, self.held, dtype)
+        return self._terms[dtype]
 
     @cached_property
-    def _known_coefficients(self) -> dict[Any, tuple[list[Any], list[tuple[Any, Any]]]]:
+    def _terms(self) -> dict[Any, Terms]:
         return {}
-
-
-def combine(terms: Sequence[Term], out: Any = None, work: Any = None) -> Any:
-    """The sum of ``coefficient * array``, added in this order; in new memory, or in NumPy arrays at hand.
-
-    Args:
-        terms: coefficients and arrays.
-        out: where to put the sum; may be none of the arrays but the first.
-        work: an array like it, overwritten.
-    """
-    (coefficient, array), *others = terms
-    if out is None:
-        total = array * coefficient
-        for coefficient, array in others:
-            total = total + array * coefficient
-        return total
-    np.multiply(array, coefficient, out=out)
-    for coefficient, array in others:
-        np.multiply(array, coefficient, out=work)
-        np.add(out, work, out=out)
-    return out
 
 
 def from_sample_form(

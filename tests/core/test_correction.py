@@ -10,8 +10,8 @@ from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, NonFiniteError, s
 from parasolver_core.methods import sliding
 from parasolver_core.rounds import sweep as correction
 from parasolver_core.samplers.held_form import HeldForm
-from parasolver_core.samplers.recurrence import combine
 from parasolver_core.samplers.step_rules import DPMSolver
+from parasolver_core.samplers.terms import combine
 from tests.core.problems import Mixture, Rational, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

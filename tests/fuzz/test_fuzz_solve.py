@@ -23,6 +23,11 @@ def test_parts_of_a_move_that_cancel_leave_no_rounding_unseen() -> None:
     assert fuzz.guarded(fuzz.run, 8010627).complaints == []
 
 
+def test_states_whose_squares_underflow_have_a_finite_estimate() -> None:
+    """States of several samples that decay to 1e-32, in float32."""
+    assert fuzz.guarded(fuzz.run, 8201909).complaints == []
+
+
 def changed(solution: Solution, fault: str) -> Solution:
     faults: dict[str, Any] = {
         "sample": {"sample": solution.sample * 1.001},
