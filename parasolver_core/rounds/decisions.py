@@ -150,7 +150,7 @@ class Windows:
         kept = columns < sound[:, None]
         _write(self._moved, self._at[inside], np.where(kept, norms, 0.0)[inside])
         final = columns < accepted[:, None]
-        added = (np.abs(T) @ np.sqrt(sums.defects)[..., None])[..., 0]  # the move's parts, which may cancel
+        added = np.vecdot(np.abs(T), np.sqrt(sums.defects)[:, None, :])  # the move's parts, which may cancel
         grown = self._note_sizes(inside, kept, final, length, move, added)
         self.begun = True
         defects = np.sqrt(sums.defects / self._size) / np.abs(q)
