@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, matmul, take_rows, uploaded, vecdot
+from parasolver_core.arrays import Array, matmul, plus_product, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, interpolation
 from parasolver_core.rounds.matrix import rectangular, where_known
 from parasolver_core.rounds.shared import Shared
@@ -77,8 +77,7 @@ class LevelStates:
         every, shape = np.arange(count)[:, None], (count, k, self.size)
         held = self._form.held[self.level.nodes[picks]]
         X = xp.reshape(take_rows(self._flat(self._S), (every * rows + picks).reshape(-1)), shape)
-        said = xp.reshape(D, shape) * self._put(held[..., 1:])
-        said = said + X * self._put(held[..., :1])
+        said = plus_product(xp.reshape(D, shape) * self._put(held[..., 1:]), self._put(held[..., :1]), X)
         r = said - xp.reshape(take_rows(self._flat(self._S), (every * rows + n + picks).reshape(-1)), shape)
         moved = xp.reshape(take_rows(self._flat(self._since), (every * n + picks).reshape(-1)), shape)
         self._r = r
