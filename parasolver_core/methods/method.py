@@ -21,6 +21,7 @@ _FEWEST_STEPS = 64  # a window slides over fewer in as few rounds
 _NODES, _NODES_NOISY = 5.5, 7.0  # spread nodes: over the root of the tolerance; over the tolerance
 _SHARE, _SHARE_NOISY = 3, 2  # how many times as many steps there must be before nodes are spread
 _SMALL_WINDOW, _LOST_STEPS = 8, 8  # in smaller windows, each node fewer is worth so many steps of a window that slides
+_GROWTH = 1e4  # where states outgrow what is held so many times, rounding alone is a thousandth of them
 _LOST_ROUNDS = 7  # with noise: what spreading must be expected to save before it is tried
 
 
@@ -92,7 +93,7 @@ class Method:
         and some more where they end up sliding, which gives the factor 3 (so nothing is lost at a looser tolerance);
         more steps are asked for in a window of 5 to 7, into which not even the first levels fit. With noise
         about every other attempt finds that more nodes are needed and slides after all, some rounds later, so the gain
-        must be worth the risk.
+        must be worth the risk. Where states grow by themselves while predictions are held, these tell nothing of them.
         """
         if not self.spread or self.fill != "held" or type(self.acceptance) is not RelativeMove:
             return False
@@ -103,7 +104,8 @@ class Method:
             share, lost = _SHARE_NOISY, _LOST_ROUNDS * window
         else:
             share, lost = _SHARE, _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
-        return share * self.needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+        enough = share * self.needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
+        return enough and recurrence.held_growth() <= _GROWTH
 
     def needed_nodes(self, recurrence: Recurrence, tolerance: float) -> float:
         """About how many nodes must be spread for a tolerance.

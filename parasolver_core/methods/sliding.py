@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, given_back, host_view, take_rows, to_host
+from parasolver_core.arrays import Array, given_back, host_view, take_rows
 from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
@@ -71,16 +71,11 @@ class Sliding:
     def _fill(self, samples: Indices, outlook: Outlook | None, recall: Recall | None) -> Fill:
         if outlook is not None:
             return Interpolated(self._shared.form, outlook.weights, outlook.predictions)
-        if self._trajectory is not None and self._is_sane(samples):
-            return Along(self._shared.form, *self._near(samples))
+        if self._trajectory is not None and _is_sane(*(near := self._near(samples))):
+            return Along(self._shared.form, *near)
         if recall is not None:
             return Recalled(self._shared.form, recall, self._shared.recurrence.blind)
         return self._cold
-
-    def _is_sane(self, samples: Indices) -> bool:
-        """Whether the warm start is of a size that a state's rounding allows for: else it is worse than nothing."""
-        size = [float(abs(to_host(take_rows(self._trajectory[i, :, :], samples))).max()) for i in (0, -1)]
-        return max(size) <= _WILD_START
 
     @cached_property
     def _cold(self) -> Fill:
@@ -121,3 +116,9 @@ class Sliding:
         elif recall is not None:
             forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind)
         return SampleWindow(shared, sample, start, forecast, slope)
+
+
+def _is_sane(states: Array, predictions: Array) -> bool:
+    """Whether a warm start is of a size that a state's rounding allows for: else it is worse than nothing."""
+    xp: Any = array_namespace(states)
+    return bool(xp.max(xp.abs(states)) <= _WILD_START) and bool(xp.all(xp.isfinite(predictions)))

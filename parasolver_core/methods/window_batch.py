@@ -153,7 +153,7 @@ class WindowBatch(Run):
         node = np.minimum(lo[:, None] - form.past + np.arange(form.past + (hi - lo).max()), hi[:, None] - 1)
         count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, windows.slope_held)
-        again = buffers.states_behind(decision, first, self._draw)
+        again = buffers.made_again(decision, first, self._draw)
         self._keep_between(decision, again)
         rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]

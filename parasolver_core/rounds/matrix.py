@@ -136,30 +136,36 @@ class Buffers:
 
     def drop(self, inside: Any) -> None:
         """Nothing is known of nodes that are not inside, (B, n)."""
-        beliefs = slice(None), slice(self._half + self._form.past, 2 * self._half), ...
         self._r = where_known(self._r, inside)
-        self._S = assign(self._S, beliefs, where_known(self._S[beliefs], inside))
+        for first in (self._form.past, self._half + self._form.past):
+            rows = slice(None), slice(first, first + inside.shape[1]), ...
+            self._S = assign(self._S, rows, where_known(self._S[rows], inside))
 
-    def states_behind(self, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
-        """The states behind the first nodes, (B, most, size), by the recurrence itself, if they are to be made again.
+    def made_again(self, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
+        """The states behind the first nodes by the recurrence itself, if they are to be made again; and their beliefs.
 
-        A state that is moved keeps the rounding of the largest that it ever was.
+        A state that is moved keeps the rounding of the largest that it ever was. Beliefs follow the states as they are
+        made, so that rounding grows no faster than the sampler itself lets it.
+
+        Returns:
+            (B, most + k, size), the ``most`` states behind the first nodes, and what is held at the first k of them.
         """
-        form, (count, n, _), most = self._form, decision.T.shape, int(decision.passed.max())
+        form, most = self._form, int(decision.passed.max())
         if not decision.grown or most == 0:
             return None
-        first, past, half = form.base - 1, form.past, self._half
-        x_rows, h_rows = past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1)
-        rows = np.concatenate([x_rows, h_rows, half + past + np.arange(most)])
-        table = form.onwards(lo, most)
-        C = np.zeros((count, most, n + table.shape[2]))
-        C[:, :, n:] = table
-        moves = decision.T * decision.slope[..., None]  # of the beliefs, in terms of r
-        C[:, :, :n] = table[:, :, first : first + most] @ moves[:, :most]
-        parts = [self._r, self._rows(np.broadcast_to(rows, (count, len(rows))))]
+        xp, past, half = self._xp, form.past, self._half
+        slope = decision.slope.copy()
+        slope[:, 0] = 0.0  # the first state stays what it is
+        g = self._put(slope[..., None])
+        d = self._S[:, half + past : 2 * half, :] - g * self._S[:, past:half, :]
+        before = np.append(past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1))
+        parts = [self._rows(np.broadcast_to(before, (len(lo), len(before)))), d[:, :most, :]]
         if form.noisy:
             parts.append(draw(lo, lo + decision.passed, most))
-        return matmul(self._xp, self._put(C), self._xp.concat(parts, axis=1))
+        x = matmul(xp, self._put(form.onwards(lo, most, slope[:, :most])), xp.concat(parts, axis=1))
+        inner = slice(1, min(most + 1, slope.shape[1]))
+        h = plus_product(d[:, inner, :], g[:, inner, :], x[:, : inner.stop - 1, :])
+        return xp.concat([x, h], axis=1)
 
     def moved_states(self, decision: Decision, most: int) -> Array:
         """The states behind the first ``most`` nodes as the round moves them, (B, most, size)."""
@@ -183,7 +189,7 @@ class Buffers:
         Args:
             next_rows: what they are made of.
             further: rows that new nodes are made of, (B, k, size), noise at the end.
-            again: :meth:`states_behind` the first nodes, if they are made again.
+            again: what is :meth:`made_again`.
         """
         base, source, flat, places = next_rows.base, next_rows.source, self._flat(), next_rows.again
         every = np.arange(0, flat.shape[0], self._S.shape[1])[:, None]
@@ -200,8 +206,7 @@ class Buffers:
         self._S += moves
         self._dX = moves[:, : self._half, :]
         if again is not None and places is not None:
-            states = self._replaced(self._S[:, : self._half, :], again, places[0])
-            self._S = assign(self._S, (slice(None), slice(self._half), ...), states)
+            self._S = self._replaced(self._S, again, places[0])
 
     def _replaced(self, rows: Array, by: Array, place: Indices) -> Array:
         """Rows (B, k, size); where a place is not -1, those at that place of ``by``, (B, most, size)."""

@@ -24,8 +24,8 @@ class NextRows:
         source: (B, 2 R + 1), rows of the present buffer.
         C: (B, 2 R + 1, columns), in the states' dtype.
         base: (B, base), rows of the present buffer that new nodes are made of.
-        again: which of the states that are made again takes a row's place, (B, R) and, of the base, (B, base); -1:
-            none. None where no state is made again.
+        again: which of the rows that are made again takes a row's place, (B, 2 R + 1) and, of the base, (B, base); -1:
+            none. None where nothing is made again.
     """
 
     source: Indices
@@ -56,11 +56,9 @@ class NextRows:
         base_T *= np.where(believed, base_g, 1.0)[..., None]
         again = None
         if decision.grown:
-            passed = decision.passed[:, None]
-            of_row, of_base = (
-                np.where(at <= passed, np.maximum(at, 0), 0) - 1 for at in (place, np.where(believed, 0, base))
-            )
-            again = of_row, of_base
+            again = _made_again(decision, place, base, believed)
+            if uncorrected:
+                again[1][:, -1] = -1
             base_T[again[1] >= 0] = 0.0
         if uncorrected:
             base_T[:, -1] = 0.0
@@ -91,3 +89,21 @@ def _moves(decision: Decision, place: Indices) -> tuple[Float64, Float64]:
     count, n, _ = decision.T.shape
     at = np.maximum(place, 0) + np.arange(0, count * n, n)[:, None]
     return decision.T.reshape(-1, n).take(at, axis=0), decision.slope.take(at)
+
+
+def _made_again(
+    decision: Decision, place: Indices, base: Indices, believed: NDArray[np.bool_]
+) -> tuple[Indices, Indices]:
+    """Which row of :meth:`~parasolver_core.rounds.matrix.Buffers.made_again` is that of a row, and of one of the base.
+
+    Those are the states behind the first node, and then the beliefs of the nodes that are kept.
+    """
+    passed, last = decision.passed[:, None], decision.sound[:, None] - 1
+    states = decision.passed.max()
+
+    def row(at: Indices, belief: bool | NDArray[np.bool_]) -> Indices:
+        known = (at > 0) & (at <= np.where(belief, last, passed))
+        return np.where(known, at - 1 + np.where(belief, states, 0), -1)
+
+    of_rows = [row(place, belief=False), row(place, belief=True), np.full_like(place[:, :1], -1)]
+    return np.concatenate(of_rows, axis=1), row(base, believed)

@@ -126,8 +126,8 @@ def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch
     for module in (batch, sliding, spread, noise, shared, arrays):
         monkeypatch.setattr(module, "host_view", lambda array: array)
     made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
-    assert made < 2e-6
-    assert made <= moved
+    assert made < 4e-7  # a few units in the last place, whatever the states were
+    assert moved < 4e-7 or made < moved
 
 
 def test_states_onwards_are_those_of_the_recurrence() -> None:
@@ -147,6 +147,11 @@ def test_states_onwards_are_those_of_the_recurrence() -> None:
         given = [*states[lo - np.arange(reads)], *held[lo - 1 - np.arange(past)], *held[lo : lo + count]]
         given += list(z[lo : lo + count]) if form.noisy else []
         got = form.onwards(np.array([lo]), count)[0] @ np.array(given)
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+        # the same beliefs, said in terms of the states that they follow
+        slope, first = rng.standard_normal((1, count)), reads + past
+        given[first : first + count] = held[lo : lo + count] - slope[0, :, None] * np.array(xs[lo : lo + count])
+        got = form.onwards(np.array([lo]), count, slope)[0] @ np.array(given)
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 

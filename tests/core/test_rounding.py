@@ -28,14 +28,14 @@ KARRAS = NoiseSchedule.karras(0.3, 80.0, 5.0)
 
 
 class Table(StepRule):
-    """``x' = a x + b m``, without a schedule."""
+    """``x' = a x + b m``, without a schedule; held is ``p x + q m``."""
 
-    def __init__(self, a: float, b: float) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: float, b: float, p: float = 0.0, q: float = 1.0) -> None:
+        self.a, self.b, self.held = a, b, (p, q)
 
     def recurrence(self, timesteps: np.ndarray) -> Recurrence:
         one, nothing = np.ones((len(timesteps), 1)), np.zeros(len(timesteps))
-        held = np.tile([0.0, 1.0], (len(timesteps), 1))
+        held = np.tile(self.held, (len(timesteps), 1))
         return Recurrence(timesteps, self.a * one, self.b * one, nothing, held, nothing, nothing)
 
 
@@ -209,3 +209,41 @@ def test_a_sample_of_zero_is_zero(batch: int, size: int, tolerance: float) -> No
     got = solve(network, x_T, grid, rule, 12, tolerance=tolerance, start=start)
     assert got.stats.rounds < 12
     np.testing.assert_array_equal(got.sample, np.zeros((batch, size)))
+
+
+GROWING = (Table(0.9, 1.0, 1.0, -1.0), Table(0.9, 0.5, 1.0, -0.5), Table(0.5, -0.3, 1.0, 0.2))  # 1.9 a step, and 2
+
+
+@pytest.mark.parametrize("rule", GROWING, ids=["1.9", "1.9 too", "2"])
+@pytest.mark.parametrize(("steps", "window"), [(40, 40), (40, 12), (120, 40)])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5])
+def test_what_is_held_may_let_states_grow_that_the_sampler_does_not(
+    rule: Table, steps: int, window: int, tolerance: float, xp: Any
+) -> None:
+    """While predictions are held a state doubles with each step; together with the network's answers none does.
+
+    Rounding must then grow as the sampler lets it, and nodes that are spread over all steps would know nothing.
+    """
+    grid, x_T = np.arange(steps)[::-1].copy(), normal((3, 8), xp, "float32")
+
+    def network(x: Any, t: Any) -> Any:
+        return 0.05 * xp.sin(3 * x) + 0.1
+
+    want = solve_sequential(network, x_T, grid, rule).sample
+    got = solve(network, x_T, grid, rule, window, tolerance=tolerance)
+    assert relative(got.sample, want) < tolerance
+    assert got.stats.rounds < steps / 2
+    assert rule.recurrence(grid).held_growth() == pytest.approx((2.0 if rule.a < 0.9 else 1.9) ** steps)
+
+
+def test_how_states_grow_while_predictions_are_held() -> None:
+    """Each change by itself: with two states read, 1, 1.5, 1.25, .., whatever the sampler makes of the outputs."""
+    n, zero = 12, np.zeros(12)
+    a = np.tile([1.5, -1.0], (n, 1))
+    a[0, 1] = 0.0
+    table = Recurrence(np.arange(n), a, np.ones((n, 1)), zero, np.tile([0.0, 1.0], (n, 1)), zero, zero)
+    changes = [0.0, 1.0]
+    for _ in range(n):
+        changes.append(1.5 * changes[-1] - changes[-2])
+    assert table.held_growth() == pytest.approx(max(np.abs(changes)))
+    assert DDIM(LINEAR).recurrence(LINEAR.timesteps(50)).held_growth() == 1.0  # which only forgets

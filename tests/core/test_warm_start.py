@@ -70,6 +70,23 @@ def test_a_wild_start_costs_rounds_only(name: str, dtype: str, size: float) -> N
     np.testing.assert_allclose(got.sample, want, rtol=0, atol=300 * np.finfo(dtype).eps * np.abs(want).max())
 
 
+@pytest.mark.parametrize("size", [1e30, 3e38])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_start_that_is_wild_between_its_ends_costs_rounds_only(size: float, batch: int) -> None:
+    """What it says of the outputs there may be beyond the range."""
+
+    def bounded(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.tanh(x)
+
+    grid, x_T = TABLE.timesteps(12), noise(batch).astype(np.float32)
+    start = np.tile(np.tanh(x_T), (13, 1, 1))
+    start[4:7] *= np.float32(size)
+    want = solve_sequential(bounded, x_T, grid, RULES["ddim"][0]).sample
+    got = solve(bounded, x_T, grid, RULES["ddim"][0], 12, tolerance=1e-4, start=start)
+    assert np.linalg.norm(got.sample - want) < 1e-4 * np.linalg.norm(want)
+    assert got.stats.rounds <= 12
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_related_trajectory_saves_rounds_and_gives_the_same_sample(name: str) -> None:
     rule, schedule = RULES[name]
