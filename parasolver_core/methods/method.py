@@ -14,6 +14,7 @@ from parasolver_core.methods.spread import spread
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove
 from parasolver_core.rounds.linearization import Linearization, Secant
 from parasolver_core.rounds.shared import FillName, Shared
+from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.samplers.recurrence import Recurrence
 
 _FEWEST_NODES = 5  # fewer do not show a trajectory's shape
@@ -105,7 +106,7 @@ class Method:
         else:
             share, lost = _SHARE, _LOST_STEPS * max(_SMALL_WINDOW * recurrence.stages - window, 0)
         enough = share * self.needed_nodes(recurrence, tolerance) + lost <= len(recurrence)
-        return enough and recurrence.held_growth() <= _GROWTH
+        return enough and HeldForm(recurrence).growth() <= _GROWTH
 
     def needed_nodes(self, recurrence: Recurrence, tolerance: float) -> float:
         """About how many nodes must be spread for a tolerance.

@@ -43,6 +43,16 @@ class HeldForm:
         states, beliefs = self.reads
         return np.array([*range(states), *range(beliefs), *[0] * uncorrected])
 
+    def growth(self) -> float:
+        """How many times as large a change of a state becomes at most along the steps while held quantities stay."""
+        largest, changes = 1.0, np.zeros((self.reads[0], self.steps))  # of the last states, for a unit change at each
+        for i, row in enumerate(self.a):
+            changes[0, i] = 1.0
+            with np.errstate(over="ignore", invalid="ignore"):
+                changes = np.vstack([row @ changes, changes[:-1]])
+            largest = max(largest, float(np.max(np.abs(changes[0]))))
+        return largest
+
     def propagation(self, lo: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
         """``T`` with ``dX = T r`` and the sums of squares of its moves, (B, n, n) and (B, n).
 

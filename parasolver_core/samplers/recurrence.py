@@ -194,17 +194,6 @@ class Recurrence:
         p, q = self.held[node, 0], self.held[node, 1]
         return a - b * p / q, b / q
 
-    def held_growth(self) -> float:
-        """How many times as large a change of a state becomes at most along the steps while held quantities stay."""
-        a, largest = trim(self.held_form()[0]), 1.0
-        changes = np.zeros((a.shape[1], len(self)))  # at the last states, of a unit change at each
-        for i, row in enumerate(a):
-            changes[0, i] = 1.0
-            with np.errstate(over="ignore", invalid="ignore"):
-                changes = np.vstack([row @ changes, changes[:-1]])
-            largest = max(largest, float(np.max(np.abs(changes[0]))))
-        return largest
-
     def march(
         self, last: int, x: Sequence[Any], m: Sequence[Any], believe: Callable[[int, Any], Any], noise: StepNoise
     ) -> Iterator[tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from parasolver_core import (
     solve_sequential,
 )
 from parasolver_core.rounds.squares import at_most, sums_of_squares
+from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.samplers.recurrence import identity_slope
 from tests.arrays import to_numpy
 from tests.core.problems import normal, relative
@@ -233,7 +234,7 @@ def test_what_is_held_may_let_states_grow_that_the_sampler_does_not(
     got = solve(network, x_T, grid, rule, window, tolerance=tolerance)
     assert relative(got.sample, want) < tolerance
     assert got.stats.rounds < steps / 2
-    assert rule.recurrence(grid).held_growth() == pytest.approx((2.0 if rule.a < 0.9 else 1.9) ** steps)
+    assert HeldForm(rule.recurrence(grid)).growth() == pytest.approx((2.0 if rule.a < 0.9 else 1.9) ** steps)
 
 
 def test_how_states_grow_while_predictions_are_held() -> None:
@@ -245,5 +246,5 @@ def test_how_states_grow_while_predictions_are_held() -> None:
     changes = [0.0, 1.0]
     for _ in range(n):
         changes.append(1.5 * changes[-1] - changes[-2])
-    assert table.held_growth() == pytest.approx(max(np.abs(changes)))
-    assert DDIM(LINEAR).recurrence(LINEAR.timesteps(50)).held_growth() == 1.0  # which only forgets
+    assert HeldForm(table).growth() == pytest.approx(max(np.abs(changes)))
+    assert HeldForm(DDIM(LINEAR).recurrence(LINEAR.timesteps(50))).growth() == 1.0  # which only forgets
