@@ -155,8 +155,8 @@ def test_a_node_counts_as_much_as_it_weighs_for_the_sample() -> None:
 
 
 def test_with_more_nodes_due_than_the_window_holds_those_of_small_moves_wait() -> None:
-    moved = np.full(13, 1.0)
-    moved[[2, 5]] = 0.03, 0.0301
+    moved = np.full(13, 2.0)
+    moved[[2, 5]] = 0.06, 0.0602
     for width, picked in ((12, [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]), (13, [*range(13)])):
         sample = at_level(aims_of(121, 40))
         sample.aims = aims_of(121, width)
@@ -197,7 +197,7 @@ def test_midpoints_join_at_so_many_interpolation_errors(change: float, verdict: 
     assert sample.error == pytest.approx(5 * change)
 
 
-@pytest.mark.parametrize(("change", "verdict"), [(0.50, Verdict.REFINE), (0.51, Verdict.GO_ON)])
+@pytest.mark.parametrize(("change", "verdict"), [(7.5 * 0.067, Verdict.REFINE), (0.503, Verdict.GO_ON)])
 @pytest.mark.parametrize("width", [25, 60])
 def test_midpoints_that_fit_into_the_window(width: int, change: float, verdict: Verdict) -> None:
     assert sweep(at_level(aims_of(400, width)), change) is verdict
@@ -236,7 +236,13 @@ def test_more_nodes_than_a_third_of_the_steps_and_the_window_are_not_worth_it(st
     assert sweep(sample, 0.001, midpoints=2 * 3 * TOLERANCE) is verdict
 
 
-@pytest.mark.parametrize(("midpoints", "verdict"), [(0.99, Verdict.CONVERGED), (1.01, Verdict.REFINE)])
+def test_just_as_many_nodes_are_worth_it() -> None:
+    sample = at_level(aims_of(33, 14), finer=1)
+    assert len(sample.level.nodes) == 25  # a third of the steps, and the window
+    assert sweep(sample, 0.001, midpoints=2 * TOLERANCE) is Verdict.REFINE
+
+
+@pytest.mark.parametrize(("midpoints", "verdict"), [(1.0, Verdict.CONVERGED), (1.01, Verdict.REFINE)])
 def test_twice_what_is_left_must_be_within_the_tolerance(midpoints: float, verdict: Verdict) -> None:
     sample = at_level(aims_of(400, 40), finer=1)
     assert sweep(sample, 0.001, midpoints * TOLERANCE) is verdict
@@ -268,9 +274,9 @@ def test_a_window_goes_on_after_seven_sweeps_over_a_level() -> None:
 
 
 def test_a_window_goes_on_when_it_would_be_done_by_now() -> None:
-    sample = whole(aims_of(40, 40))
-    assert 3 < sample.aims.patience < 7
-    sample.rounds = int(np.ceil(sample.aims.patience)) - 2
+    sample = whole(aims_of(12, 2, wanted=1e-6))
+    assert sample.aims.patience == 12  # one a step
+    sample.rounds = 10
     sweep(sample, 0.7)
     assert not sample.exhausted
     sweep(sample, 0.7)
@@ -309,13 +315,33 @@ def test_nodes_that_need_no_prediction_do_not_go_astray() -> None:
     assert not sample.exhausted
 
 
+def test_what_is_left_grows_as_the_effect_of_the_midpoints_does() -> None:
+    sample = at_level(aims_of(400, 5), finer=3)
+    assert sweep(sample, 0.003, midpoints=0.008) is Verdict.GO_ON
+    assert sweep(sample, 0.03) is Verdict.GO_ON
+    sweep(sample, 0.0001)
+    assert sample.error == pytest.approx(0.008 * 0.0301 / 0.003)
+
+
+def test_midpoints_that_come_later_are_not_measured_again() -> None:
+    sample = at_level(aims_of(400, 40), finer=1)
+    assert sweep(sample, 0.03, midpoints=0.008) is Verdict.GO_ON
+    sweep(sample, 0.001, midpoints=0.007)
+    assert sample.error == pytest.approx(0.008)
+
+
+def test_the_opening_is_judged_as_a_first_level() -> None:
+    aims = aims_of(100, 40)
+    sample = Refinement(aims, Levels(aims.recurrence).opening(aims.first))
+    assert sweep(sample, 0.5) is Verdict.REFINE
+    assert sample.error == pytest.approx(5 * 0.5)
+
+
 def test_an_effect_that_was_nothing_at_first_does_not_grow() -> None:
     sample = at_level(aims_of(400, 40), finer=1)
     sweep(sample, 0.0, midpoints=3 * TOLERANCE)
-    sweep(sample, 9.0)
-    sweep(sample, 0.001)
     assert sample.error == pytest.approx(3 * TOLERANCE)
     shrinking = at_level(aims_of(400, 40), finer=1)
-    sweep(shrinking, 0.5, midpoints=3 * TOLERANCE)
+    assert sweep(shrinking, 0.5, midpoints=3 * TOLERANCE) is Verdict.GO_ON
     sweep(shrinking, 0.001)
     assert shrinking.error == pytest.approx(3 * TOLERANCE)
