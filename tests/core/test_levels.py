@@ -33,6 +33,11 @@ def test_half_of_the_nodes_follow_the_steps_and_half_the_signal_to_noise_ratio()
     np.testing.assert_allclose(found, (np.arange(4) / 3 + np.array([0, 2, 3, 7]) / 7) / 2, atol=1e-12)
 
 
+def test_levels_that_are_close_together_count_as_much() -> None:
+    found = placement(plain(3, signal=shares([0.0, 0.1, 0.5])))
+    np.testing.assert_allclose(found, [0, (0.5 + 0.2) / 2, 1], atol=1e-12)
+
+
 def test_a_signal_that_falls_keeps_its_place() -> None:
     found = placement(plain(4, signal=shares([-3.0, 1.0, 0.0, 4.0])))
     np.testing.assert_allclose(found, (np.arange(4) / 3 + np.array([0, 4, 4, 7]) / 7) / 2, atol=1e-12)
