@@ -1,12 +1,23 @@
 """ParaTAA's tables and rounds, held against the definitions of the paper, worked out by hand."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parasolver_core import DDIM, DDPM, Method, NoiseSchedule, ParallelIntegralSolver, solve, solve_sequential
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    Method,
+    NoiseSchedule,
+    ParallelIntegralSolver,
+    Recurrence,
+    StepRule,
+    solve,
+    solve_sequential,
+)
 from parasolver_core.methods.anderson import Anderson, high_order, triangular_weights
 from tests.core.problems import TanhNetwork, normal
 
@@ -70,66 +81,102 @@ def test_a_node_whose_sums_are_not_finite_makes_a_plain_step(where: str, bad: fl
     np.testing.assert_allclose(triangular_weights(sums["gram"], sums["cross"], 0.0), [[1.0, 0.0, 0.0]])
 
 
+def test_nodes_of_which_one_cannot_be_told_do_not_spoil_the_others() -> None:
+    """Of two rounds that are the same the inverse is another one, which refuses what is not finite."""
+    gram, cross = np.ones((2, 2, 2)), np.ones((2, 2))
+    gram[0, 0, 1] = np.inf
+    np.testing.assert_allclose(triangular_weights(gram, cross, 0.0), [[0.5, 0.0], [0.5, 0.0]])
+
+
+def test_one_weight_that_is_too_large_takes_the_others_with_it() -> None:
+    gram, cross = np.diag([1.0, 1e-9])[:, :, None], np.ones((2, 1))
+    np.testing.assert_array_equal(triangular_weights(gram, cross, 0.0), [[0.0], [0.0]])
+
+
 def test_what_was_published() -> None:
     method = Anderson()
+    assert repr(method) == ("Anderson(acceptance=StepVariance(end=0.0001), order=8, memory=2, ridge=0.001, floor=0.2)")
     assert (method.order, method.memory, method.ridge, method.floor) == (8, 2, 1e-3, 0.2)
     assert (method.spread, method.fill) == (False, "copy")
     assert method.sliding() is method
     assert Anderson(order=1, memory=0, ridge=0.0, floor=0.0).memory == 0
 
 
-def iterate(method: Method, rule: Any, window: int, rounds: int) -> list[np.ndarray]:
-    """The states of the whole window after each round."""
-    solver = ParallelIntegralSolver(rule, window, tolerance=0, method=method, check=False)
-    state = solver.init(TanhNetwork(3, gain=4.0), normal((1, 3)), SCHEDULE.timesteps(window), seed=4)
+def iterate(method: Method, rule: Any, width: int, steps: int, rounds: int) -> list[np.ndarray]:
+    """The states of the window, the final one before it first, after each round."""
+    solver = ParallelIntegralSolver(rule, width, tolerance=0, method=method, check=False)
+    state = solver.init(TanhNetwork(3, gain=4.0), normal((1, 3)), SCHEDULE.timesteps(steps), seed=4)
     found = []
     for _ in range(rounds):
         solver.step(state)
+        assert state.stats.history[-1].samples[0].accepted == 1
         found.append(np.array(state.runs[0]._X))  # type: ignore[union-attr]
+        np.testing.assert_array_equal(state.states[0], found[-1][0])
     return found
 
 
-def by_hand(method: Anderson, rule: Any, n: int, rounds: int) -> list[np.ndarray]:
-    """The same by the equations of the paper: plain loops, all rounds and states kept."""
-    recurrence, network = rule.recurrence(SCHEDULE.timesteps(n)), TanhNetwork(3, gain=4.0)
-    solver = ParallelIntegralSolver(rule, n, tolerance=0, check=False)
-    noise = solver.init(network, normal((1, 3)), SCHEDULE.timesteps(n), seed=4).noise
-    x = np.repeat(normal((1, 3)), n + 1, axis=0)  # all at the start
+def by_hand(method: Anderson, rule: Any, width: int, steps: int, rounds: int) -> list[np.ndarray]:
+    """The same by the equations of the paper: plain loops over all states of all rounds."""
+    recurrence, network = rule.recurrence(SCHEDULE.timesteps(steps)), TanhNetwork(3, gain=4.0)
+    solver = ParallelIntegralSolver(rule, steps, tolerance=0, check=False)
+    noise = solver.init(network, normal((1, 3)), SCHEDULE.timesteps(steps), seed=4).noise
+    x = np.repeat(normal((1, 3)), steps + 1, axis=0)  # all at the start
     a, b, c = recurrence.a[:, 0], recurrence.b[:, 0], recurrence.c
-    z = np.stack([noise(i, 0) if c[i] else np.zeros(3) for i in range(n)])
-    past: list[tuple[np.ndarray, np.ndarray]] = []
+    z = np.stack([noise(i, 0) if c[i] else np.zeros(3) for i in range(steps)])
+    past: list[tuple[np.ndarray, np.ndarray, int]] = []  # states, residuals, and the end of the window
     found = []
     for k in range(rounds):
+        hi = min(k + width, steps)
         outputs = network(x[:-1], np.asarray(recurrence.timesteps))
-        target = np.zeros((n, 3))
-        for i in range(n):
-            begin = max(0, i - (method.order or n) + 1)
+        target = np.zeros((steps, 3))
+        for i in range(k, hi):
+            begin = max(k, i - (method.order or steps) + 1)
             state = x[begin]
             for j in range(begin, i + 1):
                 state = a[j] * state + b[j] * outputs[j] + c[j] * z[j]
             target[i] = state
-        past = [*past, (x[1:].copy(), target - x[1:])][-method.memory - 1 :]
+        past = [*past, (x[1:].copy(), target - x[1:], hi)][-method.memory - 1 :]
         new = target.copy()
         changes = [(q[0] - p[0], q[1] - p[1]) for p, q in pairwise(past)]
-        for i in range(k + 1, n):  # the states before are exact as they are
-            if not changes:
-                continue
+        for (dx, dr), (_, _, end) in zip(changes, past, strict=False):
+            dx[end:], dr[end:] = 0, 0  # nodes that came later
+        for i in range(k + 1, hi if changes else 0):  # the first is exact as it is
             columns = np.stack([change[1][k : i + 1].reshape(-1) for change in changes], axis=1)
             left = columns.T @ columns + method.ridge * np.eye(len(changes))
             weights = np.linalg.solve(left, columns.T @ past[-1][1][k : i + 1].reshape(-1))
             new[i] -= sum(w * (dx[i] + dr[i]) for w, (dx, dr) in zip(weights, changes, strict=True))
-        x = np.concatenate([x[:1], new])
-        found.append(x[k + 1 :].copy())
+        x[k + 1 : hi + 1], x[hi + 1 :] = new[k:hi], new[hi - 1]
+        found.append(x[k + 1 : min(k + 1 + width, steps) + 1].copy())
     return found
 
 
 @pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DDPM(SCHEDULE)], ids=["without noise", "with noise"])
+@pytest.mark.parametrize("width", [9, 5])
 @pytest.mark.parametrize(("order", "memory"), [(8, 2), (3, 1), (None, 3), (1, 0)])
-def test_rounds_are_those_of_the_paper(rule: Any, order: int | None, memory: int) -> None:
-    """A window of all steps, of which each round makes one more final."""
+def test_rounds_are_those_of_the_paper(rule: Any, order: int | None, memory: int, width: int) -> None:
+    """Without tolerance, each round makes one more state final and lets one node in, a copy, as long as there are."""
     method = Anderson(order=order, memory=memory)
-    for got, expected in zip(iterate(method, rule, 9, 5), by_hand(method, rule, 9, 5), strict=True):
-        np.testing.assert_allclose(got[: len(expected)], expected, rtol=1e-7, atol=1e-9)
+    for got, expected in zip(iterate(method, rule, width, 9, 6), by_hand(method, rule, width, 9, 6), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_states_that_do_not_move_are_final_at_once() -> None:
+    class Still(StepRule):
+        def recurrence(self, timesteps: Any) -> Recurrence:
+            own = DDIM(SCHEDULE).recurrence(timesteps)
+            return replace(own, a=np.ones_like(own.a))
+
+    got = solve(lambda x, t: 0 * x, normal((1, 6)), SCHEDULE.timesteps(9), Still(), 9, tolerance=0, method="parataa")
+    assert got.stats.rounds == 1
+    np.testing.assert_array_equal(got.sample, normal((1, 6)))
+
+
+def test_no_noise_is_asked_for_where_none_is_added() -> None:
+    def noise(step: int, sample: int) -> Any:
+        raise AssertionError
+
+    arguments = (TanhNetwork(6), normal((1, 6)), SCHEDULE.timesteps(6), DDIM(SCHEDULE))
+    assert solve(*arguments, 3, method="parataa", noise=noise).success
 
 
 @pytest.mark.parametrize("window", [4, 12])
@@ -173,7 +220,7 @@ def test_a_state_is_final_within_the_tolerance_times_the_noise_of_its_step_or_th
 
 
 def test_the_last_state_of_a_window_is_the_estimate() -> None:
-    solver = ParallelIntegralSolver(DDIM(SCHEDULE), 4, tolerance=0, method="parataa", check=False)
+    solver = ParallelIntegralSolver(DDIM(SCHEDULE), 9, tolerance=0, method="parataa", check=False)
     state = solver.init(TanhNetwork(6), normal((2, 6)), SCHEDULE.timesteps(9))
     np.testing.assert_array_equal(state.estimate(), normal((2, 6)))
     solver.step(state)
