@@ -58,7 +58,7 @@ def test_a_round_that_would_end_just_in_time_is_made(monkeypatch: pytest.MonkeyP
 def test_estimates_are_made_when_three_rounds_or_fewer_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost time, and only the last two are of use."""
     run = Run(monkeypatch, 7.5, [float(k) for k in range(1, 10)])
-    run.rounds(1.0, 1.0, 1.0, 1.0)
+    assert run.rounds(1.0, 1.0, 1.0, 1.0) == [False] * 5
     assert run.asked == 1  # before the first round; 3.5 seconds are left
     run.rounds()
     assert run.asked == 1
@@ -114,8 +114,8 @@ def test_processes_that_share_the_rows_agree(monkeypatch: pytest.MonkeyPatch) ->
         return [0.5, -3.0]
 
     run.evaluator.agree = agree
-    assert run.rounds(1.0)[-1]
-    assert asked[-1] == pytest.approx([1.0 - 98.0, 98.0 - 3.0])
+    assert run.rounds(2.0)[-1]
+    assert asked[-1] == pytest.approx([2.0 - 97.0, 97.0 - 6.0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
