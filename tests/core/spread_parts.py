@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from parasolver_core import NoiseSchedule, ParallelIntegralSolver, StepRule
+from parasolver_core import NoiseSchedule, ParallelIntegralSolver, Recurrence, StepRule
 from parasolver_core.methods.level_states import LevelStates
 from parasolver_core.methods.levels import Level, Levels, interpolation
 from parasolver_core.methods.refinement import Aims, Refinement
@@ -16,6 +16,15 @@ from tests.core.problems import TanhNetwork, normal
 SCHEDULE = NoiseSchedule.linear()
 STEPS, BATCH, SIZE = 12, 3, 4
 SAMPLES = np.array([2, 0])  # of the batch
+
+
+class NoiseToTheEnd(StepRule):
+    """Each step but the first adds noise, the last one the most."""
+
+    def recurrence(self, timesteps: Any) -> Recurrence:
+        n = len(timesteps)
+        c = np.linspace(0, 1, n)
+        return Recurrence(np.asarray(timesteps), np.full((n, 1), 0.9), np.full((n, 1), 0.2), c)
 
 
 def shared_of(rule: StepRule, steps: int = STEPS, **options: Any) -> Shared:

@@ -8,9 +8,19 @@ import pytest
 from parasolver_core import DDIM, DDPM, DPMSolver
 from parasolver_core.methods.levels import Level, interpolation
 from tests.core.problems import normal
-from tests.core.spread_parts import BATCH, SAMPLES, SCHEDULE, SIZE, STEPS, by_the_plain_loop, shared_of, states_of
+from tests.core.spread_parts import (
+    BATCH,
+    SAMPLES,
+    SCHEDULE,
+    SIZE,
+    STEPS,
+    NoiseToTheEnd,
+    by_the_plain_loop,
+    shared_of,
+    states_of,
+)
 
-RULES = [DDIM(SCHEDULE), DPMSolver(SCHEDULE, 3), DDPM(SCHEDULE)]
+RULES = [DDIM(SCHEDULE), DPMSolver(SCHEDULE, 3), DDPM(SCHEDULE), NoiseToTheEnd()]
 NODES = [0, 3, 7, 11]
 
 
@@ -18,7 +28,7 @@ def numbers(*shape: int, seed: int = 5) -> np.ndarray:
     return normal(shape, seed=seed)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=["one", "three", "noise"])
+@pytest.mark.parametrize("rule", RULES, ids=["one", "three", "noise", "noise to the end"])
 @pytest.mark.parametrize("nodes", [NODES, [0, 11], [*range(STEPS)]], ids=len)
 def test_states_samples_and_outputs_are_those_of_the_plain_loop(rule: Any, nodes: list[int]) -> None:
     shared, held = shared_of(rule, save="trajectory"), numbers(2, len(nodes), SIZE)
@@ -39,7 +49,7 @@ def test_states_samples_and_outputs_are_those_of_the_plain_loop(rule: Any, nodes
         np.testing.assert_allclose([expected(i) for i in range(STEPS)], m, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=["one", "three", "noise"])
+@pytest.mark.parametrize("rule", RULES, ids=["one", "three", "noise", "noise to the end"])
 def test_at_first_all_predictions_are_zero(rule: Any) -> None:
     shared = shared_of(rule)
     states, given = states_of(shared, NODES), states_of(shared, NODES, np.zeros((2, 4, SIZE)))
