@@ -1,5 +1,6 @@
 """A round of spread nodes: its slopes, moves and effects, by hand; and what it tells of each sample."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,8 @@ def test_an_output_that_is_not_finite_is_left_out(bad: float) -> None:
     D[2, 1] = bad
     records = round_of(run, D)
     np.testing.assert_allclose(states(run), states(other), rtol=1e-12)
+    np.testing.assert_allclose(run._states._since, other._states._since, rtol=1e-9, atol=1e-12)
+    assert [one._dropped for one in run.refinements] == [1, 0]
     np.testing.assert_array_equal(run.refinements[0].moved, other.refinements[0].moved)
     assert np.isinf(run.refinements[0].moved[2])
     assert records[0].nodes.tolist() == NODES
@@ -204,26 +207,46 @@ def test_a_sample_whose_first_output_is_not_finite_gives_way_alone() -> None:
     assert run.refinements[1].worthless
 
 
-def test_a_move_that_runs_out_of_range_makes_its_sample_give_way() -> None:
+def test_a_move_that_no_number_is_makes_its_sample_give_way() -> None:
     """The outputs are fine, and what follows from them by the slopes is not."""
-    shared = shared_of(DDIM(SCHEDULE))
     slope = np.zeros((2, 12))
-    run = run_of(shared, NODES, slope=slope)
+    run = run_of(shared_of(DDIM(SCHEDULE)), NODES, slope=slope)
     slope[1, 3] = 1 / run._states.level.response[1, 1]  # the system has no solution, or nearly none
+    before = states(run)
     records = round_of(run, smooth(run))
     assert run.told == [Verdict.REFINE, Verdict.GIVE_WAY]  # type: ignore[attr-defined]
-    assert np.isfinite(states(run)).all()
+    np.testing.assert_array_equal(states(run)[1], before[1])
     assert np.isnan(records[1].residuals).all()
     assert np.isfinite(records[0].residuals).all()
 
 
-def test_small_data_are_told_from_the_last_node_of_each_sample() -> None:
-    shared = shared_of(DDIM(SCHEDULE))
+@pytest.mark.parametrize(("size", "end"), [(1e153, 0.0), (1.0, 1e200)], ids=["of a node", "of the sample"])
+def test_a_move_whose_square_runs_out_of_range_makes_its_sample_give_way(size: float, end: float) -> None:
+    run = run_of(shared_of(DDIM(SCHEDULE)), NODES)
+    round_of(run, smooth(run))
+    run._states.level = replace(run._states.level, end=np.full(4, end))
+    round_of(run, size * smooth(run))
+    assert run.told[2:] == [Verdict.GIVE_WAY] * 2  # type: ignore[attr-defined]
+
+
+class TakesSome(StepRule):
+    """DDIM whose last step takes some of the state besides the prediction."""
+
+    def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+        own = DDIM(SCHEDULE).recurrence(timesteps)
+        a = own.a.copy()
+        a[-1] += 0.01
+        return replace(own, a=a)
+
+
+@pytest.mark.parametrize("rule", [DDIM(SCHEDULE), TakesSome()], ids=["ddim", "some"])
+def test_small_data_are_told_from_the_last_node_of_each_sample(rule: StepRule) -> None:
+    shared = shared_of(rule)
     run, recurrence = run_of(shared, NODES), shared.recurrence
-    run.refinements[0].picked, run.refinements[1].picked = np.array([0, 1, 2]), np.array([0, 3])
+    run.refinements[0].picked, run.refinements[1].picked = np.array([0, 1, 2]), np.array([3])
     before = states(run)
     p, q = recurrence.held[11]
-    D = np.concatenate([np.zeros((4, SIZE)), ((0.01 - p * before[1, 3]) / q)[None]])  # a prediction of 0.01
+    D = np.concatenate([np.zeros((3, SIZE)), ((0.01 - p * before[1, 3]) / q)[None]])  # a prediction of 0.01
     round_of(run, D)
     np.testing.assert_array_equal(run.refinements[0].smallness, 1.0)  # nothing was asked at its last node
     expected = recurrence.smallness(11, 1e-4, float(np.mean(before[1, 3] ** 2)))
