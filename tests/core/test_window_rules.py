@@ -147,12 +147,14 @@ def test_a_last_step_that_overflows_leaves_the_state_before_it(batch: int, toler
     got = solve(*arguments, window, tolerance=tolerance, method=method, throw=False, check=False, save="trajectory")
     for one in (exact, got):
         assert one.statuses == (Status.NONFINITE_SOLVER,) * batch
-        assert one.steps == (8,) * batch
-        assert "sample 0 at step 8 (timestep 8.0)" in one.message
+        assert f"sample 0 at step {one.steps[0]} (timestep {one.steps[0]:.1f})" in one.message
         assert one.trajectory is not None
-        np.testing.assert_array_equal(one.trajectory[8], one.states)
-        assert np.isnan(one.trajectory[9]).all()
-    np.testing.assert_allclose(got.states, exact.states, rtol=1e-9 if tolerance == 0 else 0.5)
+        np.testing.assert_array_equal(one.trajectory[one.steps[0]], one.states)
+        assert np.isnan(one.trajectory[one.steps[0] + 1 :]).all()
+    assert exact.steps == (8,) * batch
+    if batch == 1 or tolerance == 0:  # samples that move together lose the whole round, of several steps then
+        assert got.steps == exact.steps
+        np.testing.assert_allclose(got.states, exact.states, rtol=1e-9 if tolerance == 0 else 0.5)
 
 
 @pytest.mark.parametrize("fill", ["held", "evaluated", "copy"])
