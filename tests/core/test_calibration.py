@@ -104,7 +104,9 @@ def test_what_a_run_cost_and_how_far_off_it_was() -> None:
     assert (found.rounds, found.evaluations) == (2.5, 5.5)
 
 
-def calibrated(monkeypatch: pytest.MonkeyPatch, found: dict[float, tuple[float, float]]) -> tuple[Calibration, list]:
+def calibrated(
+    monkeypatch: pytest.MonkeyPatch, found: dict[float, tuple[float, float]], window: int = 4
+) -> tuple[Calibration, list]:
     """With margins so many times as wide, errors in units of the tolerance and rounds; and what runs were made."""
     runs: list[tuple[float, float]] = []
 
@@ -117,7 +119,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, found: dict[float, tuple[float, 
         return SimpleNamespace(sample=sample, stats=SimpleNamespace(history=history, rounds=rounds))
 
     monkeypatch.setattr("parasolver_core.calibration.solve", solved)
-    return calibrate(NETWORK, np.ones((8, 1)), range(5), DDIM(SCHEDULE), 4, tolerance=0.01), runs
+    return calibrate(NETWORK, np.ones((8, 1)), range(5), DDIM(SCHEDULE), window, tolerance=0.01), runs
 
 
 def test_of_what_is_safe_the_fewest_rounds_count_and_then_the_narrowest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +138,7 @@ def test_of_what_is_safe_the_fewest_rounds_count_and_then_the_narrowest(monkeypa
 
 def test_where_a_sample_flipped_margins_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are half as wide as the widest that were safe, which have been tried on the way."""
-    found, runs = calibrated(monkeypatch, {1.0: (0.1, 9), 2.0: (0.2, 7), 4.0: (9.0, 5)})
+    found, runs = calibrated(monkeypatch, {1.0: (0.1, 9), 2.0: (0.2, 7), 4.0: (9.0, 5)}, window=2)
     assert [gain for gain, _ in runs[1:]] == [1.0, 2.0, 4.0]
     assert found.gain == 1.0
 
