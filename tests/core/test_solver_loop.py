@@ -18,7 +18,8 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from tests.core.problems import Rational, TanhNetwork, normal
+from parasolver_core.solver.sequential import SequentialState
+from tests.core.problems import Counted, Rational, TanhNetwork, normal
 
 SCHEDULE = NoiseSchedule.linear()
 EMPTY = inspect.Parameter.empty
@@ -174,3 +175,47 @@ def test_a_warm_start_has_a_state_more_than_there_are_steps(start: np.ndarray, s
     bad[3, 1, 2] = np.inf
     with pytest.raises(ValueError, match="start: holds NaN or infinity"):
         solve(*arguments, 3, start=bad)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_no_noise_is_asked_for_where_none_is_added(window: int) -> None:
+    def noise(step: int, sample: int) -> Any:
+        raise AssertionError
+
+    arguments = (Rational(), normal((2, 3)), SCHEDULE.timesteps(6), DDIM(SCHEDULE), window)
+    assert solve(*arguments, noise=noise).success
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_network_may_give_its_outputs_in_the_same_memory_again(window: int) -> None:
+    memory: dict[int, np.ndarray] = {}
+
+    def again(x: Any, t: Any) -> Any:
+        out = memory.setdefault(len(x), np.empty_like(x))
+        out[...] = Rational()(x, t)
+        return out
+
+    arguments = (normal((2, 3)), SCHEDULE.timesteps(9), DPMSolver(SCHEDULE, 3), window)
+    got, fresh = (solve(network, *arguments, check=False) for network in (again, Rational()))
+    np.testing.assert_array_equal(got.sample, fresh.sample)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_every_row_that_the_network_is_given_counts(check: bool) -> None:
+    network = Counted(Rational())
+    got = solve(network, normal((2, 3)), SCHEDULE.timesteps(9), DDIM(SCHEDULE), 4, check=check)
+    assert got.stats.evaluations == sum(network.rows)
+    assert got.stats.calls == len(network.rows)
+
+
+def test_the_plain_loop_takes_windows_and_trajectories_of_one_step() -> None:
+    for window, steps, plain in ((1, 6, True), (5, 1, True), (2, 6, False), (5, 2, False)):
+        solver = ParallelIntegralSolver(DDIM(SCHEDULE), window)
+        state = solver.init(Rational(), normal((2, 3)), SCHEDULE.timesteps(steps))
+        assert isinstance(state, SequentialState) is plain
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_progress_counts_the_steps_of_all_samples(window: int, capsys: pytest.CaptureFixture[str]) -> None:
+    solve(Rational(), normal((2, 3)), SCHEDULE.timesteps(6), DDIM(SCHEDULE), window, progress=True)
+    assert " 12/12 " in capsys.readouterr().err.splitlines()[-1]

@@ -126,6 +126,28 @@ def test_steps_whose_squares_run_out_of_range_are_made_one_by_one(batch: int) ->
     assert {one.accepted for one in alone} == {1}
 
 
+@BATCHES
+@pytest.mark.parametrize(("value", "status"), [(np.nan, "nonfinite_model"), (1.5e308, "nonfinite_solver")])
+@pytest.mark.parametrize("fill", ["held", "evaluated", "copy"])
+def test_a_step_that_is_not_finite_ends_the_sample_where_it_is(
+    batch: int, value: float, status: str, fill: Any
+) -> None:
+    def broken(x: Any, t: Any) -> Any:
+        return np.where(t[:, None] < 500, value, np.tanh(x))
+
+    arguments = (broken, normal((2, 5))[:batch], SCHEDULE.timesteps(8), DDIM(SCHEDULE))
+    exact = solve_sequential(*arguments, throw=False)
+    method = Method(spread=False, fill=fill)
+    got = solve(*arguments, 3, tolerance=0, method=method, throw=False, check=False)
+    assert {one.value for one in got.statuses} == {status}
+    assert got.steps == exact.steps
+    assert got.message.split(" in round ")[0] == exact.message.split(" in round ")[0]
+    np.testing.assert_allclose(got.states, exact.states, rtol=1e-10)
+    last = got.stats.history[-1].samples[0]
+    assert last.accepted == 0
+    assert np.isnan(last.residuals[0]) or status == "nonfinite_solver"
+
+
 class LastStepOverflows(StepRule):
     def recurrence(self, timesteps: np.ndarray) -> Recurrence:
         n = len(timesteps)
