@@ -59,8 +59,9 @@ class ByHand:
             self.moved.pop(i, None)
         self.hi = max(hi, self.hi)
 
-    def round(self, accepted: int) -> tuple[np.ndarray, np.ndarray]:
-        """Its residuals and defects."""
+    def round(self, accepted: int, usable: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Its residuals and defects; of so many leading nodes something is known, the others are filled in anew."""
+        self.hi = self.hi if usable is None else self.lo + usable
         nodes = range(self.lo, self.hi)
         D = {i: NETWORK(self.x[i][None], np.asarray(self.recurrence.timesteps)[[i]])[0] for i in nodes}
         r = {i: D[i] - self.m.get(i, 0 * D[i]) for i in nodes}
@@ -145,3 +146,35 @@ def test_rounds_are_those_of_plain_loops(rule: Any, method: Method, batch: int, 
                 np.testing.assert_allclose(kept, [one.x[i] for i in range(one.lo + 1)], **close)
             else:
                 np.testing.assert_allclose(state.estimate()[one.sample], one.x[14], **close)
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids=["swept", "together"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("rule", [DDIM(SCHEDULE), DPMSolver(SCHEDULE, 3)], ids=["one", "three"])
+def test_nodes_from_an_output_on_that_is_not_finite_are_filled_in_anew(rule: Any, bad: float, batch: int) -> None:
+    """Of their last moves nothing is known any more: samples moved together once took their slopes from these."""
+    calls: list[int] = []
+
+    def network(x: Any, t: Any) -> Any:
+        calls.append(len(x))
+        out = NETWORK(x, t)
+        if len(calls) == 2:
+            out[3, 1] = bad
+        return out
+
+    method = METHODS["secant"]
+    solver = ParallelIntegralSolver(rule, 6, tolerance=1e-3, method=method, check=False)
+    state = solver.init(network, normal((2, 5))[:batch], SCHEDULE.timesteps(14), seed=3)
+    (run,) = state.runs  # type: ignore[union-attr]
+    windows = [ByHand(state._shared, sample, method) for sample in range(batch)]  # type: ignore[union-attr]
+    for number in range(4):
+        solver.step(state)
+        for one, record in zip(windows, state.stats.history[-1].samples, strict=True):
+            usable = 3 if number == 1 and one.sample == 0 else None
+            assert record.nodes.tolist() == [*range(one.lo, one.hi)]
+            residuals, _ = one.round(record.accepted, usable)
+            np.testing.assert_allclose(record.residuals[: len(residuals)], residuals, rtol=1e-7, atol=1e-9)
+            assert len(record.residuals) == len(record.defects) == len(record.nodes)
+        assert run.nodes.tolist() == [i for one in windows for i in range(one.lo, one.hi)]
+        rows = [one.x[i] for one in windows for i in range(one.lo, one.hi)]
+        np.testing.assert_allclose(run.inputs, rows, rtol=1e-7, atol=1e-9)
