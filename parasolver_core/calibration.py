@@ -34,7 +34,7 @@ _FINER = 30.0  # the samples that errors are measured against have a tolerance s
 _WITHIN = 0.5  # of the tolerance, all samples: there is to be room for those that were not tried
 _FLIPPED = 2.0  # an error of so many tolerances is a sample at another mode of the data
 _WIDEST = 16.0  # wider margins than so many times the default's are not tried
-_MOST_RUNS = 8  # with the run for the truth, all doublings, one between and one back
+_MOST_RUNS = 7  # the one for the truth, all doublings and one between
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,6 @@ def calibrate(
             return trials[-1]
 
         gain = _widest(attempt, tolerance)
-        if all(trial.gain != gain for trial in trials):
-            attempt(gain)
     best = min((trial for trial in trials if trial.gain <= gain), key=lambda trial: (trial.rounds, trial.gain))
     steps = len(np.asarray(timesteps))
     return Calibration(_wider(best.gain), best.gain, tolerance, window, steps, tuple(trials))

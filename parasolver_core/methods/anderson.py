@@ -178,12 +178,11 @@ class AndersonWindow(SampleRun):
         count = len(nodes) if settled.all() else int(np.argmin(settled)) + 1
         gram, cross = np.reshape(products[: m * m], (m, m, n)), np.reshape(products[m * m :], (m, n))
         weights = triangular_weights(gram, cross, self._method.ridge)
-        weights[:, :count] = 0.0  # the safeguard: these are exact without
         now = self._past[-1]
         new = now.states + now.residuals
         for weight, change in zip(weights, self._changes, strict=True):
             new = new - self._column(weight) * (change.states + change.residuals)
-        # what is final is not x + (target - x), which loses the target where x was far off
+        # the safeguard: what is final needs no weights; nor is it x + (target - x), which loses the target
         new = self._xp.concat([self._first(D)[None, :], self._target[1:count, :], new[count:, :]])
         self.error = max(self.error, float(np.max(residual[: count - 1], initial=self._eps)))
         move = np.sqrt(high / np.maximum(squared, np.finfo(float).tiny))

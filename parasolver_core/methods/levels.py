@@ -47,7 +47,7 @@ class Level:
             states[k + 1 :, :-1] += b[k:, k, None] * source[: n - k]
         rows = list(states)
         for i, weights in enumerate(a.tolist()):
-            for k, weight in enumerate(weights[: i + 1]):
+            for k, weight in enumerate(weights):  # 0 where k > i
                 if weight != 0:
                     rows[i + 1] += weight * rows[i - k]
         return cls(nodes, states[nodes, -1], states[nodes, :-1], float(states[n, -1]), states[n, :-1])
@@ -132,9 +132,8 @@ def placement(recurrence: Recurrence) -> Float64:
     sample is smooth (Lu et al., "DPM-Solver", NeurIPS 2022): schedules pass through much of it in their first and last
     few steps. Either half alone was measured to need two to four times as many nodes.
     """
-    n = len(recurrence)
-    steps = np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1)
-    if recurrence.signal is None or n == 1:
+    steps = np.linspace(0.0, 1.0, len(recurrence))
+    if recurrence.signal is None:
         return steps
     share = np.clip(recurrence.signal, UNDECIDED, np.sqrt(1 - 1e-8))
     log_snr = np.maximum.accumulate(np.log(share) - np.log1p(-(share**2)) / 2)

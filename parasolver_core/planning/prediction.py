@@ -80,7 +80,7 @@ class Costs:
 
 def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> float:
     """How many rounds the default method takes, one sample; see the top of this file."""
-    if window > 1 and method.spreads(recurrence, window, tolerance):
+    if method.spreads(recurrence, window, tolerance):
         tolerance = max(tolerance, FINEST)
         p, q, r = _SPREAD_NOISY if recurrence.stochastic else _SPREAD
         digits = math.log10(1 / min(tolerance, 1.0))
@@ -91,8 +91,6 @@ def predicted_rounds(recurrence: Recurrence, method: Method, window: int, tolera
 def predicted_rows(recurrence: Recurrence, method: Method, window: int, tolerance: float) -> list[int]:
     """The rows of each predicted round, one sample."""
     n, rounds = len(recurrence), max(round(predicted_rounds(recurrence, method, window, tolerance)), 1)
-    if window == 1 or rounds == 1:
-        return [1] * rounds
     if method.spreads(recurrence, window, tolerance):
         needed = method.needed_nodes(recurrence, tolerance)
         return [1] + [max(round(min(_FILLED * window, needed / 2, n)), 1)] * (rounds - 1)
@@ -124,9 +122,7 @@ def predict(
         max_rows: the most rows in one call; None: the most that was measured.
         warmup_steps: rounds of one node before the window opens.
     """
-    nodes = predicted_rows(recurrence, method, window, tolerance)
-    if window > 1:
-        nodes = ([1] * warmup_steps + nodes)[: len(recurrence)]
+    nodes = ([1] * warmup_steps + predicted_rows(recurrence, method, window, tolerance))[: len(recurrence)]
     rows = [batch * count for count in nodes]
     limit = min(max_rows or costs.network.rows[-1], costs.network.rows[-1])
     sizes = [size for size in costs.network.rows if size <= limit] or [limit]
@@ -141,7 +137,7 @@ def candidates(steps: int) -> Iterator[int]:
     window = 2
     while window < steps:
         yield window
-        if window + window // 2 < steps and window > 1:
+        if window + window // 2 < steps:
             yield window + window // 2
         window *= 2
     if steps > 1:

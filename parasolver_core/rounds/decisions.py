@@ -148,7 +148,7 @@ class Windows:
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
         kept = columns < sound[:, None]
-        _write(self._moved, self._at[inside], np.where(kept, norms, 0.0)[inside])
+        _write(self._moved, self._at[inside], norms[inside])
         final = columns < accepted[:, None]
         added = np.vecdot(np.abs(T), np.sqrt(sums.defects)[:, None, :])  # the move's parts, which may cancel
         grown = self._note_sizes(inside, kept, final, length, move, added)
@@ -223,7 +223,8 @@ class Windows:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those beyond ``last`` are new."""
         self._place(lo, hi - lo, int((hi - lo).max()))
         new = self._at[np.arange(self.longest) > (last - lo)[:, None]]
-        _write(self._least, new, 0.0)  # not known yet
+        _write(self._moved, new, 0.0)  # not known yet, or not any more
+        _write(self._least, new, 0.0)
         _write(self._largest, new, 0.0)
 
     def stay(self, rows: Indices) -> None:

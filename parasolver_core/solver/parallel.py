@@ -96,7 +96,7 @@ class ParallelIntegralSolver(Solver):
             state = SubintervalState(*problem, method=method.sliding(), count=self.subintervals, **options)
         else:
             raise ValueError("start: a warm start is of single steps; leave it out, or leave out subintervals")
-        if self.check and self.window > 1:
+        if self.check:
             state.check_rows(denoiser)
         return state
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, Calibration, NoiseSchedule, calibrate, solve, solve_sequential
-from parasolver_core.calibration import Trial, _widest
+from parasolver_core.calibration import Trial, _trial, _widest
 from parasolver_core.methods.presets import get_method
 from parasolver_core.rounds.acceptance import Margins, RelativeMove
 from tests.core.problems import Mixture, TanhNetwork, normal, relative
@@ -74,6 +75,86 @@ def test_margins_are_doubled_until_a_sample_is_not_safe(worst: dict[float, float
 
     assert _widest(attempt, 0.01) == pytest.approx(gain)
     assert made == pytest.approx(tried)
+
+
+def test_what_of_a_trial_is_safe() -> None:
+    """Half of the tolerance is; more than twice it is another mode, and so is what no number is."""
+    assert trial(1.0, 0.5).within(1.0)
+    assert not trial(1.0, 0.51).within(1.0)
+    assert not trial(1.0, 2.0).flipped(1.0)
+    assert trial(1.0, 2.01).flipped(1.0)
+    nothing = Trial(1.0, (0.0, float("nan"), 0.1), 1.0, 1.0)
+    assert np.isnan(nothing.worst)
+    assert not nothing.within(1.0)
+    assert nothing.flipped(1.0)
+    assert Trial(1.0, (0.3, 0.1), 1.0, 1.0).worst == 0.3
+
+
+def test_what_a_run_cost_and_how_far_off_it_was() -> None:
+    """Rounds and evaluations are those of a mean sample; samples leave at different times."""
+    truth = np.array([[[3.0, 4.0]], [[0.0, 2.0]]])
+    sample = np.array([[[3.0, 5.0]], [[1.0, 2.0]]])
+    history = [
+        SimpleNamespace(samples=[SimpleNamespace(nodes=range(n)) for n in part]) for part in ((1, 1), (4, 3), (2,))
+    ]
+    solution: Any = SimpleNamespace(sample=sample, stats=SimpleNamespace(history=history))
+    found = _trial(2.0, solution, truth)
+    assert found.gain == 2.0
+    assert found.errors == pytest.approx((0.2, 0.5))
+    assert (found.rounds, found.evaluations) == (2.5, 5.5)
+
+
+def calibrated(
+    monkeypatch: pytest.MonkeyPatch, found: dict[float, tuple[float, float]], window: int = 4
+) -> tuple[Calibration, list]:
+    """With margins so many times as wide, errors in units of the tolerance and rounds; and what runs were made."""
+    runs: list[tuple[float, float]] = []
+
+    def solved(*arguments: Any, tolerance: float, method: Any, **options: Any) -> Any:
+        gain = method.acceptance.margins.factor / Margins().factor
+        runs.append((round(gain, 6), tolerance))
+        sample = np.ones((8, 1)) if len(runs) == 1 else np.ones((8, 1)) + 0.01 * found[round(gain, 6)][0]
+        rounds = int(found[round(gain, 6)][1])
+        history = [SimpleNamespace(samples=[SimpleNamespace(nodes=range(3))] * 8)] * rounds
+        return SimpleNamespace(sample=sample, stats=SimpleNamespace(history=history, rounds=rounds))
+
+    monkeypatch.setattr("parasolver_core.calibration.solve", solved)
+    return calibrate(NETWORK, np.ones((8, 1)), range(5), DDIM(SCHEDULE), window, tolerance=0.01), runs
+
+
+def test_of_what_is_safe_the_fewest_rounds_count_and_then_the_narrowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    between = round(8**0.5, 6)
+    table = {1.0: (0.1, 9), 2.0: (0.4, 7), 4.0: (0.8, 5), between: (0.45, 7)}
+    found, runs = calibrated(monkeypatch, table)
+    assert runs == [(1.0, 0.01 / 30), (1.0, 0.01), (2.0, 0.01), (4.0, 0.01), (between, 0.01)]
+    assert (found.gain, found.window, found.steps, found.tolerance) == (2.0, 4, 5, 0.01)
+    assert margins(found) == Margins().times(2.0)
+    assert [one.rounds for one in found.trials] == [9, 7, 5, 7]
+    assert found.after.evaluations == 21
+    assert (found.before.gain, found.after.gain) == (1.0, 2.0)
+    slower, _ = calibrated(monkeypatch, {1.0: (0.1, 6), 2.0: (0.4, 7), 4.0: (0.8, 5), between: (0.45, 7)})
+    assert slower.gain == 1.0
+
+
+def test_where_a_sample_flipped_margins_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are half as wide as the widest that were safe, which have been tried on the way."""
+    found, runs = calibrated(monkeypatch, {1.0: (0.1, 9), 2.0: (0.2, 7), 4.0: (9.0, 5)}, window=2)
+    assert [gain for gain, _ in runs[1:]] == [1.0, 2.0, 4.0]
+    assert found.gain == 1.0
+
+
+def test_the_sentence_on_a_calibration() -> None:
+    first, second = Trial(1.0, (0.001, 0.002), 9.0, 90.0), Trial(2.0, (0.001, 0.004), 7.5, 80.4)
+    wider = Calibration(get_method("secant"), 2.0, 0.01, 8, 50, (first, second))
+    assert wider.message == (
+        "Margins 2 times as wide take 7.5 rounds instead of 9.0 and 80 evaluations instead of 90; the worst of 2 "
+        "samples is off by 0.4 times the tolerance of 0.01 instead of 0.2."
+    )
+    same = Calibration(get_method("secant"), 1.0, 0.01, 8, 50, (first, second))
+    assert same.message == (
+        "The default margins stay: with them the worst of 2 samples is off by 0.2 times the tolerance of 0.01, and "
+        "wider ones saved nothing safely (9.0 rounds)."
+    )
 
 
 def test_modes_that_flip_do_not_widen_the_margins_beyond_what_is_safe() -> None:
