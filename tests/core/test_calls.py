@@ -55,6 +55,7 @@ def rows_of(count: int) -> Rows:
         (5, 3, (4, 8), [3, 3]),  # none fits: as many as do
         (7, 4, (8, 4), [4, 4]),
         (3, None, (2, 4), [4]),
+        (4, None, (2, 4, 8), [4]),
         (9, None, (2, 4), [4, 4, 2]),
     ],
 )
@@ -76,8 +77,15 @@ def test_a_call_is_filled_up_with_its_last_row() -> None:
     assert network.rows == [([0, 1, 2], [10, 11, 12]), ([3, 4, 4], [13, 14, 14])]
 
 
-@pytest.mark.parametrize("parts", [[5], [2, 3], [1, 0, 1, 3], [0, 5], [5, 0]])
-@pytest.mark.parametrize("max_rows", [1, 2, 3, 5])
+def test_an_empty_part_behind_the_last_row_fills_nothing_up() -> None:
+    network, x = Limited(), normal((3, 2))
+    got = BatchedCall(network, None, (4,))([x, x[:0]], np.arange(3.0))
+    np.testing.assert_array_equal(got, x + np.arange(3.0)[:, None])
+    assert network.given == [[0.0, 1.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("parts", [[5], [2, 3], [1, 0, 1, 3], [0, 5]])
+@pytest.mark.parametrize("max_rows", [2, 5])
 def test_rows_in_parts_are_put_together_and_stay_as_they_are(xp: ModuleType, parts: list[int], max_rows: int) -> None:
     x, t = normal((5, 2)), np.arange(5.0)
     ends = np.cumsum(parts)[:-1]
