@@ -45,6 +45,13 @@ def test_coefficients_of_what_is_a_combination() -> None:
     assert found is not None
     np.testing.assert_allclose(found[:2], [7 / 3, -500.0], rtol=1e-12)
     np.testing.assert_array_equal(found[2:], 0.0)  # to the last bit: of a column of zeros, and of one that is not used
+    np.testing.assert_array_equal(fit(AXES[:2], 1e6 * AXES[0] + 0.9e-8 * AXES[1]), [1e6, 0.0])  # or hardly is
+
+
+def test_a_fit_does_not_depend_on_the_size_of_its_columns() -> None:
+    for size in (1e-3, 1e3):
+        assert fit(size * AXES[:1], AXES[0] + 0.9e-11 * AXES[1]) is not None
+        assert fit(size * AXES[:1], AXES[0] + 1.1e-11 * AXES[1]) is None
 
 
 @pytest.mark.parametrize(("off", "fits"), [(0.9e-10, True), (1.1e-10, False)])
@@ -57,7 +64,7 @@ def test_a_fit_is_exact_beside_the_size_of_the_target(off: float, fits: bool) ->
 def test_a_fit_is_exact_beside_its_largest_term(off: float, fits: bool) -> None:
     """Two terms of size 1, which nearly cancel."""
     near = (AXES[0] + 0.01 * AXES[1]) / np.hypot(1, 0.01)
-    assert (fit(np.stack([AXES[0], near]), AXES[0] - near + off * AXES[5]) is not None) == fits
+    assert (fit(np.stack([AXES[0], near, AXES[3]]), AXES[0] - near + off * AXES[5]) is not None) == fits
 
 
 def test_the_shortest_memory_is_tried_first() -> None:
@@ -102,6 +109,10 @@ def test_noise_that_steps_share_is_what_the_states_do_not_explain() -> None:
     states = np.array(x)
     np.testing.assert_allclose(list(noise_terms(states, A)), z, rtol=0, atol=1e-15)
     np.testing.assert_allclose(correlated_scale(states, A), [2, 0, 3, 0], rtol=1e-12, atol=0)
+    steady = np.array([[1e6, 1e6], [1e6, 1e6], [1e6 + 2e-5, 1e6 + 2e-5]])  # beside states of a million that is nothing
+    assert correlated_scale(steady, np.ones((2, 1)))[1] == pytest.approx(2e-5, rel=1e-4)
+    steady[2] = 1e6 + 5e-6
+    np.testing.assert_array_equal(correlated_scale(steady, np.ones((2, 1))), 0.0)
 
 
 def test_what_is_known_of_the_path_is_written_down() -> None:
@@ -124,7 +135,7 @@ def steps(off: float, first: float = 1.0) -> Any:
     """Two steps of ``x' = x / 2 + m``, the second off by so much."""
     x, m = torch.tensor([[first, -first]]).double(), torch.tensor([[1.0, 2.0]]).double()
     middle = x / 2 + m
-    return [(x, m, middle), (middle, m, middle / 2 + m + off)]
+    return [(x, m, middle), (middle, m, middle / 2 + m + off * torch.tensor([[0.0, 1.0]]))]
 
 
 HALVING = Recurrence(np.array([1, 0]), np.full((2, 1), 0.5), np.ones((2, 1)), np.zeros(2))
@@ -137,6 +148,15 @@ def test_a_run_is_followed_to_rounding_of_its_states(first: float, size: float) 
     with pytest.raises(NotLinearError, match=r"step 1 is off its own fit by 1\.1e-08 on another network"):
         replay(HALVING, steps(1.1e-8 * size, first))
     replay(HALVING, steps(0.9e-3 * size, first), tolerance=1e-3)
+
+
+def test_a_run_is_followed_with_earlier_states_and_outputs() -> None:
+    a, b = np.array([[1.0, 0.0], [0.5, 0.25], [0.5, 0.25]]), np.array([[1.0, 0.0], [2.0, -1.0], [2.0, -1.0]])
+    xs, ms = [torch.tensor([[1.0]]).double()], [torch.tensor([[float(k)]]).double() for k in (1, 3, 7)]
+    xs.append(xs[0] + ms[0])
+    for i in (1, 2):
+        xs.append(0.5 * xs[i] + 0.25 * xs[i - 1] + 2 * ms[i] - ms[i - 1])
+    replay(Recurrence(np.arange(3), a, b, np.zeros(3)), zip(xs[:-1], ms, xs[1:], strict=True))
 
 
 def test_a_run_is_followed_with_outputs_that_are_corrected() -> None:
