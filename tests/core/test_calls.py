@@ -222,7 +222,7 @@ def test_rows_come_scaled_at_their_own_times_in_the_networks_dtype(xp: ModuleTyp
 
     x, scale = normal((5, 2, 1), dtype="float32"), np.array([1.0, 0.5, 0.25, 2.0])
     nodes, samples = np.array([3, 0, 1, 2, 1]), np.array([0, 0, 1, 1, 1])
-    parts = [xp.asarray(x[:2].astype(np.float64)), xp.asarray(x[2:])]
+    parts = [xp.asarray(x[:1].astype(np.float64)), xp.asarray(x[1:4]), xp.asarray(x[4:])]
     evaluate = evaluator(network, xp.asarray(x[:1]), table(input_scale=scale))
     evaluate(parts, nodes, samples)
     (rows, times), expected = seen[0], x * scale[nodes, None, None]

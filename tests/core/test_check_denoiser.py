@@ -174,6 +174,13 @@ def test_a_network_need_not_like_the_start_at_every_step() -> None:
     assert check_denoiser(network, normal((1, 6)), TIMESTEPS).ok
 
 
+def test_one_problem_is_told_where_every_call_has_it() -> None:
+    report = check_denoiser(lambda x, t: x * np.nan, normal((2, 6)), TIMESTEPS)
+    assert [problem.split(" for ")[0] for problem in report.problems] == ["It gives NaN or infinity"]
+    assert np.isnan(report.batching_error)
+    assert np.isnan(report.repeat_error)
+
+
 def test_a_report_tells_its_numbers() -> None:
     fine = DenoiserReport((), 1.25e-7, 0.0, 20)
     assert str(fine) == ("The denoiser fits parallel sampling (batching error 1.2e-07, repeat error 0.0e+00, 20 rows).")
