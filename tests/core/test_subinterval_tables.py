@@ -1,6 +1,5 @@
 """Several steps as one: the tables of the shorter sampler and its noise, beside sums by hand."""
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -53,12 +52,13 @@ def test_slopes_are_of_what_is_held() -> None:
 
 
 def test_steps_that_do_not_ask_the_network_and_add_no_noise() -> None:
-    still = replace(SHORT, b=np.array([[0.0], [0.0], [3.0], [4.0]]), c=np.array([0.0, 0.0, 4.0, 0.0]))
+    still = replace(SHORT, b=np.array([[0.0], [0.0], [3.0], [4.0]]), c=np.array([0.0, 0.0, 0.4, 0.0]))
     made = Subintervals(still, 2)
     np.testing.assert_allclose(made.b, [1.0, 7.0])  # any but 0 will do
     np.testing.assert_allclose(made.weights[0], 0.0)
     np.testing.assert_array_equal(made.noise[0], 0.0)
-    np.testing.assert_allclose(made.recurrence.c, [0.0, 4.0])
+    np.testing.assert_array_equal(made.noise[1], [0, 0, 1, 0])
+    np.testing.assert_allclose(made.recurrence.c, [0.0, 0.4])
 
 
 def test_a_step_of_several_nodes_is_not_divided() -> None:
@@ -88,6 +88,7 @@ def test_what_crosses_a_border_is_counted(count: int) -> None:
         mean += sum(s * (x[first - 1 - k] - x[first]) for k, s in enumerate(made.states[j]) if first - 1 - k >= 0)
         mean += sum(s * h[first - 1 - k] for k, s in enumerate(made.predictions[j]) if first - 1 - k >= 0)
         assert made.a[j] * x[first] + made.b[j] * mean == pytest.approx(x[end], rel=1e-9)
+        assert made.weights[j].sum() + made.predictions[j].sum() == pytest.approx(1.0, rel=1e-12)
         np.testing.assert_array_equal(made.weights[j, :first], 0.0)
         np.testing.assert_array_equal(made.weights[j, end:], 0.0)
 
@@ -141,58 +142,3 @@ def test_no_noise_is_added_to_what_travels_beside_a_state() -> None:
     assert z.shape == (2, 4)
     np.testing.assert_allclose(z[0], made.noise[1, 2] * fine(2, 0) + made.noise[1, 3] * fine(3, 0))
     np.testing.assert_array_equal(z[1], 0.0)
-
-
-# The noise of single steps.
-
-
-def test_a_function_is_asked_once_for_each_draw_and_for_the_first_again() -> None:
-    asked: list[tuple[int, int]] = []
-
-    def own(step: int, sample: int) -> np.ndarray:
-        asked.append((step, sample))
-        return np.full(3, 10.0 * step + sample)
-
-    source = NoiseSource(np.zeros((2, 3)), np.float64, 4, None, own)
-    for at in ((1, 0), (1, 0), (0, 1), (2, 1), (1, 0), (0, 1)):
-        np.testing.assert_array_equal(source(*at), 10.0 * at[0] + at[1])
-    assert asked == [(1, 0), (0, 1), (1, 0), (2, 1)]
-    assert not source.slow
-    source.release(1, 0)  # what a function gave cannot be had again
-    assert source.held == [(1, 0), (0, 1), (2, 1)]
-    np.testing.assert_array_equal(source.block([(2, 1), None]), [[21.0] * 3, [0.0] * 3])
-    source.forget_before(np.array([1, 2]))
-    assert source.held == [(1, 0), (2, 1)]
-    source.forget(1, 0)
-    assert source.held == [(2, 1)]
-
-
-def test_a_draw_of_a_table_is_let_go_where_it_can_be_had_again() -> None:
-    z = normal((4, 2, 3))
-    source = NoiseSource(np.zeros((2, 3), dtype=np.float32), np.float32, 4, None, z)
-    np.testing.assert_array_equal(source(3, 1), z[3, 1].astype(np.float32))
-    assert source(3, 1).dtype == np.float32
-    source.release(3, 1)
-    assert source.held == []
-    whole = NoiseSource(np.zeros((2, 3)), np.float64, 4, None, np.arange(24).reshape(4, 2, 3))
-    np.testing.assert_array_equal(whole(3, 1), [21.0, 22.0, 23.0])
-
-
-def test_what_tells_two_sources_apart() -> None:
-    like = np.zeros((2, 3))
-    assert NoiseSource(like, np.float64, 4, 7, None).fingerprint([0]) == "seeds 7/0, 7/1"
-    assert NoiseSource(like, np.float64, 4, [7, 9], None).fingerprint([0]) == "seeds 7/0, 9/0"
-    assert NoiseSource(like, np.float64, 4, None, None).fingerprint([0]) == "seeds 0/0, 0/1"
-    for seeds, short in (([10, *[1] * 19], True), ([10, 10, *[1] * 18], False)):
-        told = NoiseSource(np.zeros((20, 3)), np.float64, 4, seeds, None).fingerprint([0])
-        assert told.startswith("seeds ") if short else len(told) == 16
-    z = normal((4, 2, 3))
-    hashed = hashlib.sha256(z.tobytes()).hexdigest()[:16]
-    assert NoiseSource(like, np.float64, 4, None, z).fingerprint([0]) == hashed
-    some = hashlib.sha256(b"".join(z[step, sample].tobytes() for step in (1, 3) for sample in (0, 1))).hexdigest()[:16]
-
-    def own(step: int, sample: int) -> np.ndarray:
-        return z[step, sample]
-
-    told = NoiseSource(like, np.float64, 4, None, own).fingerprint([1, 3])
-    assert told == f"function {own.__qualname__} {some}"
