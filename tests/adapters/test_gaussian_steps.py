@@ -22,6 +22,7 @@ from parasolver_adapters.gaussian_diffusion import (
 )
 from parasolver_core import DDIM, DDPM
 from tests.adapters.test_gaussian_diffusion import KWARGS, SHAPE, Network, Quiet, SpacedDiffusion, diffusion
+from tests.adapters.weights import relative
 
 
 def table(own: Any, loop: str = "p_sample_loop", **options: Any) -> Any:
@@ -109,6 +110,25 @@ def test_loops_that_are_no_sampler_are_refused() -> None:
     ):
         with pytest.raises(UnsupportedDiffusionError, match=said):
             run(*runs, names=names, cls=cls)
+
+
+def test_one_step_is_a_loop() -> None:
+    run([0], [0])
+    run([0], [0], names=("ddim_sample",))
+
+
+def test_one_sample_is_a_batch() -> None:
+    own, kwargs = diffusion(10, "FIXED_SMALL"), {"y": {"label": {"id": torch.tensor([3])}, "scale": 0.7}}
+    samples = []
+    for one in (own, parallel_gaussian_diffusion(own, 4, tolerance=0)):
+        torch.manual_seed(1)
+        samples.append(one.p_sample_loop(Network(3), (1, 3, 4, 4), model_kwargs=kwargs))
+    assert relative(*samples) < 1e-5
+
+
+def test_an_object_may_have_one_kind_of_step() -> None:
+    one = SimpleNamespace(alphas_cumprod=[1.0], p_sample=lambda model, x, t: x)
+    assert parallel_gaussian_diffusion(one).p_sample is one.p_sample
 
 
 def test_all_arguments_by_name() -> None:
