@@ -229,7 +229,19 @@ def test_rows_come_scaled_at_their_own_times_in_the_networks_dtype(xp: ModuleTyp
     np.testing.assert_array_equal(rows, expected.astype(np.float32))
     assert rows.dtype == times.dtype == np.float32
     np.testing.assert_array_equal(times, [2, 9, 7, 4, 7])
-    assert evaluate.seconds > 0
+    assert 0 < evaluate.seconds < 60
+
+
+def test_parts_of_two_dtypes_come_in_the_networks() -> None:
+    seen: list[Any] = []
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        seen.append(x.dtype)
+        return x
+
+    parts = [np.ones((1, 2), dtype=np.float32), np.ones((2, 2))]
+    evaluator(network, np.ones((1, 2), dtype=np.float32), table())(parts, np.arange(3), np.zeros(3, dtype=int))
+    assert seen == [np.float32]
 
 
 def test_times_are_integers_where_the_samplers_are_and_never_half_precise() -> None:

@@ -158,8 +158,8 @@ def test_how_many_rows_are_tried(steps: int, batch: int, rows: int) -> None:
 
 
 def test_the_batching_error_is_the_largest_of_all_steps() -> None:
-    """Here at steps between the four; the four, at 999, 659, 319 and 19, are exact."""
-    main = np.array([999, 659, 319, 19])
+    """Here at steps between the four, which are exact."""
+    main = TIMESTEPS[[0, 16, 33, 49]]
 
     def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
         return x * (1 + 1e-9 * (len(x) > 1) * ~np.isin(t, main)[:, None])
@@ -172,6 +172,14 @@ def test_the_batching_error_is_the_largest_of_all_steps() -> None:
 def test_a_network_need_not_like_the_start_at_every_step() -> None:
     network = lambda x, t: np.where((t[:, None] < 600) & (t[:, None] > 400), np.nan, x)  # noqa: E731
     assert check_denoiser(network, normal((1, 6)), TIMESTEPS).ok
+
+
+def test_a_single_number_that_is_not_finite_counts() -> None:
+    """At the four steps; at those between, the row tells nothing."""
+    one, main = np.eye(6)[2] > 0, TIMESTEPS[[0, 16, 33, 49]]
+    assert not check_denoiser(lambda x, t: np.where(one, np.nan, x), normal((2, 6)), TIMESTEPS).ok
+    between = lambda x, t: np.where(one & ~np.isin(t, main)[:, None], np.nan, x)  # noqa: E731
+    assert check_denoiser(between, normal((1, 6)), TIMESTEPS).ok
 
 
 def test_one_problem_is_told_where_every_call_has_it() -> None:

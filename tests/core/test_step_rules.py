@@ -55,7 +55,14 @@ def test_noise_that_does_not_fall_is_named_by_its_place(grid: list[float], said:
     assert len(Euler(schedule).recurrence(np.array([3.0, 0.002]))) == 2  # of length 0
 
 
+def test_noise_falls_beside_the_signal() -> None:
+    assert len(Euler(FLOW).recurrence(np.array([0.6, 0.59]))) == 2
+    with pytest.raises(ValueError, match=r"got 0\.5 at index 0, then 0\.6"):
+        Euler(FLOW).recurrence(np.array([0.5, 0.6]))
+
+
 def test_a_table_is_asked_of_a_rule() -> None:
+    np.testing.assert_array_equal(table(DDIM(LINEAR), [300, 20]).timesteps, [300, 20])
     with pytest.raises(TypeError, match="got the class DDIM; make an object of it"):
         table(DDIM, [3, 2])  # type: ignore[arg-type]
     for wrong in (LINEAR, int, "ddim"):
