@@ -47,6 +47,22 @@ def test_a_tenth_of_the_numbers_are_no_averaged_weights(tmp_path: Path, numbers:
     assert bool(got["bias"].any()) == averaged
 
 
+def test_a_tenth_is_of_the_largest(tmp_path: Path) -> None:
+    raw = {"weight": torch.zeros(19), "bias": torch.zeros(2)}
+    content = {"model": raw, "extra": {"x": torch.zeros(1)}, "ema": {"bias": torch.ones(2)}}
+    got = read_state_dict(saved(content, tmp_path / "some.pt"))
+    assert got.keys() == raw.keys()
+    assert not got["bias"].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [({"step": 3}, "got keys step$"), ({}, "got dict$"), ([1, 2], "got list$")]
+)
+def test_what_was_found_instead_of_weights_is_told(tmp_path: Path, content: Any, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        read_state_dict(saved(content, tmp_path / "none.pt"))
+
+
 def test_errors_name_three_keys(state: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"4 missing \(0\.weight, 0\.bias, 2\.weight, \.\.\.\)"):
         check_weights(network(), {}, "nothing")
