@@ -76,7 +76,7 @@ class BatchedCall:
 
     def _size(self, rows: int) -> int:
         """Rows of the next call, where so many are left."""
-        limit = self.max_rows or max(rows, *self._buckets, 1)
+        limit = self.max_rows or max((rows, *self._buckets))
         if not self._buckets:
             return min(rows, limit)
         fitting = [size for size in self._buckets if size <= limit] or [limit]

@@ -294,10 +294,8 @@ class FlowSchedule(ContinuousSchedule):
     def timesteps(self, num_inference_steps: int) -> Float64:
         """A uniform grid on (end, 1], shifted; the step from the last of them to ``final_sigma`` is implied."""
         n = _check_steps(num_inference_steps)
-        t = np.arange(n, 0, -1) / n
-        if self.final_sigma > 0:
-            end = self.final_sigma / (self.shift - (self.shift - 1) * self.final_sigma)  # before it is shifted
-            t = end + (1 - end) * t
+        end = self.final_sigma / (self.shift - (self.shift - 1) * self.final_sigma)  # before it is shifted
+        t = end + (1 - end) * (np.arange(n, 0, -1) / n)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def levels(self, timesteps: NDArray[Any]) -> tuple[Float64, Float64]:

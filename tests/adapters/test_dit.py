@@ -12,7 +12,16 @@ pytest.importorskip("timm", reason="DiT is built from timm's layers; pip install
 import torch
 
 from parasolver_adapters.checkpoints import CheckpointError, check_weights, read_state_dict
-from parasolver_adapters.dit import PRESETS, DiT, DiTConfig, DiTDenoiser, LearnedVariance, load_dit, starting_noise
+from parasolver_adapters.dit import (
+    PRESETS,
+    DiT,
+    DiTConfig,
+    DiTDenoiser,
+    LearnedVariance,
+    _modulated,
+    load_dit,
+    starting_noise,
+)
 from parasolver_core import DDIM, DDPM, check_denoiser, solve, solve_sequential
 from tests.adapters.weights import expanded, fill, relative, saved, shapes
 
@@ -70,6 +79,31 @@ FROZEN = {
         [-1.2186906, 0.6297560, 1.2983092, -0.8438846, 0.5254900, 0.3400656],
     ),
 }
+
+
+def test_heads_of_the_presets() -> None:
+    """What no tensor shows, table 1 of the paper; and what a network is unless told."""
+    heads = {"s": 6, "b": 12, "l": 16, "xl": 16}
+    assert {name: own.num_heads for name, own in PRESETS.items()} == {
+        name: heads[name.split("-")[1]] for name in PRESETS
+    }
+    own = DiTConfig(48, 2, 4)
+    assert (own.patch_size, own.input_size, own.in_channels, own.num_classes, own.labels) == (2, 32, 4, 1000, 1001)
+    assert own.learn_sigma
+    assert own.null_class
+    assert DiTConfig(48, 2, 4, null_class=False).labels == 1000
+
+
+def test_tokens_are_normalised_scaled_and_shifted() -> None:
+    tokens = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]) * 1e-3
+    got = _modulated(tokens, torch.tensor([[[5.0, 6.0]]]), torch.tensor([[[1.0, -0.5]]]))
+    unit = 1e-3 / (1e-6 + 1e-6) ** 0.5
+    torch.testing.assert_close(got, torch.tensor([[[5 - 2 * unit, 6 + 0.5 * unit], [5.0, 6.0]]]))
+
+
+def test_a_network_needs_labels() -> None:
+    with pytest.raises(ValueError, match=r"labels: this network takes labels in 0\.\.5, got none"):
+        filled(SMALL)(latents(), torch.tensor([20, 900]), None)
 
 
 def latents(batch: int = 2) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Respaced timesteps, learned variance, labels and guidance, on small functions in the place of networks."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,16 @@ from parasolver_adapters.epsilon_models import (
     space_timesteps,
     starting_noise,
 )
-from parasolver_core import DDIM, DDPM, NoiseSchedule, ParallelIntegralSolver, check_denoiser, solve, solve_sequential
+from parasolver_core import (
+    DDIM,
+    DDPM,
+    NoiseSchedule,
+    ParallelIntegralSolver,
+    Rows,
+    check_denoiser,
+    solve,
+    solve_sequential,
+)
 from tests.adapters.weights import relative
 from tests.away import away
 from tests.traffic import Traffic
@@ -150,6 +160,76 @@ def test_one_step_of_ddpm_gives_the_predicted_sample() -> None:
     abar = SCHEDULE.alphas_cumprod[0]
     got = solve_sequential(LearnedVariance(model()), x_T(), [0], DDPM(SCHEDULE)).sample
     assert relative(got, (x_T() - np.sqrt(1 - abar) * eps) / np.sqrt(abar)) < 1e-12
+
+
+@pytest.mark.parametrize("spacing", ["1", "2"])
+def test_the_last_of_few_steps_is_guided_by_the_variance_it_has(spacing: str) -> None:
+    """It adds no noise, and what the classifier says counts by its own variance; a single step has one bound only."""
+    one = EpsilonModel(network, SCHEDULE, (0, 4), num_classes=CLASSES, classifier=ClassifierGuidance(classifier, 2.0))
+    timesteps = one.timesteps(spacing)
+    noise = noise_of(len(timesteps))
+    got = solve_sequential(LearnedVariance(one), x_T(), timesteps, DDPM(SCHEDULE), noise=noise)
+    if spacing == "2":
+        expected = ddpm(one, timesteps, noise, (0, 4), 2.0)
+    else:
+        abar, t, y = SCHEDULE.alphas_cumprod[0], torch.tensor([0, 0]), torch.tensor([0, 4])
+        clean = (x_T() - np.sqrt(1 - abar) * network(x_T(), t, y)[:, :3]) / np.sqrt(abar)
+        expected = clean + (1 - abar) * ClassifierGuidance(classifier, 2.0)(x_T(), t, y)
+    assert relative(got.sample, expected) < 1e-12
+
+
+def test_a_table_that_is_not_ddpms_is_refused_by_learned_variance() -> None:
+    timesteps = space_timesteps(1000, 5)
+    small, large = (DDPM(SCHEDULE, variance_type=kind).recurrence(timesteps) for kind in ("fixed_small", "fixed_large"))
+
+    def called(recurrence: Any) -> Tensor:
+        rows = Rows(np.array([1, 2]), np.array([0, 1]), recurrence, lambda step, sample: torch.zeros(EVENT).double())
+        return LearnedVariance(model())(x_T(), torch.tensor([749, 500]), rows)
+
+    for recurrence in (small, large):
+        assert torch.equal(called(recurrence), network(x_T(), torch.tensor([749, 500]), torch.tensor([0, 4]))[:, :3])
+    for name in ("a", "b", "c"):
+        with pytest.raises(ValueError, match="got another sampler or schedule"):
+            called(replace(small, **{name: 0.9 * getattr(small, name)}))
+
+
+def test_what_a_model_is_unless_told() -> None:
+    own = EpsilonModel(network, SCHEDULE)
+    assert own.learn_sigma
+    assert not own.clip_denoised
+    assert not own.takes_rows
+    assert own.labels is own.num_classes is own.guidance_scale is own.null_label is own.guided_channels is None
+    assert ClassifierGuidance(classifier).scale == 1
+    assert ClassifierGuidance(classifier, 0.0)(x_T(), torch.tensor([1, 2]), torch.tensor([0, 4])).abs().max() == 0
+
+
+def test_a_classifier_of_scale_0_is_not_asked() -> None:
+    def never(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError
+
+    t = torch.tensor([10, 900])
+    assert torch.equal(model(classifier=ClassifierGuidance(never, 0.0))(x_T(), t), model()(x_T(), t))
+
+
+@pytest.mark.parametrize("label", [4, np.int64(4)])
+def test_one_label_is_that_of_any_row(label: Any) -> None:
+    one, t = model(label), torch.tensor([10, 900, 10])
+    assert not one.takes_rows
+    assert torch.equal(one(x_T(3), t), network(x_T(3), t, torch.tensor([4, 4, 4]))[:, :3])
+
+
+def test_rows_take_the_labels_of_their_samples() -> None:
+    rows = Rows(np.array([0, 0, 1]), np.array([1, 0, 1]), DDIM(SCHEDULE).recurrence(np.array([9, 5])), lambda i, k: i)
+    t = torch.tensor([9, 9, 5])
+    assert torch.equal(model()(x_T(3), t, rows), network(x_T(3), t, torch.tensor([4, 0, 4]))[:, :3])
+    with pytest.raises(ValueError, match="got 2 for a batch of at least 3"):
+        model()(x_T(3), t, replace(rows, samples=np.array([0, 2, 1])))
+
+
+def test_labels_of_a_classifier_alone_may_be_any() -> None:
+    EpsilonModel(network, SCHEDULE, 10**6, classifier=ClassifierGuidance(classifier))
+    with pytest.raises(TypeError, match="labels: expected one integer"):
+        model(labels=[[0, 1]])
 
 
 def test_other_samplers_are_refused_by_learned_variance() -> None:

@@ -177,7 +177,7 @@ class SameNoise(SpacedDiffusion):
     ("cls", "message"),
     [
         (AddsNoiseAgain, r"expected timesteps that fall at every step.* got \[3, 2, 3\]"),
-        (SameNoise, "p_sample is not made row by row: timestep"),
+        (SameNoise, "p_sample is not made row by row: timestep 19 of sample 1 comes out"),
     ],
 )
 def test_what_cannot_be_sampled_in_parallel_is_refused(cls: Any, message: str) -> None:

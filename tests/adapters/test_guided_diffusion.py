@@ -1,5 +1,6 @@
 """Networks of guided-diffusion: the published tensors, outputs and samples."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from parasolver_adapters.guided_diffusion import (
     load_unet,
     starting_noise,
 )
-from parasolver_core import DDIM, DDPM, check_denoiser, solve, solve_sequential
+from parasolver_adapters.guided_diffusion.unet import timestep_embedding
+from parasolver_core import DDIM, DDPM, NoiseSchedule, check_denoiser, solve, solve_sequential
 from tests.adapters.weights import expanded, fill, relative, saved, shapes
 
 # Of the published networks: tensors, numbers, and a hash of names and shapes (see ``shapes``).
@@ -84,6 +86,66 @@ def test_what_a_network_is_unless_told() -> None:
     assert own.num_head_channels is own.num_heads_upsample is own.num_classes is own.channel_mult is None
     assert (own.use_scale_shift_norm, own.in_channels, own.dropout) == (True, 3, 0.0)
     assert not any((own.learn_sigma, own.resblock_updown, own.use_fp16, own.use_new_attention_order))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_was_published(name: str) -> None:
+    """What no tensor shows, as in the published command lines."""
+    preset, small = PRESETS[name], name == "adm-64"
+    own = preset.unet
+    assert (own.num_heads, own.num_head_channels) == (4, None if name == "adm-128" else 64)
+    assert own.heads(512) == (4 if name == "adm-128" else 8)
+    assert own.use_new_attention_order is small
+    assert own.use_scale_shift_norm
+    assert own.resblock_updown
+    assert not own.use_fp16
+    assert own.dropout == (0.1 if small or name in ("lsun-bedroom", "lsun-cat", "lsun-horse") else 0.0)
+    schedule = NoiseSchedule.squared_cosine() if small else NoiseSchedule.linear()
+    np.testing.assert_array_equal(preset.schedule.alphas_cumprod, schedule.alphas_cumprod)
+    if name.startswith("adm"):
+        assert preset.classifier is not None
+        assert preset.classifier.heads(512) == 8
+        assert preset.classifier.num_res_blocks == (4 if small else 2)
+        assert not preset.classifier.use_new_attention_order
+        assert preset.classifier.use_scale_shift_norm
+    else:
+        assert preset.classifier is None
+
+
+def test_times_are_embedded_by_cosines_and_sines() -> None:
+    t = torch.tensor([0.0, 3.0])
+    cosines = torch.stack([torch.ones(2), (0.01 * t).cos(), (0.01 * t).sin()], 1)
+    got = timestep_embedding(t, 5)
+    assert got.shape == (2, 5)
+    np.testing.assert_allclose(got[:, [1, 3]], cosines[:, 1:], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(got[:, [0, 2, 4]], torch.stack([t.cos(), t.sin(), 0 * t], 1), rtol=1e-6)
+    assert timestep_embedding(torch.tensor([7]), 4).shape == (1, 4)
+    assert timestep_embedding(torch.tensor([7]), 4).dtype == torch.float32
+
+
+def test_labels_are_given_where_the_network_has_classes() -> None:
+    t = torch.tensor([20, 900])
+    for config, labels, said in ((NEW, None, r"takes labels in 0\.\.4, got none"), (PLAIN, t, "no labels, got labels")):
+        with pytest.raises(ValueError, match=said), torch.no_grad():
+            UNet(config)(pictures(), t, labels)
+    with pytest.raises(ValueError, match="a classifier needs classes"):
+        Classifier(PLAIN)
+
+
+def test_a_classifier_in_half_precision_is_close() -> None:
+    assert SMALL.classifier is not None
+    logits = []
+    for use_fp16 in (False, True):
+        network = Classifier(replace(SMALL.classifier, use_fp16=use_fp16))
+        fill(network)
+        network.finish()
+        assert not network.training
+        assert network.out[2].qkv_proj.weight.dtype is torch.float32
+        assert network.input_blocks[0][0].weight.dtype is (torch.float16 if use_fp16 else torch.float32)
+        with torch.no_grad():
+            logits.append(network(pictures(), torch.tensor([20, 900])))
+    assert logits[1].dtype is torch.float32
+    assert 0 < relative(logits[1], logits[0]) < 5e-3
 
 
 def pictures() -> torch.Tensor:

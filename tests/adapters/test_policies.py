@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from benchmarks.policy import load_policy
 from benchmarks.policy_loops import OBSTACLES, TRAINED, Actor, ddim, ddpm
-from parasolver_adapters.policies import ActionSampler, held_path, parallel_policy
-from parasolver_core import Status
+from parasolver_adapters.policies import ActionSampler, _along, _Chunk, held_path, parallel_policy
+from parasolver_core import DDPM, DPMSolver, NoiseSchedule, Status, solve_sequential
 from tests.adapters.test_loops import seeded
 from tests.adapters.tiny_pipelines import distance
+
+SCHEDULE = NoiseSchedule.linear()
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
@@ -92,6 +94,78 @@ def test_noise_moves_along_the_horizon_with_new_noise_behind() -> None:
     sampler.reset()
     sampler((1, 16, 2), {}, seeded())
     torch.testing.assert_close(seen[-1], drawn[0][0])
+
+
+@pytest.mark.parametrize(("shift", "moved"), [(0, [0, 1, 2, 3]), (1, [1, 2, 3, 13]), (3, [3, 11, 12, 13])])
+def test_what_is_left_is_moved_before_the_end_of_the_new(shift: int, moved: list[int]) -> None:
+    last, new = torch.arange(4), torch.arange(10, 14)
+    assert _along(0, last, new, shift).tolist() == moved
+    assert _along(1, last.expand(2, 4), new.expand(2, 4), shift).tolist() == [moved] * 2
+
+
+@pytest.mark.parametrize("rule", [DDPM(SCHEDULE), DPMSolver(SCHEDULE, order=3, prediction_type="v_prediction")])
+def test_a_path_of_one_clean_sample_is_that_of_a_network_that_predicts_it(rule: Any) -> None:
+    table = rule.recurrence(SCHEDULE.timesteps(7))
+    x_T, clean = torch.randn(2, 4, 2, generator=seeded()).double(), torch.full((2, 4, 2), 0.3).double()
+    z = torch.randn(7, 2, 4, 2, generator=seeded()).double()
+
+    def network(x: Tensor, t: Tensor, rows: Any) -> Tensor:
+        p, q = (torch.as_tensor(table.held[rows.steps, k])[:, None, None] for k in range(2))
+        return (clean[rows.samples] - p * x) / q
+
+    network.takes_rows = True  # type: ignore[attr-defined]
+    noise = {"noise": z} if table.stochastic else {}
+    want = solve_sequential(network, x_T, SCHEDULE.timesteps(7), rule, save="trajectory", **noise).trajectory
+    torch.testing.assert_close(held_path(table, x_T, clean, z if noise else None), want, atol=1e-10, rtol=0)
+    assert held_path(table, x_T.half(), clean.half(), None).dtype is torch.float32
+
+
+@pytest.mark.parametrize("shift", [1, 9])
+def test_a_chunk_is_moved_with_its_noise_and_with_the_states_that_were_final(shift: int) -> None:
+    """Of one environment two of five steps were final, of the other all; the last action is held."""
+    table = DDPM(SCHEDULE).recurrence(SCHEDULE.timesteps(5))
+    made = (torch.randn(*shape, generator=seeded()) for shape in ((2, 4, 2), (5, 2, 4, 2), (6, 2, 4, 2), (2, 4, 2)))
+    x_T, z, states, sample = made
+    fresh, new = torch.full((2, 4, 2), 7.0), torch.full((5, 2, 4, 2), 8.0)
+    solution: Any = types.SimpleNamespace(sample=sample, trajectory=states, steps=(2, 5))
+    got_x, got_z, start = _Chunk(x_T, z, solution).moved(table, fresh, new, shift)
+    stay = max(4 - shift, 0)
+    assert got_z is not None
+    assert torch.equal(got_x, torch.cat([x_T[:, 4 - stay :], fresh[:, stay:]], 1))
+    assert torch.equal(got_z, torch.cat([z[:, :, 4 - stay :], new[:, :, stay:]], 2))
+    clean = torch.cat([sample[:, 4 - stay :], sample[:, -1:].expand(2, 4 - stay, 2)], 1)
+    want = held_path(table, got_x, clean, got_z)
+    for row, final in ((0, 3), (1, 6)):
+        want[:final, row, :stay] = states[:final, row, 4 - stay :]
+    assert torch.equal(start, want)
+    assert _Chunk(x_T, None, solution).moved(table, fresh, new, shift)[1] is None
+
+
+def test_only_a_chunk_of_the_same_environments_is_gone_on_with() -> None:
+    actor, discs = ddim(), OBSTACLES.double()
+    sampler = own(actor, shift=4)
+    chunk(sampler, discs, seeded())
+    assert sampler.solution is not None
+    assert sampler.solution.trajectory is not None
+    one = chunk(sampler, discs[:1], seeded())
+    cold = own(actor)
+    assert torch.equal(one, chunk(cold, discs[:1], seeded()))
+    assert cold.solution is not None
+    assert cold.solution.trajectory is None
+
+
+def test_a_scheduler_that_draws_once_a_step_is_not_run_for_its_noise() -> None:
+    actor, discs = ddpm(), OBSTACLES[:1].double()
+    sampler = own(actor)
+    chunk(sampler, discs, seeded())
+    assert sampler._draws_plainly
+    once, again, like = seeded(), seeded(), torch.zeros(1, 16, 2, dtype=torch.float64)
+    want = sampler._rule.noise(once, tuple(like.shape), like.dtype, like.device)
+    got = sampler._noise(again, like)
+    assert got.dtype is torch.float64
+    scale = torch.as_tensor(sampler._rule.table.c)[:, None, None, None]
+    torch.testing.assert_close(scale * got, scale * want, atol=1e-6, rtol=0)
+    assert torch.equal(once.get_state(), again.get_state())
 
 
 def test_a_path_of_one_clean_sample_leads_there() -> None:

@@ -78,6 +78,93 @@ def test_tolerance_is_of_the_structure_not_of_where_it_is() -> None:
     assert float((aligned_distance(got, want) / size).median()) < 0.01
 
 
+LEVELS = torch.tensor([8.0, 4.0, 1.0, 0.5, 0.0])
+
+
+def test_each_step_is_that_of_edm_with_churn() -> None:
+    """The level is raised before steps that end above 1, by the factor 1.8; noise counts 1.003 times, a step 1.5."""
+    x, noise, told, given = normal(2, ATOMS, 3), normal(4, 2, ATOMS, 3, seed=1), [], []
+    frames = torch.Generator().manual_seed(0)
+
+    def model(x: Tensor, *arguments: Tensor, scale: float) -> Tensor:
+        given.append(arguments)
+        return scale * torch.tanh(x)
+
+    def sampler(sigma: Tensor, after: Tensor) -> Tensor:
+        return noise[LEVELS.tolist().index(float(sigma))]
+
+    options: dict[str, Any] = {"extra_args": {"scale": 0.7}, "callback": told.append, "noise_sampler": sampler}
+    got = sample_structure(model, x, LEVELS, **options)
+    for i, raised in enumerate((14.4, 4.0, 1.0, 0.5)):
+        level, churn = float(LEVELS[i]), 1.003 * (raised**2 - float(LEVELS[i]) ** 2) ** 0.5
+        x = x + churn * noise[i]
+        assert torch.allclose(told[i]["x"], x, rtol=1e-5, atol=1e-5)
+        assert (told[i]["i"], float(told[i]["sigma"])) == (i, level)
+        assert float(told[i]["sigma_hat"]) == pytest.approx(raised)
+        assert torch.allclose(told[i]["denoised"], 0.7 * torch.tanh(x), rtol=1e-4, atol=1e-5)
+        sigma_hat, rotation, shift, churned = given[i]
+        frame = torch.empty(2, 7).normal_(generator=frames)
+        assert torch.allclose(sigma_hat, torch.full((2,), raised))
+        assert torch.allclose(churned, torch.full((2,), churn), atol=1e-6)
+        assert torch.equal(rotation, rotations(frame[:, :4]))
+        assert torch.equal(shift, frame[:, None, 4:])
+        x = x + 1.5 * (float(LEVELS[i + 1]) - raised) / raised * (x - 0.7 * torch.tanh(x))
+    assert torch.allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_drawn_behind_each_frame_and_centred() -> None:
+    told: list[dict[str, Any]] = []
+    sample_structure(lambda x, *rest: x, torch.zeros(2, ATOMS, 3), LEVELS, callback=told.append, atom_mask=MASK, seed=3)
+    generator, x = torch.Generator().manual_seed(3), torch.zeros(2, ATOMS, 3)
+    for one in told:
+        torch.empty(2, 7).normal_(generator=generator)
+        churn = 1.003 * (one["sigma_hat"] ** 2 - one["sigma"] ** 2).sqrt()
+        x = x + churn * centred_noise(2, ATOMS, MASK, generator)
+        assert torch.allclose(one["x"], x, atol=1e-5)
+
+
+def test_means_are_of_the_atoms_that_are_there() -> None:
+    x = torch.tensor([[[1.0, 0, 0], [3.0, 6.0, 0], [50.0, 50.0, 50.0]]])
+    assert centre(x, torch.tensor([1.0, 3.0, 0.0])).tolist() == [[[2.5, 4.5, 0.0]]]
+    for mask in (None, MASK):
+        noise = centred_noise(2, ATOMS, mask, torch.Generator().manual_seed(0))
+        weights = torch.ones(ATOMS) if mask is None else mask
+        assert float(centre(noise, weights).abs().max()) < 1e-6
+        assert torch.allclose(noise - noise[:, :1], normal(2, ATOMS, 3) - normal(2, ATOMS, 3)[:, :1], atol=1e-6)
+
+
+def test_distances_are_weighted_means_after_the_best_motion() -> None:
+    line, wide = (
+        torch.tensor([[[-1.0, 0, 0], [0, 0, 0], [1, 0, 0]]]),
+        torch.tensor([[[-2.0, 0, 0], [0, 0, 0], [2, 0, 0]]]),
+    )
+    assert float(aligned_distance(line, wide)) == pytest.approx((2 / 3) ** 0.5, rel=1e-6)
+    assert float(aligned_distance(line, wide, torch.tensor([1.0, 2.0, 1.0]))) == pytest.approx(0.5**0.5, rel=1e-6)
+    x = normal(2, ATOMS, 3)
+    apart = x + (1 - MASK)[:, None] * 10 * normal(2, ATOMS, 3, seed=1)
+    turned = apart @ rotations(normal(2, 4, seed=2)) + 5
+    assert float(aligned_distance(turned, x, MASK).max()) < 1e-5  # of atoms that are there
+    assert float(aligned_distance(turned, x).min()) > 1
+
+
+def test_a_network_is_seen_in_its_frame_and_answers_in_the_states() -> None:
+    """Without a mask, and with conditions: a network that gives what it sees gives the state, turned back."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def listening(x: Tensor, sigma: Tensor, gain: float) -> Tensor:
+        seen.append((x, sigma))
+        return gain * x
+
+    x, rotation, shift = normal(2, ATOMS, 3), rotations(normal(2, 4, seed=1)), normal(2, 1, 3, seed=2)
+    churn, sigma = torch.tensor([0.0, 6.0]), torch.tensor([1.0, 2.0])
+    got = RigidFrames(listening)(x, sigma, rotation, shift, churn, gain=2.0)
+    centred = x - x.mean(1, keepdim=True)
+    wide = torch.tensor([1.0, 2.0])[:, None, None]  # the root of 1 + 36 / 12
+    assert torch.allclose(seen[0][0], centred @ rotation + wide * shift, atol=1e-5)
+    assert torch.equal(seen[0][1], sigma)
+    assert torch.allclose(got, 2 * centred + x.mean(1, keepdim=True), atol=1e-5)
+
+
 def test_other_seeds_are_other_structures_of_the_same_noise() -> None:
     model, x = RigidFrames(network), normal(2, ATOMS, 3) * SIGMAS[0]
     one, other = (sample_structure(model, x, SIGMAS, seed=seed) for seed in (1, 2))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parasolver_core import DDPM, NoiseSchedule, Rows, check_denoiser
+from parasolver_core.denoiser.conformance import DenoiserReport
 from tests.core.problems import Rational, TanhNetwork, normal
 
 TIMESTEPS = NoiseSchedule.linear().timesteps(50)
@@ -144,3 +145,51 @@ def test_what_is_not_callable_is_refused() -> None:
 def test_what_is_no_step_rule_is_refused() -> None:
     with pytest.raises(TypeError, match="step_rule: expected a StepRule"):
         check_denoiser(lambda x, t: x, np.ones((1, 3)), [2, 1], step_rule="ddim")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "rows"), [(1, 1, 1), (1, 2, 2), (3, 2, 6), (5, 1, 5), (50, 1, 16), (50, 9, 20)]
+)
+def test_how_many_rows_are_tried(steps: int, batch: int, rows: int) -> None:
+    """Four steps of two samples, and twelve between of one."""
+    report = check_denoiser(Rational(), normal((batch, 6)), NoiseSchedule.linear().timesteps(steps))
+    assert report.ok
+    assert report.rows == rows
+
+
+def test_the_batching_error_is_the_largest_of_all_steps() -> None:
+    """Here at steps between the four, which are exact."""
+    main = TIMESTEPS[[0, 16, 33, 49]]
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return x * (1 + 1e-9 * (len(x) > 1) * ~np.isin(t, main)[:, None])
+
+    report = check_denoiser(network, normal((1, 6)), TIMESTEPS)
+    assert report.ok
+    assert report.batching_error == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_a_network_need_not_like_the_start_at_every_step() -> None:
+    network = lambda x, t: np.where((t[:, None] < 600) & (t[:, None] > 400), np.nan, x)  # noqa: E731
+    assert check_denoiser(network, normal((1, 6)), TIMESTEPS).ok
+
+
+def test_a_single_number_that_is_not_finite_counts() -> None:
+    """At the four steps; at those between, the row tells nothing."""
+    one, main = np.eye(6)[2] > 0, TIMESTEPS[[0, 16, 33, 49]]
+    assert not check_denoiser(lambda x, t: np.where(one, np.nan, x), normal((2, 6)), TIMESTEPS).ok
+    between = lambda x, t: np.where(one & ~np.isin(t, main)[:, None], np.nan, x)  # noqa: E731
+    assert check_denoiser(between, normal((1, 6)), TIMESTEPS).ok
+
+
+def test_one_problem_is_told_where_every_call_has_it() -> None:
+    report = check_denoiser(lambda x, t: x * np.nan, normal((2, 6)), TIMESTEPS)
+    assert [problem.split(" for ")[0] for problem in report.problems] == ["It gives NaN or infinity"]
+    assert np.isnan(report.batching_error)
+    assert np.isnan(report.repeat_error)
+
+
+def test_a_report_tells_its_numbers() -> None:
+    fine = DenoiserReport((), 1.25e-7, 0.0, 20)
+    assert str(fine) == ("The denoiser fits parallel sampling (batching error 1.2e-07, repeat error 0.0e+00, 20 rows).")
+    assert str(DenoiserReport(("One.", "Two."), 0.5, 0.0, 8)).splitlines()[1:] == ["- One.", "- Two."]

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from parasolver_core import DDIM, Euler, NoiseSchedule, solve, solve_sequential
-from parasolver_core.samplers.schedules import DiscreteSchedule
+from parasolver_core.samplers.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule
 
 # diffusers computes betas and their product in float32: 1000 factors of relative error 6e-8 / sqrt(3) each, and the
 # squared cosine's betas near 1 cancel in 1 - beta, which is why the error is taken relative to 1.
@@ -171,6 +171,10 @@ REFUSED = {
     "prediction type of a schedule": ("prediction_type", lambda: NoiseSchedule.linear(prediction_type="epsilon")),
     "unknown default": ("default_prediction_type", lambda: NoiseSchedule.karras(default_prediction_type="x0")),
     "masked table": ("alphas_cumprod", lambda: NoiseSchedule.from_alphas_cumprod(np.ma.array([0.9, 0.5]))),
+    "beta 0": ("beta_start", lambda: NoiseSchedule.linear(0.0)),
+    "beta 1": ("beta_end", lambda: NoiseSchedule.linear(1e-4, 1.0)),
+    "no beta": ("beta_end", lambda: NoiseSchedule.linear(1e-4, None)),
+    "flow time 1.01": ("timesteps", lambda: NoiseSchedule.flow_matching().levels(np.array([1.01, 0.5]))),
     "flow time 999": ("timesteps", lambda: NoiseSchedule.flow_matching().levels(np.array([999.0, 500.0]))),
 }
 
@@ -216,6 +220,43 @@ def test_a_schedule_keeps_its_own_table() -> None:
 def test_a_table_of_torch() -> None:
     schedule = NoiseSchedule.from_alphas_cumprod(torch.tensor([0.9, 0.5], dtype=torch.float64))
     np.testing.assert_array_equal(schedule.alphas_cumprod, [0.9, 0.5])
+
+
+def test_what_just_passes() -> None:
+    last = NoiseSchedule.from_alphas_cumprod([0.5, 0.0], final_alpha_cumprod=0.5)
+    np.testing.assert_allclose(last.levels(np.array([1, 0]))[0], [0.0, 0.5**0.5, 0.5**0.5], rtol=1e-15)
+    assert NoiseSchedule.flow_matching(final_sigma=0.0).levels(np.array([1.0]))[1].tolist() == [1.0, 0.0]
+    assert NoiseSchedule.karras(0.1, 1.0, final_sigma=0.1).final_sigma == 0.1
+    assert NoiseSchedule.linear(train_steps=1).timesteps(1).tolist() == [0]
+
+
+def test_what_a_schedule_is_unless_told() -> None:
+    karras, flow, table = KarrasSchedule(), FlowSchedule(), DiscreteSchedule(np.array([0.9, 0.5]))
+    assert (karras.sigma_min, karras.sigma_max, karras.rho, karras.final_sigma) == (0.002, 80.0, 7.0, 0.0)
+    assert NoiseSchedule.karras() == karras
+    assert (flow.shift, flow.final_sigma) == (1.0, 0.0)
+    assert NoiseSchedule.flow_matching() == flow
+    assert (karras.sigma_data, flow.sigma_data, table.sigma_data, table.final_alpha_cumprod) == (0.5, 1.0, 0.5, 1.0)
+    kinds = [one.default_prediction_type for one in (karras, flow, table)]
+    assert kinds == ["sample", "flow", "epsilon"]
+
+
+def test_a_wrong_time_is_named_by_its_place() -> None:
+    table, flow = NoiseSchedule.linear(), NoiseSchedule.flow_matching()
+    for schedule, times, said in (
+        (table, [3.0, 10.5], "got 10.5 at index 1"),
+        (table, [3, 1000, -1], "got 1000 at index 1"),
+        (NoiseSchedule.karras(), [3.0, 1.0, -1.0], "got -1.0 at index 2"),
+        (flow, [1.0, 0.5, 0.0], "got 0.0 at index 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            schedule.levels(np.array(times))
+
+
+def test_a_beta_of_1_is_not_taken_for_a_count() -> None:
+    for beta in (1, 0, 1.5):
+        with pytest.raises(ValueError, match=r"beta_start: expected a number in \(0, 1\), got [\d.]+$"):
+            NoiseSchedule.linear(beta)
 
 
 def test_a_count_in_the_place_of_a_beta_is_understood() -> None:

@@ -1,0 +1,171 @@
+"""The steps of a GaussianDiffusion object: what a loop is read as, and what is played to its steps."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from torch import Tensor
+
+from parasolver_adapters.gaussian_diffusion import (
+    Draft,
+    UnsupportedDiffusionError,
+    _device,
+    _named,
+    _Played,
+    _StepDenoiser,
+    _Unheard,
+    parallel_gaussian_diffusion,
+)
+from parasolver_core import DDIM, DDPM
+from tests.adapters.test_gaussian_diffusion import KWARGS, SHAPE, Network, Quiet, SpacedDiffusion, diffusion
+from tests.adapters.weights import relative
+
+
+def table(own: Any, loop: str = "p_sample_loop", **options: Any) -> Any:
+    draft = Draft(own)
+    getattr(draft.object, loop)(Network(6), SHAPE, model_kwargs=KWARGS, **options)
+    return draft.table()
+
+
+@pytest.mark.parametrize(
+    ("variance", "loop", "options", "kind", "told"),
+    [
+        ("FIXED_SMALL", "p_sample_loop", {}, DDPM, {"variance_type": "fixed_small"}),
+        ("FIXED_LARGE", "p_sample_loop", {}, DDPM, {"variance_type": "fixed_large"}),
+        ("LEARNED_RANGE", "p_sample_loop", {}, DDPM, {"variance_type": "fixed_small"}),
+        ("FIXED_LARGE", "ddim_sample_loop", {}, DDIM, {"eta": 0.0}),
+        ("LEARNED_RANGE", "ddim_sample_loop", {"eta": 0.5}, DDIM, {"eta": 0.5}),
+    ],
+)
+def test_a_loop_is_read_as_its_sampler(variance: str, loop: str, options: Any, kind: Any, told: Any) -> None:
+    own = diffusion(10, variance)
+    rule, timesteps = table(own, loop, **options)
+    assert type(rule) is kind
+    assert {name: getattr(rule, name) for name in told} == told
+    assert rule.predicts == "sample"
+    np.testing.assert_array_equal(timesteps, np.arange(9, -1, -1))
+    np.testing.assert_array_equal(rule.schedule.alphas_cumprod, own.alphas_cumprod)
+
+
+def test_steps_that_draw_nothing_are_those_of_ddim() -> None:
+    rule, _ = table(diffusion(10, cls=Quiet))
+    assert type(rule) is DDIM
+    assert rule.eta == 0
+
+
+class Made(SpacedDiffusion):
+    """A loop over timesteps of ours; in its second run over others."""
+
+    runs: Any = ()
+    names: Any = ()
+
+    def _loop(self, step: Any, model: Any, shape: Any, **options: Any) -> Any:
+        x, run = torch.randn(*shape), type(self).runs.pop(0)
+        for k, i in enumerate(run):
+            t = torch.tensor(i if isinstance(i, list) else [i] * shape[0])
+            made = getattr(self, self.names[k]) if self.names else step
+            out = made(model, x, t, **options)
+            yield out
+            x = out["sample"]
+
+
+def run(*runs: Any, names: Any = (), cls: Any = Made) -> None:
+    made = type("Own", (cls,), {"runs": list(runs), "names": names})
+    parallel = parallel_gaussian_diffusion(diffusion(20, cls=made), 8)
+    list(parallel.p_sample_loop_progressive(Network(6), SHAPE, model_kwargs=KWARGS))
+
+
+class OddDraws(Made):
+    def p_sample(self, model: Any, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
+        torch.randn(3)
+        return super().p_sample(model, x, t, **options)
+
+
+class AnotherDraw(Made):
+    """Draws once more at the last step."""
+
+    def p_sample(self, model: Any, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
+        if int(t[0]) == 0:
+            torch.randn_like(x)
+        return super().p_sample(model, x, t, **options)
+
+
+def test_loops_that_are_no_sampler_are_refused() -> None:
+    falls = "expected timesteps that fall at every step"
+    run([3, 2, 1, 0], [3, 2, 1, 0])
+    for runs, names, cls, said in (
+        ([[3, 2, 1], [3, 2, 1, 0]], (), Made, "step 3 of the loop is another than when it was tried out"),
+        ([[3, 2, 1], [3, 1, 0]], (), Made, "step 1 of the loop is another than when it was tried out"),
+        ([[3, 2, 2, 0]], (), Made, falls),
+        ([[3, 2, 3]], (), Made, falls),
+        ([[3, [2, 1], 0]], (), Made, "expected the samples of a batch at one timestep"),
+        ([[]], (), Made, "expected a loop over one kind of step, got none"),
+        ([[3, 2]], ("p_sample", "ddim_sample"), Made, "expected a loop over one kind of step, got {"),
+        ([[3, 2]], (), OddDraws, r"p_sample draws noise of other shapes than its state's, \(2, 3, 4, 4\)"),
+        ([[2, 1, 0]] * 2, (), AnotherDraw, "expected as many draws of noise in every step"),
+    ):
+        with pytest.raises(UnsupportedDiffusionError, match=said):
+            run(*runs, names=names, cls=cls)
+
+
+def test_one_step_is_a_loop() -> None:
+    run([0], [0])
+    run([0], [0], names=("ddim_sample",))
+
+
+def test_one_sample_is_a_batch() -> None:
+    own, kwargs = diffusion(10, "FIXED_SMALL"), {"y": {"label": {"id": torch.tensor([3])}, "scale": 0.7}}
+    samples = []
+    for one in (own, parallel_gaussian_diffusion(own, 4, tolerance=0)):
+        torch.manual_seed(1)
+        samples.append(one.p_sample_loop(Network(3), (1, 3, 4, 4), model_kwargs=kwargs))
+    assert relative(*samples) < 1e-5
+
+
+def test_an_object_may_have_one_kind_of_step() -> None:
+    one = SimpleNamespace(alphas_cumprod=[1.0], p_sample=lambda model, x, t: x)
+    assert parallel_gaussian_diffusion(one).p_sample is one.p_sample
+
+
+def test_all_arguments_by_name() -> None:
+    def called(a: int, b: int = 2, *rest: int, c: int = 3, **more: int) -> None: ...
+
+    assert _named(called, (1,), {"d": 4}) == {"a": 1, "b": 2, "c": 3, "d": 4}
+    assert _named(called, (1, 5, 6), {"c": 7}) == {"a": 1, "b": 5, "rest": (6,), "c": 7}
+
+
+def test_the_device_of_a_network() -> None:
+    assert _device(lambda x: x) is None
+    assert _device(torch.nn.Identity()) is None
+    assert _device(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
+
+
+def test_draws_are_played_in_their_order_and_the_networks_own_are_not() -> None:
+    draws = [torch.full((2,), float(k)) for k in range(2)]
+    network = _Unheard(SimpleNamespace(size=7, __call__=None))
+    assert network.size == 7
+    torch.manual_seed(0)
+    own = torch.randn(2)
+    torch.manual_seed(0)
+    with _Played(draws):
+        assert torch.equal(_Unheard(lambda: torch.randn(2))(), own)
+        assert torch.equal(torch.randn(2), draws[0])
+        assert torch.equal(torch.zeros(2), torch.tensor([0.0, 0.0]))
+        assert torch.equal(torch.randn_like(own), draws[1])
+
+
+def test_clean_samples_that_were_not_predicted_are_interpolated() -> None:
+    """Between that of the step before and the next that is known; where none is, it stays."""
+    rows: Any = SimpleNamespace(batch=2, draws_of=lambda step, sample: [step + 10 * sample, "another"])
+    denoiser = _StepDenoiser(rows, 4)
+    one = torch.ones(1)
+    denoiser._predictions = [{0: 0 * one, 1: 4 * one}, {}, {}, {0: 3 * one}]
+    assert [denoiser.predicted(i).tolist() for i in range(4)] == [
+        [[0.0], [4.0]], [[1.0], [4.0]], [[2.0], [4.0]], [[3.0], [4.0]],
+    ]  # fmt: skip
+    assert [len(known) for known in denoiser._predictions] == [0, 0, 0, 2]
+    assert denoiser.noise(2, 1) == 12
