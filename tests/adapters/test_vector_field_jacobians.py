@@ -204,7 +204,7 @@ LINEAR = [np.array(-30.0), np.array([-1.0, -40.0]), np.array([[0.0, 3.0], [-9.0,
 @pytest.mark.parametrize("batch_dims", [0, 1])
 @pytest.mark.parametrize("dense", [True, False])
 def test_an_exponential_methods_steps_carry_the_linear_part(linear: Any, batch_dims: int, dense: bool) -> None:
-    """Of any length, beside a field whose Jacobian is 1/2: ``exp(h (L + 1/2))``, of its diagonal if that is asked for."""
+    """Of any length, beside a field whose Jacobian is 1/2: ``exp(h (L + 1/2))``, or that of its diagonal."""
     one = problem(lambda t, y: y / 2, np.zeros((3, 2)), method=ExponentialRungeKutta(2, linear), batch_dims=batch_dims)
     L = linear if linear.ndim == 2 else np.diag(np.broadcast_to(linear, 2))
     L = L if dense else np.diag(np.diag(L))
