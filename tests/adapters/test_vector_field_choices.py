@@ -61,16 +61,10 @@ def test_step_sizes_that_are_off_by_more_than_rounding_are_refused(step: float) 
 
 def test_substeps_are_of_equal_length() -> None:
     seen: list[float] = []
-    times = [0.0, 1.0, 1.5, 4.0]
-    found = integrate(
-        lambda t, y: seen.append(float(t)) or -y,
-        np.ones(1),
-        times,
-        method="euler",
-        substeps=5,
-        linearization="sequential",
-    )
-    expected = [a + (b - a) * k / 5 for a, b in zip(times[:-1], times[1:], strict=True) for k in range(5)]
+    times: list[float] = [0.0, 1.0, 1.5, 4.0]
+    options: dict[str, Any] = {"method": "euler", "substeps": 5, "linearization": "sequential"}
+    found = integrate(lambda t, y: seen.append(float(t)) or -y, np.ones(1), times, **options)
+    expected = [a + (b - a) * k / 5 for a, b in pairwise(times) for k in range(5)]
     np.testing.assert_allclose(seen, expected, rtol=1e-15)
     np.testing.assert_array_equal(found.t, times)
     assert found.sequential_steps == 15

@@ -218,7 +218,7 @@ def test_backward_falls_back_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("linearization", "most"), [("full", 4), ("diagonal", 12), ("secant", 12), ("identity", 25)])
+@pytest.mark.parametrize(("linearization", "most"), [("full", 4), ("diagonal", 20), ("secant", 20), ("identity", 25)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_backward_pass_is_made_in_rounds(
     monkeypatch: pytest.MonkeyPatch, linearization: Any, most: int, dtype: Any

@@ -68,6 +68,10 @@ def test_rounding_of_steps_that_forget_stays_as_it_is(dtype: Any) -> None:
     assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
     states[40] = 8  # the step to it and the step from it; the scale reaches two nodes back
     assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    states[::2] = 8
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    states[:] = 0
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == 0
     states[:] = 8
     states[40:] = 1
     assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
