@@ -39,17 +39,18 @@ def test_only_the_first_call_is_recorded() -> None:
 
 def test_rows_of_each_window_are_kept_and_some_of_all_windows_chosen() -> None:
     samples = Samples()
-    for window, rows in enumerate((7, 5, 6)):
+    for window, rows in enumerate((7, 5, 6, 3)):
         field = Recorder(lambda t, y: 10 * y)
         t = 100.0 * window + np.arange(rows)
-        y = np.where(np.arange(rows) == 3, -(2.0 - window), 0.5)[:, None] * np.ones(2)
+        y = np.where(np.arange(rows) == 3, -(2.0 - window), 0.5)[:, None] * [0.1, 1.0]
         field(t, y)
         samples.keep(field, -np.arange(1.0, rows))  # the last row was not accepted
-    kept = [[float(row[0][0]) % 100 for row in samples.rows[k : k + 4]] for k in (0, 4, 8)]
-    assert kept == [[0, 3, 5, 3], [0, 2, 3, 3], [0, 2, 4, 0]]  # of 6, of 4, of 5 rows; the fourth is the largest
+    kept = [[float(row[0][0]) % 100 for row in samples.rows[k : k + 4]] for k in (0, 4, 8, 12)]
+    # of 6, 4, 5 and 2 rows; the fourth is the largest
+    assert kept == [[0, 3, 5, 3], [0, 2, 3, 3], [0, 2, 4, 0], [0, 1, 1, 0]]
     assert [h for *_, h in samples.rows[:4]] == [1, 4, 6, 4]
     chosen = samples.chosen()
-    assert [float(row[0][0]) for row in chosen] == [0, 102, 204, 3]
+    assert [float(row[0][0]) for row in chosen] == [0, 202, 301, 3]
     for t, y, f, _ in chosen:
         assert (t.shape, y.shape, f.shape) == ((1,), (1, 2), (1, 2))
         np.testing.assert_array_equal(f, 10 * y)
@@ -73,10 +74,10 @@ def test_rounding_walks_at_random_within_a_step_and_grows_with_the_state(factor:
     for node, grown in ((16, 2.0), (20, 3.0), (25, 3.0 + np.sqrt(5) / 2)):
         grown_in_steps(factor, one := Twin(), y, [0, 16, 20, 25])
         one.accept(node, 0.0)
-        assert one.grown == pytest.approx(grown * EPS, rel=1e-5)
+        assert one.grown == pytest.approx(grown * EPS, rel=1e-5, abs=0)
     grown_in_steps(factor, whole := Twin(), y, [0, 16, 20])
     whole.accept(99, 0.0)
-    assert whole.grown == pytest.approx(3.0 * EPS, rel=1e-5)
+    assert whole.grown == pytest.approx(3.0 * EPS, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize(("tolerance", "more"), [(0.0, 1.0), (EPS, 1.5), (2 * EPS, 2.0), (1.0, 2.0)])
@@ -87,10 +88,10 @@ def test_the_next_window_goes_on_from_what_was_accepted(tolerance: float, more: 
     twin.accept(16, tolerance)
     grown_in_steps(1.0, twin, y, [16, 20])
     twin.accept(20, tolerance)
-    assert twin.grown == pytest.approx((2.0 * more + 1.0) * EPS, rel=1e-5)
+    assert twin.grown == pytest.approx((2.0 * more + 1.0) * EPS, rel=1e-5, abs=0)
     grown_in_steps(1e-3, twin, y, [20, 24])  # what decays does not take back what was there
     twin.accept(24, tolerance)
-    assert twin.grown == pytest.approx((2.0 * more + 1.0) * EPS, rel=1e-5)
+    assert twin.grown == pytest.approx((2.0 * more + 1.0) * EPS, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-6])
@@ -150,6 +151,8 @@ def test_what_a_record_says() -> None:
     np.testing.assert_array_equal(solution.t, one.grid.t)
     noted = finished(one, states, replace(effort, note="so it is"), None)
     assert noted.linearization == "sequential"
+    nothing = finished(one, states, Effort(), None)
+    assert (nothing.rounds, nothing.windows, nothing.sequential_steps) == (0, 0, 0)
     assert "field (1 of 4 steps were made one after another: so it is. The result" in noted.message
     assert noted.message.endswith(").")
     thinned = every(2, solution)

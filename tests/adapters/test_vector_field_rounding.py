@@ -95,6 +95,15 @@ def test_small_elements_may_miss_by_what_a_step_makes_of_rounding(
     assert is_rounding(xp, from_numpy(defects, xp), from_numpy(size, xp), shaken) is expected
 
 
+def test_a_jump_of_one_sample_is_not_excused_by_the_size_of_another() -> None:
+    size = np.array([[1.0, 1e-3, 1.0], [1e6, 1e6, 1e6]])[None] * np.ones((64, 1, 1))
+    defects = np.zeros((64, 2, 3))
+    defects[:, 0, 1] = alternating([[[2.0 * EPS[np.float64]]]], np.float64)[:, 0, 0]
+    assert is_rounding(np, defects, size, lambda factors: factors)
+    defects[10, 0, 1] = 1001 * EPS[np.float64]
+    assert not is_rounding(np, defects, size, refuse)
+
+
 def test_elements_count_as_a_part_of_their_samples_largest() -> None:
     scale = np.array([[[1.0, 1e-2], [5.0, 1e-6]]])
     assert relative(np, np.array([[[0.0, -1e-5], [0.0, 0.0]]]), scale) == pytest.approx(1e-3)

@@ -23,8 +23,8 @@ def problem(f: Any, size: int = 1, steps: int = 100, h: float = 0.25, dtype: Any
 
 
 def noted(difference: float, row: int, h: float = 1.0, dtype: Any = np.float64) -> Samples:
-    """Rows of one window where the field gives 5 alone, and in one of them that much more among others."""
-    t, y, f = (np.full((1, *shape), value, dtype) for shape, value in (((), 3.0), ((2,), 2.0), ((2,), 5.0)))
+    """Rows of one window where the field gives 5 and 1 alone, and in one of them that much more among others."""
+    t, y, f = (np.array([value], dtype) for value in (3.0, [2.0, 0.5], [5.0, 1.0]))
     rows = []
     for k in range(4):
         other = f.astype(dtype)
@@ -33,8 +33,8 @@ def noted(difference: float, row: int, h: float = 1.0, dtype: Any = np.float64) 
     return Samples(rows)
 
 
-def fives(t: Any, y: Any) -> Any:
-    return 0 * y + y.dtype.type(5)
+def steady(t: Any, y: Any) -> Any:
+    return 0 * y + np.array([5, 1], y.dtype)
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -50,12 +50,12 @@ def fives(t: Any, y: Any) -> Any:
 def test_a_row_may_differ_from_a_call_alone_by_rounding(
     row: int, sign: int, dtype: Any, h: float, allowed: int
 ) -> None:
-    one = problem(fives, 2, dtype=dtype)
+    one = problem(steady, 2, dtype=dtype)
     assert rows_differ(one, noted(sign * 0.99 * allowed * EPS[dtype], row, h, dtype)) == ""
     said = rows_differ(one, noted(sign * 1.02 * allowed * EPS[dtype], row, h, dtype))
     assert said.startswith("f gave something else for t = 3 among other times than alone, by ")
     by, of = said.split("by ")[1].split(":")[0].split(" of ")
-    assert float(by) == pytest.approx(1.02 * allowed * EPS[dtype], rel=0.05)
+    assert float(by) == pytest.approx(1.02 * allowed * EPS[dtype], rel=0.05, abs=0)
     assert float(of) == 5
     assert rows_differ(one, noted(np.nan, row, h, dtype)) != ""
 
@@ -65,16 +65,16 @@ def test_rounding_of_steps_that_forget_stays_as_it_is(dtype: Any) -> None:
     """A step that ends where its beginning has no say: half a rounding of the larger of its two states."""
     one = problem(lambda t, y: -4 * y, 3, dtype=dtype)
     states = np.ones((101, 3), dtype)
-    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
     states[40] = 8  # the step to it and the step from it; the scale reaches two nodes back
-    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
     states[::2] = 8
-    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
     states[:] = 0
     assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == 0
     states[:] = 8
     states[40:] = 1
-    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3)
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
 
 
 def test_rounding_of_steps_that_add_up_walks_at_random() -> None:
@@ -169,6 +169,11 @@ def test_defects_that_were_guessed_too_large_are_measured() -> None:
     before = one.field.evaluations
     assert doubt(one, states, effort, 0.0) == ""
     measured = one.field.evaluations - before
+    one, states, effort = run(defect=1e-3)
+    one = problem(lambda t, y: -y / 10, 2)  # 0.975 to the power of n
+    states = 0.975 ** np.arange(101)[:, None] * np.ones(2)
+    effort.samples.rows = [(np.zeros(1), np.ones((1, 2)), np.full((1, 2), -0.1), 0.25)] * 4
+    assert doubt(one, states, effort, 0.0) == ""
     one, states, effort = run(defect=1e-12)
     before = one.field.evaluations
     assert doubt(one, states, effort, 0.0) == ""
