@@ -60,7 +60,13 @@ def test_draws_are_replaced() -> None:
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "shape"),
-    [((2, 3), {}, (2, 3)), (((2, 3),), {}, (2, 3)), ((), {"size": (4,)}, (4,)), ((5,), {}, (5,)), (([1, 2],), {}, (1, 2))],
+    [
+        ((2, 3), {}, (2, 3)),
+        (((2, 3),), {}, (2, 3)),
+        ((), {"size": (4,)}, (4,)),
+        ((5,), {}, (5,)),
+        (([1, 2],), {}, (1, 2)),
+    ],
 )
 def test_zeros_have_the_shape_of_the_draw(args: Any, kwargs: Any, shape: Any) -> None:
     found = no_noise(torch.randn, args, kwargs)

@@ -221,6 +221,19 @@ def test_an_exponential_methods_steps_carry_the_linear_part(linear: Any, batch_d
         np.testing.assert_allclose(found[n].reshape(3, 2), start @ whole.real.T, atol=0.02)
 
 
+def test_turns_of_a_linear_part_are_carried_however_far() -> None:
+    """Of eight elements that all act on each other: up to seven radians a step."""
+    L = 5.0 * np.sign(np.subtract.outer(np.arange(8), np.arange(8)))
+    one = problem(lambda t, y: 0 * y, np.zeros(8), method=ExponentialRungeKutta(2, L))
+    r = np.zeros((12, 1, 8))
+    r[0, 0] = numbers(8)
+    found = FieldJacobian(one, 0, 12, True).propagate(r, np.ones((13, 8)))
+    values, vectors = np.linalg.eig(L)
+    for n in range(1, 12):
+        whole = (vectors * np.exp(values * (UNEVEN[n + 1] - UNEVEN[1]))) @ np.linalg.inv(vectors)
+        np.testing.assert_allclose(found[n, 0], whole.real @ r[0, 0], atol=0.1)
+
+
 def disturbed(one: Problem, y0: Any, r: Any) -> Any:
     """What disturbances of the ends of all steps come to, in the plain loop."""
     ways = []
