@@ -189,6 +189,12 @@ def test_no_more_than_a_part_of_the_plain_loops_cost_goes_into_windows_that_fail
     assert len(scripted([(0, 155), (0, 155)], steps=4000)[0]) > 2
 
 
+def test_a_wide_state_that_was_found_is_kept() -> None:
+    _, effort, states = scripted([], size=33)
+    assert (effort.sequential_steps, effort.windows) == (0, 1)
+    np.testing.assert_array_equal(states[1:], 5.0)
+
+
 @pytest.mark.parametrize(("size", "kept"), [(32, 400), (33, 0)])
 def test_a_wide_state_is_found_in_windows_altogether_or_not_at_all(size: int, kept: int) -> None:
     _, effort, states = scripted([(1, 0), (0, 900)], window=400, size=size)
@@ -282,3 +288,33 @@ def test_a_coarse_start_that_runs_away_is_no_window() -> None:
         found, whole = integrator()._window(one, 0, 200, [np.full((1, 1), 10.0)], Effort())
     assert found.shape == (0, 1)
     assert not whole
+
+
+@pytest.mark.parametrize("size", [2, 32, 33])
+@pytest.mark.parametrize("linearization", ["full", "secant"])
+def test_a_window_is_found_whole(size: int, linearization: Any) -> None:
+    """How rounding grows is noted on the way of wide states."""
+    one, effort = problem(lambda t, y: -np.sin(y), 1500, size), Effort()
+    states = exact(one)
+    found, whole = integrator(linearization)._window(one, 100, 1500, [states[:50], states[50:101]], effort)
+    assert whole
+    np.testing.assert_allclose(found, states[101:], rtol=1e-11)
+    assert (effort.twin.grown > 0) == (size == 33)
+    assert len(effort.samples.rows) == 4
+    assert effort.rounds >= 3  # of the middle level too
+
+
+def test_a_window_that_a_coarse_level_does_not_find_is_none() -> None:
+    one = problem(lambda t, y: -150 * (y - np.cos(9 * t)), 1500, end=10.0)
+    found, whole = integrator("identity")._window(one, 0, 1500, [np.zeros((1, 1))], Effort())
+    assert (found.shape, whole) == ((0, 1), False)
+
+
+def test_steps_rest_where_they_miss_their_nodes_by_rounding() -> None:
+    one = problem(lambda t, y: -np.sin(y), 400, 2)
+    states, scale = exact(one), np.ones((400, 1, 2))
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=states.shape)
+    for roundings, rests in ((0.0, True), (100.0, True), (1e4, False)):
+        y = states * (1 + roundings * np.finfo(np.float64).eps * signs)
+        ends, _ = one.method.advance(one.field, one.grid, 0, 400, y[:-1])
+        assert integrator()._rests(one, 0, 400, y, ends, None, scale) is rests
