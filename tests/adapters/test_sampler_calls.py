@@ -49,7 +49,7 @@ def test_a_sampler_that_never_ends_is_stopped() -> None:
 def sampler(
     model: Any, x: Any, sigmas: Any = None, callback: Any = "own", *, disable: Any = False, **others: Any
 ) -> Any:
-    return {"model": model, "x": x, "sigmas": sigmas, "callback": callback, "disable": disable} | more
+    return {"model": model, "x": x, "sigmas": sigmas, "callback": callback, "disable": disable} | others
 
 
 def test_arguments_of_a_sampler_are_replaced_by_name_where_it_has_them() -> None:

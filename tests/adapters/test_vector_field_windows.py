@@ -93,6 +93,18 @@ def test_interpolation_between_nodes_is_exact_for_cubics() -> None:
     np.testing.assert_allclose(found, cubic(t[finer])[:, None] * np.ones(2), rtol=1e-14)
 
 
+def test_interpolation_is_between_the_nodes_on_both_sides() -> None:
+    """In the middle of two: the mean, and an eighth of what the slopes differ by."""
+    t, y, slope = np.arange(7) * 0.5, np.array([1.0, -2.0, 5.0]), np.array([0.3, 7.0, -1.0])
+    grid, nodes = Grid(t, np.zeros(1), 1), np.array([0, 2, 6])
+    field = Field(lambda t, y: np.interp(t, [0.0, 1.0, 3.0], slope) + 0 * y, np.zeros(1), "ty", "column")
+    coarse = Problem(field, grid, METHODS["rk4"], 0).coarse(nodes)
+    found = hermite(coarse, nodes, y[:, None], np.array([0, 1, 2, 4, 6]), grid)
+    left = (1 - 2) / 2 + 1.0 * (0.3 - 7.0) / 8
+    right = (-2 + 5) / 2 + 2.0 * (7.0 + 1.0) / 8
+    np.testing.assert_allclose(found[:, 0], [1, left, -2, right, 5], rtol=1e-14)
+
+
 def integrator(linearization: Any = "full", window: int | None = None, tolerance: float = 1e-12) -> ParallelIntegrator:
     return ParallelIntegrator(linearization, tolerance, window, 40)
 
@@ -228,6 +240,13 @@ def test_a_trajectory_that_is_right_is_left_after_one_look() -> None:
     assert np.max(np.abs(effort.defects[0])) < 1e-14
 
 
+def test_a_tolerance_of_nothing_accepts_what_does_not_move() -> None:
+    one = problem(lambda t, y: -np.sin(y), 200)
+    y, accepted, _ = corrected(one, exact(one), own=0.0)
+    assert accepted == 200
+    np.testing.assert_allclose(y, exact(one), rtol=1e-13)
+
+
 def test_newtons_method_squares_what_is_wrong() -> None:
     one = problem(lambda t, y: -(y**2), 200, 1, end=2.0, method="rk4")
     states = exact(one)
@@ -318,3 +337,18 @@ def test_steps_rest_where_they_miss_their_nodes_by_rounding() -> None:
         y = states * (1 + roundings * np.finfo(np.float64).eps * signs)
         ends, _ = one.method.advance(one.field, one.grid, 0, 400, y[:-1])
         assert integrator()._rests(one, 0, 400, y, ends, None, scale) is rests
+
+
+@pytest.mark.parametrize(("coupling", "rests"), [(0.0, False), (400.0, True)])
+def test_small_elements_rest_where_a_step_makes_that_much_of_rounding_in_others(coupling: float, rests: bool) -> None:
+    """A step makes of one rounding in the large element one of its size in the small one, or nothing."""
+
+    def field(t: Any, y: Any) -> Any:
+        return np.stack([0 * y[..., 0], coupling * (y[..., 0] - 1)], axis=-1)
+
+    one = problem(field, 400, 2)
+    y = np.ones((401, 2))
+    y[:, 1] = 1e-6 + 50 * np.finfo(np.float64).eps * np.where(np.arange(401) % 2, 1, -1)
+    ends, _ = one.method.advance(one.field, one.grid, 0, 400, y[:-1])
+    scale = np.array([[1.0, 1e-6]]) * np.ones((400, 1, 1))
+    assert integrator()._rests(one, 0, 400, y, ends, None, scale) is rests
