@@ -179,6 +179,14 @@ def test_a_rest_that_is_too_short_is_made_step_by_step() -> None:
     assert found == [(0, 100), (100, 164)]
 
 
+def test_a_short_rest_behind_windows_that_shrank_is_a_rest() -> None:
+    found, effort, _ = scripted([(0.2, 0)], steps=700)
+    assert found == [(0, 700), (140, 315), (315, 665)]
+    assert (effort.sequential_steps, effort.note) == (35, "")
+    assert scripted([(0, 0)], steps=1003)[0] == [(0, 1003), (0, 250), (250, 751), (751, 1003)]
+    assert scripted([], 60)[1].note == ""  # as short as they were asked for
+
+
 def test_windows_that_are_too_short_to_pay_are_told() -> None:
     found, effort, states = scripted([(0, 0), (0, 0)], steps=256)
     assert found == [(0, 256), (0, 64)]
@@ -190,7 +198,7 @@ def test_windows_that_are_too_short_to_pay_are_told() -> None:
 
 def test_no_more_than_a_part_of_the_plain_loops_cost_goes_into_windows_that_fail() -> None:
     """Eight in a hundred of a thousand calls."""
-    for calls, ends in ((79, False), (81, True)):
+    for calls, ends in ((80, False), (81, True)):
         found, effort, _ = scripted([(1, 900), (0, calls)], window=400)
         assert found[:2] == [(0, 400), (400, 800)]
         assert (len(found) == 2) is ends
@@ -245,6 +253,18 @@ def test_a_tolerance_of_nothing_accepts_what_does_not_move() -> None:
     y, accepted, _ = corrected(one, exact(one), own=0.0)
     assert accepted == 200
     np.testing.assert_allclose(y, exact(one), rtol=1e-13)
+
+
+def test_rounding_of_the_field_ends_the_search() -> None:
+    """Hundreds of roundings in each step, which no correction takes away."""
+    one = problem(lambda t, y: 1e5 - (y + 1e5), 200)
+    states = exact(one)
+    guess = np.where(np.arange(201)[:, None] > 0, 1.01 * states, states)
+    y, accepted, effort = corrected(one, guess)
+    assert accepted == 200
+    assert effort.rounds <= 6
+    assert np.max(np.abs(effort.defects[0])) < 1e-12
+    np.testing.assert_allclose(y, states, rtol=1e-9)
 
 
 def test_newtons_method_squares_what_is_wrong() -> None:
@@ -307,6 +327,7 @@ def test_a_coarse_start_that_runs_away_is_no_window() -> None:
         found, whole = integrator()._window(one, 0, 200, [np.full((1, 1), 10.0)], Effort())
     assert found.shape == (0, 1)
     assert not whole
+    assert one.field.calls == 100  # four stages of 25 coarse steps, and no more
 
 
 @pytest.mark.parametrize("size", [2, 32, 33])
