@@ -37,6 +37,8 @@ def test_what_is_the_same_in_all_steps() -> None:
     same(dealt([torch.arange(5)] * 3), torch.arange(5))
     same(dealt([torch.arange(2)] * 3), torch.arange(2))
     same(dealt([torch.tensor(7.5)] * 3), 7.5)
+    number = torch.tensor(7.5)
+    assert dealt([number] * 3) is number  # where the network's caller left it
     same(dealt([torch.tensor([6.0])] * 3, batch=1), [6.0] * 4)
     word = "euler"
     assert dealt([word] * 3) is word
@@ -50,6 +52,11 @@ def test_what_changes_from_step_to_step() -> None:
     same(dealt(each(lambda step: torch.tensor(10.0 * step))), [20.0, 0.0, 10.0, 20.0])
     same(dealt(each(lambda step: torch.tensor([[step, -step]]))), [[2, -2], [0, 0], [1, -1], [2, -2]])
     same(dealt(each(lambda step: 10 * step + torch.arange(3))), [21, 0, 12, 20])
+    early = [torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3), torch.zeros(3)]  # in the first step alone
+    same(dealt(early), [0.0, 0.0, 0.0, 0.0])
+    same(dealt([early[0].flip(0), *early[1:]]), [0.0, 0.0, 0.0, 0.0])
+    same(dealt([torch.ones(3), *early[1:]]), [0.0, 1.0, 0.0, 0.0])
+    same(dealt([1, 0, 0]), [0, 1, 0, 0])
     late = [torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 1.0, 0.0])]  # in the last step alone
     same(dealt(late), [1.0, 0.0, 0.0, 0.0])
 

@@ -273,3 +273,67 @@ def test_replicas_share_the_rows_of_a_round() -> None:
     torch.testing.assert_close(got, euler(network, X, LEVELS), rtol=1e-5, atol=1e-5)
     assert sum(rows[0]) > 0
     assert sum(rows[1]) > 0
+
+
+@pytest.mark.parametrize("given", ["noise_sampler", "randn_like"])
+def test_draws_from_the_users_own_source_are_played_once_more(given: str) -> None:
+    """In their order, and the source is asked no more often than the sampler asks it."""
+    asked: list[int] = []
+
+    def source(*_: Any) -> Tensor:
+        asked.append(len(asked))
+        return torch.full((2, 3), float(len(asked)))
+
+    def drawing(model: Any, x: Tensor, levels: Any, **sources: Any) -> Tensor:
+        for here, after in pairwise(levels):
+            m = model(x, torch.full((len(x),), here, dtype=x.dtype))
+            x = m + after / here * (x - m) + 0.1 * sources[given](x)
+        return x
+
+    want = drawing(network, X, LEVELS, **{given: source})
+    asked.clear()
+    got = parallel(drawing, 4, tolerance=0.0)(network, X, LEVELS, **{given: source})
+    assert len(asked) == 5
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_single_number_that_is_none_is_enough() -> None:
+    def broken(model: Any, x: Tensor) -> Tensor:
+        x = model(x, 2.0)
+        return model(torch.where(torch.arange(x.numel()).reshape(x.shape) == 5, torch.nan, x), 1.0)
+
+    with pytest.raises(UnsupportedSamplerError, match="own run gives NaN or infinity at step 0"):
+        step_rule_from_sampler(broken)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_sampler_that_returns_its_state_to_some_networks_only_is_refused(which: int) -> None:
+    runs: list[int] = []
+
+    def moody(model: Any, x: Tensor, levels: Any) -> Any:
+        runs.append(1)
+        end = euler(model, x, levels)
+        return {"x": end} if len(runs) - 1 == which else end
+
+    with pytest.raises(UnsupportedSamplerError, match="moody returns something else than its last state"):
+        step_rule_from_sampler(moody, LEVELS)
+
+
+def test_noise_that_grows_between_any_two_times_is_of_no_matter_but_from_first_to_last() -> None:
+    """A second call of a step may be at a lower time than the next step's."""
+    flow = NoiseSchedule.flow_matching()
+
+    def two(model: Any, x: Tensor, times: Any) -> Tensor:
+        for here, after in pairwise(times):
+            m = model(x, torch.full((len(x),), here, dtype=x.dtype))
+            m = model(x + (after - here) * m, torch.full((len(x),), after, dtype=x.dtype))
+            x = x + (after - here) * m
+        return x
+
+    rule = step_rule_from_sampler(two, [1.0, 0.75, 0.5, 0.25, 0.0], schedule=flow, prediction_type="flow")
+    assert rule.timesteps.tolist() == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0]
+    with pytest.raises(ValueError, match="schedule: by it the noise grows from time 0 to 1"):
+        step_rule_from_sampler(two, [0.0, 0.5, 0.75, 1.0], schedule=flow, prediction_type="flow")
+    with pytest.raises(ValueError, match=r"schedule: by it the noise grows from time 0\.25 to 0\.5"):
+        step_rule_from_sampler(two, [0.25, 1.0, 0.75, 0.5], schedule=flow, prediction_type="flow")

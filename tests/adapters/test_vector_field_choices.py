@@ -224,7 +224,15 @@ def test_states_that_are_refused(y0: Any, error: type[Exception], message: str) 
 
 @pytest.mark.parametrize(
     ("linear", "shape"),
-    [(2.0, ()), (2.0, (3,)), ([1.0, 2.0, 3.0], (3,)), (np.eye(3), (3,)), (np.eye(3), (2, 3)), (torch.eye(3), (2, 3))],
+    [
+        (2.0, ()),
+        (2.0, (3,)),
+        ([1.0, 2.0, 3.0], (3,)),
+        ([1.0, 2.0, 3.0], (2, 3)),
+        (np.eye(3), (3,)),
+        (np.eye(3), (2, 3)),
+        (torch.eye(3), (2, 3)),
+    ],
 )
 def test_linear_parts_that_fit(linear: Any, shape: Any) -> None:
     y = odeint(lambda t, y: 0 * y, np.ones(shape), [0.0, 1.0], method="etd1", linear=linear, linearization="sequential")

@@ -12,7 +12,7 @@ from parasolver_adapters.vector_field.field import Field, own_memory
 from parasolver_adapters.vector_field.grid import Grid
 from tests.arrays import load
 
-T = np.linspace(2.0, 4.0, 21)
+T = 2.0 + 0.1 * np.arange(21) ** 1.2
 
 
 def probed(f: Any, y0: Any, batching: Any = "auto", few: bool = False) -> tuple[Field, str]:
@@ -159,21 +159,41 @@ def test_rows_may_differ_from_single_calls_as_other_shapes_round(dtype: Any) -> 
     limit = float(np.sqrt(np.finfo(dtype).eps)) * 1000
 
     def f(t: Any, y: Any, share: float, moved: float) -> Any:
-        last = moved * float(y[-1].ravel()[0] != y[0].ravel()[0]) if np.ndim(t) else 0.0
-        return 0 * y + dtype(1000 + (share * limit if np.ndim(t) else 0.0) + last)
+        out = 0 * y + dtype(1000 + (share * limit if np.ndim(t) else 0.0))
+        if np.ndim(t):
+            out[..., 0] += dtype(moved * float(y[-1].ravel()[0] != y[0].ravel()[0]))
+        return out
 
     few, rounding = np.ones(2, dtype), 1000 * float(np.finfo(dtype).eps)
     for share, moved, reason in [
         (0.9, 0.0, ""),
-        (1.1, 0.0, "column: differs from single calls"),
+        (1.1, 0.0, "differs from single calls"),
         (-0.9, 0.0, ""),
-        (-1.1, 0.0, "column: differs from single calls"),
+        (-1.1, 0.0, "differs from single calls"),
         (0.0, 3 * rounding, ""),
-        (0.0, 6 * rounding, "column: rows change each other by"),
+        (0.0, 6 * rounding, "rows change each other by"),
     ]:
-        field, told = probed(lambda t, y, a=share, b=moved: f(t, y, a, b), few)
-        assert told.split("; ")[0].startswith(reason)
-        assert (field.batching == "column") is (reason == "")
+        field = lambda t, y, a=share, b=moved: f(t, y, a, b)  # noqa: E731
+        if reason:
+            with pytest.raises(ValueError, match=reason):
+                probed(field, few, "column")
+        else:
+            assert probed(field, few, "column")[1] == ""
+
+
+def test_small_values_are_held_against_themselves() -> None:
+    field, told = probed(lambda t, y: 1e-9 * (y + (1e-3 if np.ndim(t) else 0.0)), np.ones(2))
+    assert told.startswith("column: differs from single calls")
+    assert field.batching == "loop"
+
+
+def test_of_two_samples_either_may_act_on_the_other() -> None:
+    y0 = np.ones((2, 3))
+    for source in (0, 1):
+        acts = np.zeros((2, 1))
+        acts[1 - source] = 1.0
+        field = Field(lambda t, y, s=source, a=acts: a * y[..., s : s + 1, :] - y, y0, "ty", "column")
+        assert field.independent_axes(Grid(T, y0, 2), y0) == 0
 
 
 def test_a_field_that_is_no_number_everywhere_is_the_same_everywhere() -> None:
