@@ -249,9 +249,9 @@ def test_a_draft_is_of_the_runs_own_shape_and_dtype() -> None:
     noisy = Draft.of(step_rule_from_sampler(euler, LEVELS, noise=0.3), X)
     assert len(noisy.inputs) == len(LEVELS)
     assert {(tuple(state.shape), state.dtype) for state in noisy.inputs} == {((2, 3), torch.float32)}
+    rule = step_rule_from_sampler(Fewer(), LEVELS)
     with pytest.raises(UnsupportedSamplerError, match="made 4 calls of its network, and 5 when it was read"):
-        Draft.of(step_rule_from_sampler(once_five := Fewer(), LEVELS), X)
-    assert once_five.runs == 3
+        Draft.of(rule, X)
 
 
 class Fewer(Changing):
