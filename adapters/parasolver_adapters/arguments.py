@@ -56,7 +56,7 @@ def _picker(values: list[Any], batch: int, name: str) -> _Pick:
         return lambda steps, samples: make([item(steps, samples) for item in items])
     if isinstance(first, Tensor):
         return _tensor_picker(values, batch, name)
-    if all(_same(first, value) for value in values):
+    if all(same(first, value) for value in values):
         return lambda steps, samples: first
     if isinstance(first, Number):
         table = torch.tensor(values)
@@ -87,10 +87,11 @@ def _tensor_picker(values: list[Tensor], batch: int, name: str) -> _Pick:
     )
 
 
-def _same(value: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
+    """Whether two things that are no tensors are equal; not where that is no yes or no."""
     try:
         return value is other or bool(value == other)
-    except Exception:  # arrays and the like, whose comparison is no yes or no
+    except Exception:  # of arrays and the like
         return False
 
 

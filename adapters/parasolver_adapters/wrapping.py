@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from parasolver_adapters.arguments import same
 from parasolver_adapters.epsilon_models import NEEDS_ROWS, check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
 from parasolver_core.arrays import DeviceTable, uploaded
@@ -222,7 +223,7 @@ def _joined(given: Any, null: Any, name: str) -> Any:
         return type(given)([_joined(condition, other, name) for condition, other in zip(given, null, strict=True)])
     if isinstance(given, Tensor) and isinstance(null, Tensor) and given.shape == null.shape:
         return torch.cat([given, null]) if given.ndim else given
-    if given is null or given == null:
+    if not isinstance(given, Tensor) and not isinstance(null, Tensor) and same(given, null):
         return given
     raise ValueError(f"{name}: expected a tensor shaped like the condition, got {_kind(null)} for {_kind(given)}")
 

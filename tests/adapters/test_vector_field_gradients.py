@@ -218,6 +218,50 @@ def test_backward_falls_back_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("linearization", "most"), [("full", 4), ("diagonal", 20), ("secant", 20), ("identity", 25)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_backward_pass_is_made_in_rounds(
+    monkeypatch: pytest.MonkeyPatch, linearization: Any, most: int, dtype: Any
+) -> None:
+    """Of two calls of a batch of all steps at least, and not of the plain loop."""
+    from parasolver_adapters.vector_field import adjoint
+
+    rounds: list[int] = []
+    back = adjoint._Adjoint._back
+    monkeypatch.setattr(adjoint._Adjoint, "_back", lambda self, g: rounds.append(len(g)) or back(self, g))
+    monkeypatch.setattr(adjoint._Adjoint, "_sequential", None)
+    y0, t = torch.tensor([1.0, 0.2], dtype=dtype, requires_grad=True), times(200, 2.0)
+    y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, t, linearization=linearization)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=dtype).reshape(y.shape)
+    (found,) = torch.autograd.grad((weights * y.cos()).sum(), y0)
+    assert rounds == [200] * len(rounds)
+    assert 2 <= len(rounds) <= most
+    wide = y0.detach().double().requires_grad_()
+    (expected,) = gradients(
+        lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), wide, t, [wide], linearization="sequential"
+    )
+    limit = 1e-11 if dtype is DTYPE else 2e-5
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=limit * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("row_cost", "rounds"), [(0.0, 40), (0.002, 40), (0.05, 19), (0.5, 2), (1000.0, 1)])
+def test_rounds_of_the_backward_pass_cost_no_more_than_the_plain_loop(row_cost: float, rounds: int) -> None:
+    """200 (1 + c) over 1 + 200 c calls, whatever the stages of a step, and forty at most."""
+    from parasolver_adapters.vector_field.adjoint import _Adjoint
+    from parasolver_adapters.vector_field.field import Field
+    from parasolver_adapters.vector_field.grid import Grid
+    from parasolver_adapters.vector_field.methods import METHODS
+    from parasolver_adapters.vector_field.problem import Problem
+
+    y0 = torch.ones(2, dtype=DTYPE)
+    for method in ("euler", "rk4"):
+        grid = Grid(times().numpy(), y0, 1)
+        problem = Problem(Field(lambda t, y: -y, y0, "ty", "column"), grid, METHODS[method], 0)
+        problem.field.row_cost = row_cost
+        nothing: Any = None
+        assert _Adjoint(problem, nothing, y0, y0, y0, y0)._rounds_that_pay() == rounds
+
+
 def test_training_step_twice() -> None:
     """The graph is made anew in each call; a second backward through one graph is refused as usual."""
     net = network(2)

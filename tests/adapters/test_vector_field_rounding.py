@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate
-from parasolver_adapters.vector_field.rounding import is_rounding, relative, scatter
+from parasolver_adapters.vector_field.rounding import is_rounding, local_scale, reach, relative, scatter
+from tests.arrays import from_numpy, to_numpy
 
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 
@@ -41,6 +42,66 @@ def test_defects_scatter_up_to_a_quarter_of_a_random_walk() -> None:
     slope[110:120, 1] = 0.99  # comes back later: what a sum was on its way counts
     slope[100:112, 1] = -0.99
     assert not scatter(np, slope, allowed)
+
+
+@pytest.mark.parametrize("before", range(7))
+def test_the_local_scale_is_the_largest_of_a_node_and_those_before_it(xp: Any, before: int) -> None:
+    states = np.random.default_rng(0).standard_normal((6, 2, 3))
+    states[:, 1, 1] = 0
+    expected = np.array([np.abs(states[max(n - before, 0) : n + 1]).max(axis=0) for n in range(6)])
+    expected[:, 1, 1] = np.finfo(np.float64).smallest_normal
+    np.testing.assert_array_equal(to_numpy(local_scale(xp, from_numpy(states, xp), before)), expected)
+
+
+def test_a_fiftieth_of_the_grid_is_near() -> None:
+    assert [reach(steps) for steps in (0, 49, 99, 100, 149, 150)] == [1, 1, 1, 2, 2, 3]
+
+
+def alternating(defect: Any, dtype: Any) -> Any:
+    """Defects (64, 1, elements) that add up to nothing."""
+    return (np.array(defect) * np.where(np.arange(64) % 2, 1, -1)[:, None, None]).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "roundings"), [(np.float32, 16), (np.float64, 1000)])
+@pytest.mark.parametrize(
+    ("element", "gain", "expected"),
+    [
+        (1.0, None, True),  # of its own size: a thousandth of the largest
+        (9.9, 0.01, True),
+        (10.1, 0.01, False),  # a step makes no more of rounding in the others
+        (1.1, 0.0001, False),
+        (999.0, 1e3, True),
+        (1001.0, None, False),  # more than rounding of the largest
+        (np.nan, None, False),
+    ],
+)
+def test_small_elements_may_miss_by_what_a_step_makes_of_rounding(
+    xp: Any, dtype: Any, roundings: int, element: float, gain: float | None, expected: bool
+) -> None:
+    """Defects in thousandths of what is rounding of the largest element."""
+    size = np.broadcast_to(np.array([[[1.0, 1e-3]]], dtype=dtype), (64, 1, 2))
+    unit = roundings * EPS[dtype] / 1000
+    defects = alternating([[[0.5 * unit, 0.999 * element * unit if element == 1.0 else element * unit]]], dtype)
+
+    def shaken(factors: Any) -> Any:
+        if gain is None:
+            return refuse(factors)
+        own = to_numpy(factors)
+        assert (own.shape, own.dtype) == ((64, 1, 2), dtype)
+        np.testing.assert_array_equal(np.abs(own), 4 * EPS[dtype])
+        assert abs(np.sign(own).mean()) < 0.3
+        return factors * gain
+
+    assert is_rounding(xp, from_numpy(defects, xp), from_numpy(size, xp), shaken) is expected
+
+
+def test_a_jump_of_one_sample_is_not_excused_by_the_size_of_another() -> None:
+    size = np.array([[1.0, 1e-3, 1.0], [1e6, 1e6, 1e6]])[None] * np.ones((64, 1, 1))
+    defects = np.zeros((64, 2, 3))
+    defects[:, 0, 1] = alternating([[[2.0 * EPS[np.float64]]]], np.float64)[:, 0, 0]
+    assert is_rounding(np, defects, size, lambda factors: factors)
+    defects[10, 0, 1] = 1001 * EPS[np.float64]
+    assert not is_rounding(np, defects, size, refuse)
 
 
 def test_elements_count_as_a_part_of_their_samples_largest() -> None:

@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor
 
-from parasolver_adapters.wrapping import ModelDenoiser, k_diffusion_denoiser
-from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, check_denoiser, solve, solve_sequential
+from parasolver_adapters.wrapping import ModelDenoiser, k_diffusion_denoiser, prediction_of
+from parasolver_core import DDIM, DPMSolver, Euler, NoiseSchedule, Rows, check_denoiser, solve, solve_sequential
 from parasolver_core.samplers.schedules import PredictionType
 from tests.adapters.weights import relative
 from tests.core.problems import Gaussian
@@ -194,3 +194,147 @@ def test_a_step_rule_that_reads_another_prediction_is_refused() -> None:
         solve(denoiser, x_T, timesteps, DDIM(schedule))
     assert solve(denoiser, x_T, timesteps, DDIM(denoiser.schedule)).success
     assert solve(denoiser, x_T, timesteps, DDIM(schedule, prediction_type="v_prediction")).success
+
+
+def recorded(**options: Any) -> tuple[ModelDenoiser, list[Any]]:
+    """A denoiser whose model keeps what it is called with, and gives x back."""
+    seen: list[Any] = []
+
+    def model(x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        seen.append((x, t, conditions))
+        return x
+
+    return ModelDenoiser(model, LINEAR, "epsilon", **options), seen
+
+
+def rows_of(*samples: int) -> Any:
+    nothing: Any = None
+    return Rows(np.zeros(len(samples), np.int64), np.array(samples), nothing, nothing)
+
+
+def test_conditions_are_dealt_out_to_rows_wherever_they_are() -> None:
+    each, one, number = torch.arange(3.0)[:, None], torch.tensor([[7.0]]), torch.tensor(5.0)
+    denoiser, seen = recorded(conditions={"a": {"b": each}, "c": [one, (each + 10,)], "d": number, "e": "word"})
+    assert denoiser.takes_rows
+    denoiser(normal(4, 2), torch.arange(4), rows_of(2, 0, 1, 2))
+    given = seen[0][2]
+    assert given["a"]["b"].ravel().tolist() == [2, 0, 1, 2]
+    assert type(given["c"]) is list
+    assert given["c"][0].ravel().tolist() == [7] * 4
+    assert given["c"][1][0].ravel().tolist() == [12, 10, 11, 12]
+    assert given["d"] is number
+    assert given["e"] == "word"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "needed"),
+    [
+        ({}, False),
+        ({"a": torch.zeros(1, 2)}, False),
+        ({"a": torch.tensor(1.0), "b": "word"}, False),
+        ({"a": torch.zeros(2)}, True),
+        ({"b": 1, "a": [1, (torch.zeros(3, 1),)]}, True),
+        ({"a": {"b": torch.zeros(1), "c": torch.zeros(2)}}, True),
+    ],
+)
+def test_rows_are_asked_for_where_samples_have_conditions_of_their_own(conditions: Any, needed: bool) -> None:
+    denoiser, seen = recorded(conditions=conditions)
+    assert denoiser.takes_rows is needed
+    if not needed:
+        denoiser(normal(3, 2), torch.arange(3))
+        denoiser(normal(3, 2), torch.arange(3), rows_of(5, 6, 7))
+        assert len(seen) == 2
+    guided, _ = recorded(
+        conditions={"n": None, **conditions}, null_conditions={"n": torch.zeros(2)}, guidance_scale=2.0
+    )
+    assert guided.takes_rows
+
+
+def test_the_largest_sample_has_to_have_a_condition() -> None:
+    denoiser, seen = recorded(conditions={"a": torch.arange(3.0)})
+    denoiser(normal(2, 2), torch.arange(2), rows_of(2, 0))
+    assert seen[0][2]["a"].tolist() == [2, 0]
+    with pytest.raises(ValueError, match="got 3 for a batch of at least 4"):
+        denoiser(normal(2, 2), torch.arange(2), rows_of(3, 0))
+    denoiser(normal(3, 2), torch.arange(3))  # without rows: one for each row
+    assert seen[1][2]["a"].tolist() == [0, 1, 2]
+
+
+def test_pairs_of_guidance_are_one_call() -> None:
+    """The condition's half is first; what is the same in both is given once, and what is not mentioned stays."""
+    text, mask, other = torch.arange(2.0)[:, None], torch.ones(1, 3), torch.tensor(4.0)
+    denoiser, seen = recorded(
+        conditions={"text": text, "extra": {"mask": mask, "n": 5}, "pair": [text, 3], "scale": other},
+        null_conditions={"text": torch.zeros(1, 1), "extra": {"mask": 0 * mask}, "pair": [text - 9, 3]},
+        guidance_scale=3.0,
+    )
+    x, t = normal(2, 2), torch.tensor([4, 9])
+    found = denoiser(x, t, rows_of(1, 0))
+    torch.testing.assert_close(found, x)
+    (given, times, conditions), = seen  # fmt: skip
+    assert torch.equal(given, torch.cat([x, x]))
+    assert times.tolist() == [4, 9, 4, 9]
+    assert conditions["text"].ravel().tolist() == [1, 0, 0, 0]
+    assert conditions["extra"]["mask"].sum(dim=1).tolist() == [3, 3, 0, 0]
+    assert conditions["extra"]["n"] == 5
+    assert conditions["pair"][0].ravel().tolist() == [1, 0, -8, -9]
+    assert conditions["pair"][1] == 3
+    assert conditions["scale"] is other
+
+
+def test_guidance_goes_from_without_to_with() -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return y.expand(x.shape)
+
+    for scale in (0.0, 1.0, 2.5):
+        denoiser = ModelDenoiser(
+            model,
+            LINEAR,
+            "epsilon",
+            conditions={"y": torch.full((1, 1), 3.0)},
+            null_conditions={"y": torch.full((1, 1), 1.0)},
+            guidance_scale=scale,
+        )
+        torch.testing.assert_close(denoiser(torch.zeros(2, 2), torch.arange(2)), torch.full((2, 2), 1 + 2 * scale))
+
+
+@pytest.mark.parametrize(
+    ("given", "null", "said"),
+    [
+        (torch.ones(1, 2), torch.ones(1, 3), r"shape \(2, 3\) for shape \(2, 2\)"),
+        (torch.ones(1, 2), torch.ones(1, 1), r"shape \(2, 1\) for shape \(2, 2\)"),
+        (np.zeros(2), np.zeros(2), "got ndarray for ndarray"),
+        (torch.ones(1, 2), None, r"NoneType for shape \(2, 2\)"),
+        ([1, 2], [1], "got list for list"),
+        ("a", "b", "got str for str"),
+        ({"a": 1}, {"a": 2}, "got int for int"),
+    ],
+)
+def test_pairs_that_cannot_be_joined_are_refused(given: Any, null: Any, said: str) -> None:
+    """Tensors of other shapes were compared with each other, which PyTorch refuses without naming them."""
+    denoiser, _ = recorded(conditions={"y": given}, null_conditions={"y": null}, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=rf"null_conditions\['y'\]: expected a tensor shaped like .*{said}"):
+        denoiser(normal(2, 2), torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    "output", [(), (3,), [normal(1, 1)], None, SimpleNamespace(sample=3), SimpleNamespace(other=1)]
+)
+def test_outputs_that_hold_no_prediction_are_refused(output: Any) -> None:
+    with pytest.raises(TypeError, match="model: expected a tensor, a tuple that begins with one"):
+        prediction_of(output)
+
+
+def test_outputs_that_hold_a_prediction() -> None:
+    x = normal(1, 2)
+    for output in (x, (x,), (x, None, 3), SimpleNamespace(sample=x)):
+        assert prediction_of(output) is x
+
+
+def test_k_diffusion_has_levels_of_its_own_by_default() -> None:
+    denoiser = k_diffusion_denoiser(lambda x, sigma: x, dtype=torch.float32)
+    own = NoiseSchedule.karras()
+    assert (denoiser.schedule.sigma_min, denoiser.schedule.sigma_max) == (own.sigma_min, own.sigma_max)  # type: ignore[attr-defined]
+    assert (denoiser.prediction_type, denoiser.time, denoiser.dtype) == ("sample", "sigma", torch.float32)
+    with pytest.raises(ValueError, match="guidance_scale: expected it and null_conditions together, got None and some"):
+        k_diffusion_denoiser(lambda x, sigma: x, null_conditions={})

@@ -87,7 +87,7 @@ class Twin:
             if node > hi:
                 break
             self._apart, self.grown = apart, max(self.grown, grown)
-        if self._apart is not None:
+        if self._apart is not None and tolerance:
             self._apart = self._apart * (1 + tolerance / max(self.grown, tolerance))
 
 

@@ -86,7 +86,7 @@ class Field:
             return self._checked(self._f(t[0], y[0, ...]), self.shape)[None, ...]
         return self._batched(self.batching, t, y)
 
-    def probe(self, grid: Grid, y0: Array, few: bool = False) -> str:
+    def probe(self, grid: Grid, y0: Array, few: bool) -> str:
         """Settle how f takes many times at once; why it does not where it does not.
 
         Args:

@@ -45,8 +45,7 @@ class Grid:
     def times(self, lo: int, hi: int, c: float) -> Array:
         """(hi - lo,), the times at the fraction c of the steps ``lo .. hi - 1``; never outside a step."""
         if c not in self._times:
-            inside = self.t[:-1] + c * self.h
-            self._times[c] = self.asarray(self.t[1:] if c == 1 else self.t[:-1] if c == 0 else inside)
+            self._times[c] = self.asarray(self.t[1:] if c == 1 else self.t[:-1] + c * self.h)
         return self._times[c][lo:hi]
 
     def part(self, nodes: NDArray[np.int64]) -> Grid:

@@ -117,7 +117,7 @@ class FieldJacobian(Surrogate):
         if not isinstance(method, ExponentialRungeKutta):
             return 0
         norm = np.max(np.abs(method.linear).sum(axis=-1) if method.dense else np.abs(method.linear))
-        return max(0, int(np.ceil(np.log2(max(norm * np.max(np.abs(mean)), 2**-3)))) + 3)
+        return int(np.ceil(np.log2(max(norm * np.max(np.abs(mean)), 2**-3)))) + 3
 
 
 class StepJacobian(FieldJacobian):

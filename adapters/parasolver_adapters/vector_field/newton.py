@@ -71,10 +71,10 @@ class ParallelIntegrator:
                 lo += found.shape[0]
                 effort.windows += 1
             if converged:
-                width = min(2 * width, cap)
+                width = cap
                 continue
             allowance -= problem.field.spent - before
-            cap, width = max(width // 2, 1), width // 4
+            cap, width = width // 2, width // 4
             if allowance < 0:
                 effort.note = "Newton's method left its basin, and trying shorter windows would not pay"
                 break

@@ -59,7 +59,7 @@ class SecantSurrogate(Surrogate):
     """
 
     def __init__(self, xp: Any) -> None:
-        self.xp, self._slope, self._moved = xp, np.zeros((1, 1)), None
+        self.xp, self._moved = xp, None
 
     def propagate(self, r: Array, y: Array) -> Array:
         self._learn(r)
@@ -173,8 +173,8 @@ def scan(xp: Any, P: Array, r: Array, dense: bool) -> Array:
     if n < 2:
         return r
     pairs = n // 2
-    first_P, second_P = P[: 2 * pairs : 2, ...], P[1 : 2 * pairs : 2, ...]
-    first_r, second_r = r[: 2 * pairs : 2, ...], r[1 : 2 * pairs : 2, ...]
+    first_P, second_P = P[: 2 * pairs : 2, ...], P[1::2, ...]
+    first_r, second_r = r[: 2 * pairs : 2, ...], r[1::2, ...]
     product = xp.matmul(second_P, first_P) if dense else second_P * first_P
     even = scan(xp, product, apply(xp, second_P, first_r, dense) + second_r, dense)  # d_2, d_4, ...
     before = xp.concat([xp.zeros_like(r[:1, ...]), even], axis=0)[: n - pairs, ...]  # d_0, d_2, ...

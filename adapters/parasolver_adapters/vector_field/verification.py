@@ -42,7 +42,7 @@ def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
     """What rounding and the defects left in each step may have grown into somewhere, of the local size."""
     xp, n, flat = problem.xp, len(problem.grid), problem.flat(states)
     info = xp.finfo(states.dtype)
-    size = xp.maximum(xp.abs(flat[:-1, ...]), xp.abs(flat[1:, ...])) + float(info.smallest_normal)
+    size = xp.maximum(xp.abs(flat[:-1, ...]), xp.abs(flat[1:, ...]))
     signs = np.random.default_rng(1).choice([-1.0, 1.0], size=tuple(size.shape))
     rho = size * xp.asarray(signs * (float(info.eps) / 2), dtype=size.dtype, device=device(size))
     known = xp.concat(defects, axis=0)

@@ -1,0 +1,192 @@
+"""What an accepted trajectory is held against: rows called alone, and what rounding and defects may have grown into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parasolver_adapters.vector_field.effort import Effort, Samples
+from parasolver_adapters.vector_field.field import Field
+from parasolver_adapters.vector_field.grid import Grid
+from parasolver_adapters.vector_field.methods import METHODS
+from parasolver_adapters.vector_field.problem import Problem
+from parasolver_adapters.vector_field.verification import doubt, rows_differ, sensitivity
+
+EPS = {dtype: float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
+
+
+def problem(f: Any, size: int = 1, steps: int = 100, h: float = 0.25, dtype: Any = np.float64) -> Problem:
+    grid = Grid(np.arange(steps + 1) * h, np.zeros(size, dtype), 1)
+    return Problem(Field(f, np.zeros(size, dtype), "ty", "column"), grid, METHODS["euler"].bind(grid), 0)
+
+
+def noted(difference: float, row: int, h: float = 1.0, dtype: Any = np.float64) -> Samples:
+    """Rows of one window where the field gives 5 and 1 alone, and in one of them that much more among others."""
+    t, y, f = (np.array([value], dtype) for value in (3.0, [2.0, 0.5], [5.0, 1.0]))
+    rows = []
+    for k in range(4):
+        other = f.astype(dtype)
+        other[0, 1] += difference * (k == row)
+        rows.append((t, y, other, h))
+    return Samples(rows)
+
+
+def steady(t: Any, y: Any) -> Any:
+    return 0 * y + np.array([5, 1], y.dtype)
+
+
+@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize(
+    ("h", "allowed"),
+    [
+        (1.0, 5000),  # a thousand roundings of what the field gives
+        (0.01, 20000),  # a hundred of the state, in a step
+    ],
+)
+def test_a_row_may_differ_from_a_call_alone_by_rounding(
+    row: int, sign: int, dtype: Any, h: float, allowed: int
+) -> None:
+    one = problem(steady, 2, dtype=dtype)
+    assert rows_differ(one, noted(sign * 0.99 * allowed * EPS[dtype], row, h, dtype)) == ""
+    said = rows_differ(one, noted(sign * 1.02 * allowed * EPS[dtype], row, h, dtype))
+    assert said.startswith("f gave something else for t = 3 among other times than alone, by ")
+    by, of = said.split("by ")[1].split(":")[0].split(" of ")
+    assert float(by) == pytest.approx(1.02 * allowed * EPS[dtype], rel=0.05, abs=0)
+    assert float(of) == 5
+    assert rows_differ(one, noted(np.nan, row, h, dtype)) != ""
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_rounding_of_steps_that_forget_stays_as_it_is(dtype: Any) -> None:
+    """A step that ends where its beginning has no say: half a rounding of the larger of its two states."""
+    one = problem(lambda t, y: -4 * y, 3, dtype=dtype)
+    states = np.ones((101, 3), dtype)
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
+    states[40] = 8  # the step to it and the step from it; the scale reaches two nodes back
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
+    states[::2] = 8
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
+    states[:] = 0
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == 0
+    states[:] = 8
+    states[40:] = 1
+    assert sensitivity(one, states, [np.zeros((0, 1, 3), dtype)]) == pytest.approx(EPS[dtype] / 2, rel=1e-3, abs=0)
+
+
+def test_rounding_of_steps_that_add_up_walks_at_random() -> None:
+    one = problem(lambda t, y: 0 * y, 30)
+    found = sensitivity(one, np.ones((101, 30)), [np.zeros((0, 1, 30))])
+    assert 10 <= found / (EPS[np.float64] / 2) <= 45  # the largest of thirty sums of a hundred signs
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_defects_that_are_known_grow_with_the_steps_behind_them(rate: float) -> None:
+    """Each step multiplies by 1 + rate / 4; what is not known counts as none."""
+    one = problem(lambda t, y: rate * y, 2, steps=30)
+    factor, defects = 1 + rate / 4, np.zeros((10, 1, 2))
+    defects[2, 0, 1], defects[7, 0, 1] = 1e-6, 3e-6
+    states = np.ones((31, 2))
+    expected = 1e-6 * factor**27 + 3e-6 * factor**22  # to the last node
+    pieces = [defects[:4], defects[4:]]
+    assert sensitivity(one, states, pieces) == pytest.approx(expected, rel=1e-6)
+    scaled = states.copy()
+    scaled[:, 0] = 1e-2  # the other element's size
+    assert sensitivity(one, scaled, pieces) == pytest.approx(expected, rel=1e-6)
+    scaled[:, 0], scaled[:, 1] = 1.0, 1e-2
+    assert sensitivity(one, scaled, pieces) == pytest.approx(100 * expected, rel=1e-6)
+
+
+def run(size: int = 2, defect: float = 0.0, states: Any = None, **noted_too: Any) -> tuple[Problem, Any, Effort]:
+    """Steps that change nothing, with a defect in the last one of a state of ones."""
+    one, effort = problem(lambda t, y: 0 * y, size), Effort(windows=1, **noted_too)
+    row = (np.zeros(1), np.ones((1, size)), np.zeros((1, size)), 0.25)
+    effort.samples.rows = [row] * 4
+    effort.defects = [np.zeros((99, 1, size)), np.full((1, 1, size), defect)]
+    return one, np.ones((101, size)) if states is None else states, effort
+
+
+def jumps(size: int, by: float) -> Any:
+    states = np.ones((101, size))
+    states[100:] -= by  # which leaves the scale as it is
+    return states
+
+
+def test_nothing_is_doubted_where_the_plain_loop_was_made() -> None:
+    one, states, effort = run(states=np.full((101, 2), np.nan), sequential_steps=100)
+    assert doubt(one, states, effort, 0.0) == ""
+    effort.sequential_steps = 99
+    assert doubt(one, states, effort, 0.0) == "the trajectory that was found in parallel is not finite"
+
+
+def test_a_single_number_that_is_not_finite_is_told() -> None:
+    one, states, effort = run()
+    for value in (np.nan, np.inf):
+        states = np.ones((101, 2))
+        states[50, 1] = value
+        assert doubt(one, states, effort, 0.0) == "the trajectory that was found in parallel is not finite"
+
+
+def test_rows_that_differ_are_told() -> None:
+    one, states, effort = run()
+    effort.samples.rows[3] = (np.zeros(1), np.ones((1, 2)), np.ones((1, 2)), 0.25)
+    assert doubt(one, states, effort, 0.0).startswith("f gave something else for t = 0")
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "grown", "allowed"),
+    [
+        (0.0, 1.9e-9, None),
+        (0.0, 2.1e-9, "; tolerance=2e-09 allows it"),
+        (1e-4, 1.9e-4, None),
+        (1e-4, 2.1e-4, "; tolerance=0.0002 allows it"),
+        (1e-4, 0.09, "; tolerance=0.09 allows it"),
+        (1e-4, 0.11, ""),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 32, 33])
+def test_what_rounding_may_have_grown_into_is_held_against_the_tolerance(
+    size: int, tolerance: float, grown: float, allowed: str | None
+) -> None:
+    """Of wide states it is what was noted on the way; of others what the defects come to, guessed and then measured."""
+    one, states, effort = run(size, defect=grown, states=jumps(size, grown))
+    if size > 32:
+        effort.defects = []
+        effort.twin.grown = grown
+    said = doubt(one, states, effort, tolerance)
+    if allowed is None:
+        assert said == ""
+    else:
+        assert said.startswith(f"rounding may grow to {grown:.1g} of the solution")
+        assert said.endswith(f"differ by that much{allowed}")
+
+
+def test_defects_that_were_guessed_too_large_are_measured() -> None:
+    one, states, effort = run(defect=1e-3)
+    before = one.field.evaluations
+    assert doubt(one, states, effort, 0.0) == ""
+    measured = one.field.evaluations - before
+    one, states, effort = run(defect=1e-3)
+    one = problem(lambda t, y: -y / 10, 2)  # 0.975 to the power of n
+    states = 0.975 ** np.arange(101)[:, None] * np.ones(2)
+    effort.samples.rows = [(np.zeros(1), np.ones((1, 2)), np.full((1, 2), -0.1), 0.25)] * 4
+    assert doubt(one, states, effort, 0.0) == ""
+    one, states, effort = run(defect=1e-12)
+    before = one.field.evaluations
+    assert doubt(one, states, effort, 0.0) == ""
+    assert measured - (one.field.evaluations - before) >= 100  # every step once more
+    one, states, effort = run(defect=1e-3, states=jumps(2, 1e-3))
+    assert doubt(one, states, effort, 0.0).startswith("rounding may grow to 0.001 of")
+
+
+def test_single_precision_may_show_more_rounding() -> None:
+    for grown, fine in ((1.9e-5, True), (2.1e-5, False)):
+        one = problem(lambda t, y: 0 * y, 40, dtype=np.float32)
+        effort = Effort(windows=1)
+        row = (np.zeros(1, np.float32), np.ones((1, 40), np.float32), np.zeros((1, 40), np.float32), 0.25)
+        effort.samples.rows = [row] * 4
+        effort.twin.grown = grown
+        assert (doubt(one, np.ones((101, 40), np.float32), effort, 0.0) == "") is fine
