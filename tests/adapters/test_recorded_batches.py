@@ -167,7 +167,7 @@ def test_the_first_batch_holds_the_pipelines_own_call_and_is_compared_with_it() 
 @pytest.mark.parametrize(
     ("known", "own", "same"),
     [
-        (2.0, 2.0, True),
+        (2.0, float("2"), True),  # another object
         (2.0, 3.0, False),
         (torch.ones(2), torch.ones(2), True),
         (torch.ones(2), torch.zeros(2), False),
