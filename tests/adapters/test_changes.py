@@ -157,6 +157,7 @@ def test_some_values_are_looked_at_all_over_a_tensor(at: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_weights_of_any_dtype(dtype: torch.dtype) -> None:
     net = Parts(dtype)
+    net.register_buffer("spaced", torch.zeros(6, 4, dtype=dtype)[:, ::2])
     weights = Weights(pipe_of(net))
     before = weights.look()
     write_data(net)

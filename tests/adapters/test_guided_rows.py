@@ -81,16 +81,25 @@ def test_a_batch_of_conditions_each_sample_with_its_own(batched: bool) -> None:
         denoiser(normal(3, 3, 2, 4), T)
 
 
-def test_rescaled_guidance_has_the_deviation_of_the_positive_prediction() -> None:
-    """A share of it, over each row by itself."""
-    given = {"negative": conditions(2.0), "guidance_scale": 3.0}
-    plain = UNetDenoiser(Model(), conditions(3.0), **given)(X, T)
-    positive = 3 * X + T[:, None, None]
-    deviation = positive.flatten(1).std(1) / plain.flatten(1).std(1)
-    for share in (0.25, 1.0):
-        got = UNetDenoiser(Model(), conditions(3.0), **given, guidance_rescale=share)(X, T)
-        want = plain * (share * deviation + 1 - share)[:, None, None]
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+class Curved(Model):
+    """``sin(c x)``, whose deviation depends on c."""
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor, *, return_dict: bool) -> Any:  # type: ignore[override]
+        return (torch.sin(c.flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1)) * x),)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("positive", [(3.0,), (3.0, 4.0)])
+def test_rescaled_guidance_has_the_deviation_of_the_positive_prediction(positive: Any, share: float) -> None:
+    """A share of it, over each sample of each row by itself."""
+    x = X if len(positive) == 1 else normal(3, 2, 2, 4)
+    given = {"negative": conditions(2.0), "guidance_scale": 3.0, "guidance_rescale": share}
+    got = UNetDenoiser(Curved(), conditions(*positive), **given)(x, T)
+    gain = torch.tensor(positive).reshape(-1, 1, 1)
+    wanted = torch.sin(gain * x)
+    guided = torch.sin(2 * x) + 3.0 * (wanted - torch.sin(2 * x))
+    deviation = wanted.std((-2, -1), keepdim=True) / guided.std((-2, -1), keepdim=True)
+    torch.testing.assert_close(got, guided * (share * deviation + 1 - share), rtol=1e-5, atol=1e-6)
 
 
 def test_without_guidance_there_is_one_call_of_each_row() -> None:
@@ -126,11 +135,12 @@ def test_a_variance_predicted_beside_is_dropped(channels: int, dropped: bool) ->
     got = _without_variance(m, x)
     assert torch.equal(got, m[:, :2] if dropped else m)
     assert torch.equal(_without_variance(normal(4), normal(2)), normal(4))
+    assert torch.equal(_without_variance(normal(3, 12), normal(3, 6)), normal(3, 12)[:, :6])
     if channels < 3:
         torch.testing.assert_close(UNetDenoiser(Model(channels))(x, T), x + T[:, None, None])
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 2.0, 1e-3])
 @pytest.mark.parametrize("guidance", [None, 3.5])
 def test_a_transformer_is_given_what_it_calls_the_same(scale: float, guidance: float | None) -> None:
     model = Transformer()
@@ -155,6 +165,8 @@ def test_a_transformer_is_given_what_it_calls_the_same(scale: float, guidance: f
     plain = Transformer()
     torch.testing.assert_close(TransformerDenoiser(plain)(X, T), X + T[:, None, None])
     assert "guidance" not in plain.seen[0]
+    TransformerDenoiser(plain)(X, T.long())
+    assert plain.seen[1]["t"].dtype == torch.int64  # as it is given
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [((), 1), ((1,), 1), ((1, 1), 1), ((3,), 3), ((1, 3, 3, 1), 3)])
