@@ -53,7 +53,14 @@ def aside(x: torch.Tensor, call: Any) -> Any:
     return x, call((x * 2).data)[0].detach() + x.data
 
 
-@pytest.mark.parametrize("step", [guided, inpainted, in_place, several, aside])
+def sloped(x: torch.Tensor, call: Any) -> Any:
+    """Autograd gives the values that it has saved as other tensors."""
+    own = x.detach().requires_grad_()
+    slope = torch.autograd.grad((0.3 * own).exp().sum().sqrt(), own)[0]
+    return x, call(x)[0] + slope
+
+
+@pytest.mark.parametrize("step", [guided, inpainted, in_place, several, aside, sloped])
 def test_a_recorded_step_does_what_the_loop_does_from_another_state(step: Any) -> None:
     net = Net()
     program = recorded(step, net, normal(2, 3))
@@ -136,6 +143,18 @@ def test_a_call_has_a_form_of_its_own_and_equal_conditions_are_one_object() -> N
     objects = [object(), object()]
     assert call_of(None, 1.0, objects[0]).signature != call_of(None, 1.0, objects[1]).signature
     assert call_of(None, 1.0, objects[0]).signature == call_of(None, 1.0, objects[0]).signature
+
+
+def test_the_rows_are_those_of_what_depends_on_the_state() -> None:
+    class Tabled(torch.nn.Module):
+        def forward(self, table: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return x * scale + table.sum()
+
+    table = torch.ones(5, 2)
+    program = recorded(lambda x, call: (x, call(table, x.sum(), x)), Tabled(), normal(2, 3))
+    call = program.operations[-1]
+    assert isinstance(call, Call)
+    assert (call.rows, call.batched) == (2, (False, True, True))
 
 
 def test_numbers_of_one_step_are_its_own() -> None:

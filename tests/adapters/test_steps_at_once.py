@@ -15,6 +15,7 @@ from parasolver_adapters.diffusers.recording import together
 from parasolver_adapters.diffusers.recording.capture import Recorder
 from parasolver_adapters.diffusers.recording.programs import Call, Operation, Program, Ref
 from parasolver_adapters.diffusers.recording.together import Segment, Together, _segments
+from parasolver_adapters.diffusers.recording.together import Step as Flat
 from tests.adapters.recorded_steps import Net, Step, normal, recorded
 
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
@@ -121,6 +122,9 @@ def test_what_has_gone_well_is_not_looked_at_again(monkeypatch: pytest.MonkeyPat
     for rows in (3, 2, 3):
         answered(steps, [*range(rows)], normal(rows, 2, 3), Net())
     assert seen == {"at once": 3, "alone": 2}  # the first and the last row of the first
+    steps, _ = steps_of(twice_called, Net())  # one of whose values is a whole number
+    answered(steps, [0, 1, 2], normal(3, 2, 3), Net())
+    assert list(steps._at_once.values()) == [True] * 3
 
 
 def off(row: int, value: int, by: float = 1e-3) -> Any:
@@ -187,9 +191,12 @@ def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {"at once": 2, "alone": 2}
 
 
-def programs(*numbers: Any, function: Any = MUL, dtype: torch.dtype = torch.float32) -> Together:
-    made = [Operation(function, (Ref(0), number), {}, (0,), 1) for number in numbers]
-    return Together([Program([one], dtype, size=2, m=1) for one in made])
+def program(number: Any, dtype: torch.dtype = torch.float32) -> Program:
+    return Program([Operation(MUL, (Ref(0), number), {}, (0,), 1)], dtype, size=2, m=1)
+
+
+def programs(*numbers: Any, dtype: torch.dtype = torch.float32) -> Together:
+    return Together([program(number, dtype) for number in numbers])
 
 
 def test_numbers_that_some_of_the_steps_share() -> None:
@@ -198,6 +205,22 @@ def test_numbers_that_some_of_the_steps_share() -> None:
     for numbers in ([one, one, one, other], [other, one, one, one], [one, other, other, one], [one] * 4):
         _, m, _ = answered(programs(*numbers), [0, 1, 2, 3], states, Net())
         assert torch.equal(m, states * torch.stack(numbers))
+    shared = [program(number) for number in (one, one, one.clone())]
+    segment = Segment(range(1), (0,), (1,))
+    assert together._differing(segment, [Flat.of(made) for made in shared[:2]], torch.device("cpu")) == {}
+    found = together._differing(segment, [Flat.of(made) for made in shared], torch.device("cpu"))
+    assert found[0, 1].tolist() == [[2.0]] * 3
+
+
+def test_a_number_in_front_of_the_state_is_read_as_by_one_step() -> None:
+    """In single precision, to which a double one of the host is no reason to widen."""
+    numbers = [torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)]
+    made = [Operation(MUL, (number, Ref(0)), {}, (0,), 1) for number in numbers]
+    steps = Together([Program([one], torch.float32, size=2, m=1) for one in made])
+    states = normal(2, 5)
+    _, m, _ = answered(steps, [0, 1], states, Net())
+    assert m.dtype == torch.float32
+    assert list(steps._at_once.values()) == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -233,7 +256,7 @@ def test_segments_lie_between_network_calls() -> None:
 def test_steps_of_one_kind_differ_in_numbers_only() -> None:
     net, other = Net(), Net()
 
-    def program(**changes: Any) -> Program:
+    def made(**changes: Any) -> Program:
         given = {"rows": (2, 3), "number": 1.0, "function": MUL, "net": net, "more": 2, "flag": True} | changes
 
         def step(x: torch.Tensor, call: Any) -> Any:
@@ -242,22 +265,22 @@ def test_steps_of_one_kind_differ_in_numbers_only() -> None:
 
         return recorded(step, given["net"], normal(*given["rows"]).to(given.get("dtype", torch.float32)))
 
-    base = program()
+    base = made()
     others = [
-        program(rows=(3, 3)),
-        program(function=ADD),
-        program(net=other),
-        program(more=3),
-        program(more=2.0),
-        program(flag=False),
-        program(dtype=torch.float64),
-        program(of=torch.float64),
+        made(rows=(3, 3)),
+        made(function=ADD),
+        made(net=other),
+        made(more=3),
+        made(more=2.0),
+        made(flag=False),
+        made(dtype=torch.float64),
+        made(of=torch.float64),
     ]
-    kinds = Together([base, program(number=7.0), *others]).kind
+    kinds = Together([base, made(number=7.0), *others]).kind
     assert kinds(0) == kinds(1)
     assert len({kinds(number) for number in range(1, 2 + len(others))}) == 1 + len(others)
     for name, value in (("x", 0), ("m", 1)):
-        changed = program()
+        changed = made()
         setattr(changed, name, value)
         kinds = Together([base, changed]).kind
         assert kinds(0) != kinds(1)
