@@ -385,6 +385,7 @@ def test_calls_whose_outputs_are_of_one_form() -> None:
         ([torch.nan, 3.0], [torch.nan, 2.0], 0.5),
         ([torch.inf, 2.0], [torch.inf, 2.0], 0.0),
         ([-torch.inf, 2.0], [-torch.inf, 1.0], 1.0),
+        ([torch.inf, 0.25], [torch.inf, 0.5], 0.5),
         ([0.0, 0.0], [0.0, -0.0], 0.0),
         ([1e-9], [0.0], torch.inf),
         ([torch.nan], [torch.nan], 0.0),

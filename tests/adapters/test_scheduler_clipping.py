@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from parasolver_adapters.bands import PROBES
 from parasolver_adapters.diffusers import UnsupportedSchedulerError, step_rule_from_scheduler
@@ -124,7 +124,7 @@ def test_nodes_of_one_timestep_have_to_clip_alike(changes: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
-    ("p", "q"), [([1.0, np.nan], [1.0, 1.0]), ([1.0, 1.0], [1.0, np.nan]), ([1.0, 1.0], [1.0, 0.0])]
+    ("p", "q"), [([1.0, np.nan], [1.0, 1.0]), ([1.0, 1.0], [1.0, np.nan]), ([1.0, 1.0], [2.0, 0.0])]
 )
 def test_clipping_of_what_is_not_known_cannot_be_moved(p: Any, q: Any) -> None:
     loop = Loop(DDIMScheduler(clip_sample=True), (), {})
@@ -143,5 +143,78 @@ def test_a_network_beyond_the_limits() -> None:
         node = Node(index, torch.tensor(3), x, 2 * x, None)
         h = float(clip.p[index]) * node.x + float(clip.q[index]) * network(node)
         assert 100 < h.abs().max() <= 200
+        simple = replace(clip, p=np.zeros(2), q=np.ones(2))
+        torch.testing.assert_close(h, clipping._beyond_the_limits(simple)(node))  # whatever makes it of the output
     free = clipping._beyond_the_limits(replace(clip, function=lambda h: h))(node)
     assert free.isfinite().all()
+
+
+def test_all_rows_are_clipped_by_themselves() -> None:
+    """As thresholding is, by the values of each sample."""
+    by_sample = replace(
+        clip_of([2.0, 1.0], [3.0, 4.0], [0.5, 0.25], timesteps=[9, 5]),
+        function=lambda h: h / h.flatten(1).abs().amax(1).view(-1, 1, 1),
+    )
+    x, m = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    want = torch.stack([by_sample.correct(node, x[row], m[row]) for row, node in enumerate((1, 0))])
+    torch.testing.assert_close(by_sample.correct_all([1, 0], x, m), want)
+
+
+def test_clipping_where_nothing_is_clipped_leads_to_the_clipped_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step tells the weight, so it is that of a step that reads the clean sample only."""
+    monkeypatch.setattr(clipping, "_function", lambda scheduler: lambda h: h)
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    read = step_rule_from_scheduler(scheduler)
+    path: Any = SimpleNamespace(p=read.table.held[:, 0], q=read.table.held[:, 1])
+    clip = clipping.clip_of(Loop(scheduler, tuple(scheduler.timesteps), {}), read.table, path)
+    np.testing.assert_allclose(clip.w, 1 / read.table.held[:, 1], rtol=1e-12)
+
+
+def test_clipping_that_decides_a_step_by_itself_cannot_be_moved() -> None:
+    """The last step of this one leads from a level to the same one, so that its output counts only where it clips."""
+    scheduler = DDIMScheduler(clip_sample=True, set_alpha_to_one=False)
+    with pytest.raises(
+        UnsupportedSchedulerError, match=r"cannot be moved into the denoiser.*step 5 .* is off its own fit"
+    ):
+        step_rule_from_scheduler(scheduler, 6, clipping="denoiser")
+
+
+def test_a_step_of_several_outputs_that_reads_clean_samples_only() -> None:
+    scheduler = DPMSolverMultistepScheduler(thresholding=True, solver_order=2)
+    read = step_rule_from_scheduler(scheduler, 6, clipping="denoiser")
+    assert read.clip is not None
+    assert read.band[1] == 2
+    np.testing.assert_allclose(read.clip.w * read.clip.q, np.ones(6), rtol=1e-6)
+
+
+def test_limits_are_one_where_a_scheduler_names_none() -> None:
+    function = clipping._function(SimpleNamespace(config={"clip_sample": True}))
+    assert function(torch.tensor([-3.0, 0.5, 3.0])).tolist() == [-1.0, 0.5, 1.0]
+
+
+class Thresholding:
+    """Hands ``2 x + 3 m`` to its thresholding, but for the second step, whose sample is not linear, and the last."""
+
+    def __init__(self, thresholding: bool) -> None:
+        self.config, self.at = {"thresholding": thresholding}, -1
+
+    def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample.clamp(-1, 1)
+
+    def step(self, m: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> Any:
+        self.at += 1
+        if self.at == 2:
+            return SimpleNamespace(prev_sample=x)
+        clean = 2 * x + 3 * m
+        return SimpleNamespace(prev_sample=self._threshold_sample(clean**2 if self.at == 1 else clean))
+
+
+@pytest.mark.parametrize("thresholding", [True, False])
+def test_the_clean_sample_is_what_is_handed_to_thresholding(thresholding: bool) -> None:
+    loop = Loop(Thresholding(thresholding), tuple(torch.tensor([3, 2, 1])), {})
+    path: Any = SimpleNamespace(p=np.array([7.0, 8.0, 9.0]), q=np.array([4.0, 5.0, 6.0]))
+    p, q = clipping._before_thresholding(loop, path)
+    np.testing.assert_allclose(p, [2.0 if thresholding else 7.0, 8.0, 9.0])
+    np.testing.assert_allclose(q, [3.0 if thresholding else 4.0, 5.0, 6.0])
+    assert path.p.tolist() == [7.0, 8.0, 9.0]

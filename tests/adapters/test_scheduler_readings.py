@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("diffusers")
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
@@ -245,6 +246,21 @@ def test_consistency_models_and_shares_of_the_input() -> None:
     assert step_rule_from_scheduler(LCMScheduler(), 4).independent_noise is True
 
 
+def test_a_step_of_a_consistency_model_is_its_clean_sample() -> None:
+    read = step_rule_from_scheduler(CMStochasticIterativeScheduler(clip_denoised=False), 4)
+    assert np.array_equal(read.table.held, np.concatenate([read.table.a, read.table.b], axis=1))
+
+
+def test_a_scheduler_that_says_little() -> None:
+    """Neither how many calls a step takes, nor what its network predicts."""
+    table, path, independent = probing.tabulate(loop_of(Simple()), np.arange(4), 0.5)
+    np.testing.assert_allclose(table.a, np.ones((4, 1)))
+    np.testing.assert_allclose(table.b, np.full((4, 1), 0.1))
+    assert (table.stages, independent) == (1, True)
+    assert np.isnan(path.p).all()
+    np.testing.assert_allclose(table.input_scale, [1 / 5, 1 / 4, 1 / 3, 1 / 2])
+
+
 def table_of(count: int = 3) -> Recurrence:
     return step_rule_from_scheduler(DDIMScheduler(clip_sample=False), count).table
 
@@ -381,6 +397,9 @@ def test_noise_lies_where_it_is_wanted() -> None:
     want = torch.randn(1, 2)
     torch.manual_seed(5)
     torch.testing.assert_close(read.noise(None, (1, 2))[0], want, rtol=1e-5, atol=1e-6)
+    with torch.device("meta"):
+        assert read.noise(torch.Generator("cpu"), (1, 2)).device.type == "cpu"
+        assert read.noise(torch.Generator("cpu"), (1, 2), device="cpu").device.type == "cpu"
 
 
 def test_a_scheduler_is_copied_with_all_that_it_holds() -> None:
