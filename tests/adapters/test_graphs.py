@@ -138,7 +138,10 @@ def test_on_a_cpu_and_for_other_arguments_calls_are_plain() -> None:
     assert torch.equal(graphed(x, t), Network()(x, t))
     assert network.calls == 1
     odd = GraphedDenoiser(lambda x, t, given: x + given.shift, rows=(4,), capture=record)
-    assert torch.equal(odd(x, t, given=type("Given", (), {"shift": 1.0})), x + 1)
+    given = type("Given", (), {"shift": 1.0})
+    assert torch.equal(odd(x, t, given=given), x + 1)
+    given.shift = 2.0  # type: ignore[attr-defined]
+    assert torch.equal(odd(x, t, given=given), x + 2)
 
 
 def test_bad_arguments() -> None:
