@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.recording.capture import Recorder
 from parasolver_adapters.diffusers.recording.programs import Program
@@ -51,5 +52,5 @@ def repeated(program: Program, state: torch.Tensor) -> tuple[Any, torch.Tensor]:
             call, leaves = run.send(sent)  # type: ignore[arg-type]
         except StopIteration as end:
             return end.value
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, call.spec)
-        sent = torch.utils._pytree.tree_leaves(call.module.forward(*args, **kwargs), is_leaf=lambda one: one is None)
+        args, kwargs = tree_unflatten(leaves, call.spec)
+        sent = tree_leaves(call.module.forward(*args, **kwargs), is_leaf=lambda one: one is None)

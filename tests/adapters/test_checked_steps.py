@@ -31,8 +31,8 @@ from tests.adapters.recorded_steps import Net, Step, normal, recorded
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
 
 
-def program(function: Any = MUL, number: Any = 2.0, **members: Any) -> Program:
-    return Program([Operation(function, (Ref(0), number), {}, (0,), 1)], size=2, **{"m": 1} | members)
+def program(function: Any = MUL, number: Any = 2.0, x: int = 0, m: int = 1) -> Program:
+    return Program([Operation(function, (Ref(0), number), {}, (0,), 1)], size=2, x=x, m=m)
 
 
 def test_the_first_and_last_step_of_each_structure_are_looked_at() -> None:
@@ -114,8 +114,7 @@ def test_between_the_steps_that_are_looked_at_networks_are_not_called() -> None:
     loop = Loop([plain()] * 4, normal(2, 3))
     loop.net.seen.clear()
     loop.checked()
-    called = [x for x, *_ in loop.net.seen if len(x) == 2]
-    assert len(called) == 2  # in the first and in the last
+    assert [len(x) for x, *_ in loop.net.seen] == [2, 2]  # in the first and in the last, and alone
 
 
 @pytest.mark.parametrize(
@@ -140,6 +139,22 @@ def test_a_loop_that_does_something_else(wrong: Step, message: str) -> None:
     loop.checked([plain(), lambda x, call: (x, call(x * 2)[0] - (0.1 + 1e-8) * x)])  # but for rounding
 
 
+class ByRows(Net):
+    def forward(self, x: torch.Tensor, t: Any = 0.0, cond: Any = None, flag: Any = None) -> Any:
+        out, flag = super().forward(x, t)
+        return (out if cond is None else out + cond), flag
+
+
+def test_a_call_is_known_by_all_of_its_arguments() -> None:
+    def step(x: torch.Tensor, call: Any) -> Any:
+        return x, call(x, cond=2 * x)[0]
+
+    loop = Loop([step], normal(2, 3), ByRows())
+    loop.checked()
+    with pytest.raises(PipelineNotParallelError, match="with arguments that the real loop does not give it"):
+        loop.checked([lambda x, call: (x, call(x, cond=3 * x)[0])])
+
+
 def test_a_kind_of_call_that_the_first_round_does_not_compare_is_looked_at_in_a_batch() -> None:
     class Mixing(torch.nn.Module):
         def forward(self, x: torch.Tensor, more: Any = None) -> Any:
@@ -148,6 +163,10 @@ def test_a_kind_of_call_that_the_first_round_does_not_compare_is_looked_at_in_a_
     def two(x: torch.Tensor, call: Any) -> Any:
         return x, call(x)[0] + call(2 * x, more=1.0)[0]
 
+    rows = Loop([plain(), lambda x, call: (x, call(x)[0] + call(2 * x, cond=x)[0])], normal(2, 3), ByRows())
+    rows.net.seen.clear()
+    rows.checked()
+    assert [len(x) for x, *_ in rows.net.seen] == [2, 2, 2, 6]  # and with it two known calls of its kind
     loop = Loop([plain(), two], normal(2, 3), Mixing())
     with pytest.raises(PipelineNotParallelError, match="Mixing gives other values in a batch of several steps"):
         loop.checked()
@@ -210,6 +229,16 @@ def test_calls_are_of_one_kind_where_their_loops_do_the_same() -> None:
     pipe.scheduler = 3  # what it is made of is in the capture
     assert kind_of(pipe) == base
     assert len({base, *others}) == 1 + len(others)
+
+
+def test_what_is_told_of_a_value() -> None:
+    one, other = Net(), Net()
+    assert checking._described(Ref(3)) == 3
+    assert checking._described(one) == checking._described(one) != checking._described(other)
+    assert checking._described(torch.Generator()) == "Generator"
+    assert [checking._described(value) for value in (True, 2.5, "a", None)] == [True, 2.5, "a", None]
+    assert checking._described(torch.ones(2, 3)) == ((2, 3), torch.float32)
+    assert (checking._wiring(Ref(3)), checking._wiring(3)) == (3, None)
 
 
 def test_what_was_checked_is_kept_for_its_pipeline() -> None:

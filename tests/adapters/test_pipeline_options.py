@@ -57,6 +57,8 @@ def test_the_solvers_one_sample_is_a_batch_of_latents(save: Any) -> None:
     assert several.error_estimate.tolist() == [one.error_estimate[0]] * 3
     assert several.stats is stats
     if save == "trajectory":
+        assert several.trajectory is not None
+        assert one.trajectory is not None
         assert torch.equal(several.trajectory, one.trajectory[:, 0])
     else:
         assert several.trajectory is None

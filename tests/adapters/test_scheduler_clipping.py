@@ -47,8 +47,8 @@ def test_a_clipping_denoiser_is_like_its_network() -> None:
         takes_rows = True
         prediction_type = "epsilon"
 
-        def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: Any) -> torch.Tensor:
-            assert rows == "rows"
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, /, *rows: Any) -> torch.Tensor:
+            assert rows == ("rows",)
             return x
 
     clip = clip_of([1.0], [1.0], [1.0], timesteps=[5])

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 import torch
+from torch.utils._pytree import tree_flatten
 
 from parasolver_adapters.diffusers import PipelineNotParallelError
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
@@ -69,6 +70,10 @@ class Part(Replay):
         vars(self).update(members)
 
 
+def part_of(**members: Any) -> Any:
+    return Part(**members)
+
+
 X, M = torch.ones(2, 3), torch.full((2, 3), 2.0)
 
 
@@ -83,7 +88,7 @@ def test_a_step_that_leads_elsewhere_than_its_table(dtype: torch.dtype, limit: f
     given = {"sample": (size * X).to(dtype), "model_output": (size * M).to(dtype)}
 
     def fault(off: float, **members: Any) -> str | None:
-        part = Part(_noise=noise, **members)
+        part = part_of(_noise=noise, **members)
         return part._fault(object(), 1, given, (want * (1 + off)).to(torch.float64).to(dtype), torch.zeros(2, 3))
 
     inside, outside = (0.5, 2.0) if dtype == torch.bfloat16 else (0.95, 1.05)
@@ -99,7 +104,7 @@ def test_a_step_that_leads_elsewhere_than_its_table(dtype: torch.dtype, limit: f
 
 @pytest.mark.parametrize(("tolerance", "limit"), [(1e-2, 0.1), (0.3, 0.3)])
 def test_a_step_that_reads_more_is_compared_with_where_the_solver_came_to(tolerance: float, limit: float) -> None:
-    part = Part(_rule=rule_of(memory=2), _choices=Choices.checked(tolerance=tolerance))
+    part = part_of(_rule=rule_of(memory=2), _choices=Choices.checked(tolerance=tolerance))
     given = {"sample": X, "model_output": M}
     target = torch.tensor([3.0, -4.0])
     for off, right in ((0.95, True), (1.05, False)):
@@ -112,7 +117,7 @@ def test_a_step_that_reads_more_is_compared_with_where_the_solver_came_to(tolera
 def test_an_output_between_spread_nodes_is_the_interpolated_one() -> None:
     expected = torch.arange(6.0)[None, None].double()
     state = SimpleNamespace(expected=lambda sample, i: None, final=lambda i: (X[None] * 2)[0][None])
-    part = Part(_state=state)
+    part = part_of(_state=state)
     given = {"sample": X, "model_output": M}
     assert part._expected(1, given) is M  # nothing is known of it
     state.expected = lambda sample, i: (None, expected)[(sample, i) == (0, 1)]
@@ -140,7 +145,7 @@ class Rounds:
         return [0.25]
 
 
-def following(each: int = 3, most: int = 10, **members: Any) -> Part:
+def following(each: int = 3, most: int = 10, **members: Any) -> Any:
     """A pass whose solver makes so many steps a round."""
     state = Rounds()
 
@@ -151,7 +156,7 @@ def following(each: int = 3, most: int = 10, **members: Any) -> Part:
     result = SimpleNamespace(status=Status.MAX_ROUNDS, message="too many rounds")
     solver = SimpleNamespace(done=lambda state: state.stats.rounds >= most, step=step, result=lambda state: result)
     deadline = SimpleNamespace(halts=lambda state: False)
-    return Part(_state=state, _solver=solver, _deadline=deadline, result=result, **members)
+    return part_of(_state=state, _solver=solver, _deadline=deadline, result=result, **members)
 
 
 def test_rounds_are_made_until_a_step_is_final() -> None:
@@ -237,10 +242,10 @@ class Net(torch.nn.Module):
 )
 def test_networks_answer_blanks_while_the_solver_is_followed(members: dict[str, Any], real: bool) -> None:
     net = Net()
-    part = Part(**{"_step": 1} | members)
+    part = part_of(**{"_step": 1} | members)
     outputs = [X.T + 5, "flag"]
     references = part._capture.recorder.references
-    references[form_of_call(net, {}, [X])] = Reference([X], outputs, torch.utils._pytree.tree_flatten((1, 2))[1])
+    references[form_of_call(net, {}, [X])] = Reference([X], outputs, tree_flatten((1, 2))[1])
     got, flag = part.network(net, net.forward, (X,), {})
     assert flag == "flag"
     assert torch.equal(got, X + 1 if real else torch.zeros(3, 2))
@@ -251,7 +256,7 @@ def test_networks_answer_blanks_while_the_solver_is_followed(members: dict[str, 
 
 
 def test_networks_before_the_first_step_answer_as_they_did() -> None:
-    part = Part(_prelude=SimpleNamespace(answer=lambda *given: given))
+    part = part_of(_prelude=SimpleNamespace(answer=lambda *given: given))
     assert part.network("net", "forward", 1, 2) == ("net", "forward", 1, 2)  # type: ignore[arg-type]
 
 
@@ -351,7 +356,7 @@ def test_a_callback_may_step_and_a_second_loop_is_left_to_the_pipeline() -> None
 
 def test_other_processes_are_told_once() -> None:
     told: list[Any] = []
-    part = Part(_shared=SimpleNamespace(end=told.append))
+    part = part_of(_shared=SimpleNamespace(end=told.append))
     error = ValueError("boom")
     part.end(error)
     part.end()
@@ -367,7 +372,7 @@ def test_other_processes_are_told_once() -> None:
     ],
 )
 def test_how_a_solver_ended(members: dict[str, Any], expected: Status | None) -> None:
-    assert Part(_state=SimpleNamespace(**members)).status is expected
+    assert part_of(_state=SimpleNamespace(**members)).status is expected
 
 
 def test_what_an_exception_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,24 +395,3 @@ def test_what_an_exception_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.reached(Status.FAILED).sample is X  # type: ignore[union-attr]
     part._plain = True
     assert part.reached(Status.INTERRUPTED).status is Status.INTERRUPTED  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("max_rows", "processes", "expected"), [(None, 1, None), (7, 1, 3), (1, 1, 1), (7, 4, 12), (2, 1, 1)]
-)
-def test_rows_are_those_of_latents(
-    max_rows: int | None, processes: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choices = Choices.checked(3, max_rows=max_rows)
-    monkeypatch.setattr(Choices, "processes", property(lambda self: processes))
-    monkeypatch.setattr(second_pass, "_denoiser", lambda capture, choices: lambda x, nodes: x)
-    noise = torch.randn(4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
-    capture: Any = SimpleNamespace(
-        start=X, timesteps=[0, 1, 2, 3], rule=SimpleNamespace(table=TABLE), noise=lambda: noise, prelude=[1]
-    )
-    replay = Replay(None, ParallelRun(), choices, capture, None)  # type: ignore[arg-type]
-    assert replay._solver.max_rows == expected
-    assert (replay._step, replay._plain, replay.called_back, replay._shared) == (0, False, False, None)
-    assert replay._calling_back is False
-    assert capture.prelude == []
-    assert replay._state.final(0).tolist() == X[None].tolist()

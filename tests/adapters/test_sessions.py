@@ -12,10 +12,12 @@ import torch
 
 from parasolver_adapters.diffusers import PipelineNotParallelError
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.passes import second_pass
+from parasolver_adapters.diffusers.passes.second_pass import Replay
 from parasolver_adapters.diffusers.pipelines import Session, _Counter, _leave, _without_bars
 from parasolver_core import Status
 from parasolver_core.errors import attach, has_solution
-from tests.adapters.test_second_pass import Part
+from tests.adapters.test_second_pass import TABLE, part_of
 
 
 class Scheduler:
@@ -143,8 +145,8 @@ def test_blocks_are_left_one_by_one() -> None:
     assert blocks == [(other, Own), (other, Outer)]  # another pipeline's stay
 
 
-def watched(callback: Any, part: Part | None = None) -> tuple[Part, Any]:
-    part = part or Part()
+def watched(callback: Any, part: Any = None) -> tuple[Any, Any]:
+    part = part or part_of()
     part._pipe.components = {}
     return part, part.watched({"callback_on_step_end": callback, "n": 1})["callback_on_step_end"]
 
@@ -193,7 +195,7 @@ def test_a_callback_that_only_looks() -> None:
 
 
 def test_callbacks_of_a_class_say_which_tensors_they_want() -> None:
-    part = Part()
+    part = part_of()
     part._pipe.components = {}
     assert part.watched({"n": 1, "callback": None}) == {"n": 1, "callback": None}
 
@@ -206,3 +208,24 @@ def test_callbacks_of_a_class_say_which_tensors_they_want() -> None:
     got = part.watched({"callback_on_step_end": Callback(), "n": 1})
     assert got["callback_on_step_end_tensor_inputs"] == ("latents", "mask")
     assert got["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "processes", "expected"), [(None, 1, None), (7, 1, 3), (1, 1, 1), (7, 4, 12), (2, 1, 1)]
+)
+def test_rows_are_those_of_latents(
+    max_rows: int | None, processes: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = Choices.checked(3, max_rows=max_rows)
+    monkeypatch.setattr(Choices, "processes", property(lambda self: processes))
+    monkeypatch.setattr(second_pass, "_denoiser", lambda capture, choices: lambda x, nodes: x)
+    noise = torch.randn(4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    capture: Any = SimpleNamespace(
+        start=X, timesteps=[0, 1, 2, 3], rule=SimpleNamespace(table=TABLE), noise=lambda: noise, prelude=[1]
+    )
+    replay = Replay(None, ParallelRun(), choices, capture, None)  # type: ignore[arg-type]
+    assert replay._solver.max_rows == expected
+    assert (replay._step, replay._plain, replay.called_back, replay._shared) == (0, False, False, None)
+    assert replay._calling_back is False
+    assert capture.prelude == []
+    assert replay._state.final(0).tolist() == X[None].tolist()

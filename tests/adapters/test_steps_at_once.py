@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from parasolver_adapters.diffusers.recording import together
 from parasolver_adapters.diffusers.recording.capture import Recorder
@@ -33,7 +33,7 @@ def answered(steps: Together, numbers: list[int], states: torch.Tensor, net: Net
         assert len(requests) == len(numbers)
         sent = []
         for call, leaves in requests:
-            args, kwargs = torch.utils._pytree.tree_unflatten(leaves, call.spec)
+            args, kwargs = tree_unflatten(leaves, call.spec)
             sent.append(tree_flatten(net(*args, **kwargs))[0])
 
 
@@ -161,7 +161,7 @@ def test_what_has_not_gone_well_is_run_row_by_row(wrong: Any, monkeypatch: pytes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x, m, _ = answered(both, [0, 0, 0], states, Net())
-        assert torch.equal(x, torch.stack([steps[0](state, None)[0] for state in states]))
+        assert torch.equal(x, torch.stack([steps[0](state, Net())[0] for state in states]))
         assert torch.equal(m, x + 1)
     assert seen["at once"] == 1
 
