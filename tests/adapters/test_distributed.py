@@ -16,6 +16,7 @@ from parasolver_adapters.distributed import (
     WorkersDisagreeError,
     fingerprint,
     process_group,
+    sampled_bytes,
     shares,
 )
 from parasolver_adapters.exchange import Exchange, Header, Kind
@@ -271,6 +272,22 @@ def test_fingerprint_sees_the_network_inside() -> None:
     assert fingerprint(Holder(other)) != fingerprint(one)
     assert fingerprint(one) != fingerprint(one.bfloat16())
     assert "no torch module" in fingerprint(lambda x, t: x)
+
+
+def test_what_is_read_of_a_parameter() -> None:
+    """At most 64 elements, spread over all of it; nothing of what has no values."""
+    read = lambda value: torch.frombuffer(bytearray(sampled_bytes(value)), dtype=value.dtype).tolist()  # noqa: E731
+    for count, at in (
+        (1, range(1)),
+        (64, range(64)),
+        (127, range(64)),
+        (128, range(0, 128, 2)),
+        (1000, range(0, 960, 15)),
+    ):
+        assert read(torch.arange(count, dtype=torch.int16)) == [*at]
+    assert read(torch.arange(6.0).reshape(2, 3).T) == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
+    assert sampled_bytes(torch.zeros(0, 3)) == b""
+    assert sampled_bytes(torch.zeros(3, device="meta")) == b""
 
 
 def test_without_processes() -> None:

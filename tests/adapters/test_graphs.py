@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from parasolver_adapters.embedded import EmbeddedDenoiser, load_embedded_model
 from parasolver_adapters.epsilon_models import ClassifierGuidance, EpsilonModel
-from parasolver_adapters.graphs import GraphCaptureWarning, GraphedDenoiser
+from parasolver_adapters.graphs import GraphCaptureWarning, GraphedDenoiser, _alike, captured
 from parasolver_adapters.wrapping import ModelDenoiser
 from parasolver_core import DDIM, NoiseSchedule, clip_sample, solve, solve_sequential
 from parasolver_core.planning.costs import describe
@@ -136,7 +138,10 @@ def test_on_a_cpu_and_for_other_arguments_calls_are_plain() -> None:
     assert torch.equal(graphed(x, t), Network()(x, t))
     assert network.calls == 1
     odd = GraphedDenoiser(lambda x, t, given: x + given.shift, rows=(4,), capture=record)
-    assert torch.equal(odd(x, t, given=type("Given", (), {"shift": 1.0})), x + 1)
+    given = type("Given", (), {"shift": 1.0})
+    assert torch.equal(odd(x, t, given=given), x + 1)
+    given.shift = 2.0  # type: ignore[attr-defined]
+    assert torch.equal(odd(x, t, given=given), x + 2)
 
 
 def test_bad_arguments() -> None:
@@ -208,3 +213,109 @@ def test_the_projects_own_denoisers_can_be_captured(name: str, card: torch.devic
         got = graphed(x, t)
     assert np.allclose(got.tolist(), expected.tolist(), rtol=1e-5, atol=1e-6)
     assert graphed.failure == ""
+
+
+@pytest.mark.parametrize(
+    ("factor", "change", "captured"),
+    [
+        (1.0, 0.009, True),  # a hundredth of the largest number, as half precision may be off
+        (1.0, 0.011, False),
+        (1e4, 0.009, True),
+        (1e4, 0.011, False),
+        (1e-4, 0.009, True),
+        (1e-4, 0.011, False),
+        (0.0, 0.0, True),  # a last layer that is zero to begin with
+    ],
+)
+def test_a_replay_is_compared_with_the_call_by_size(factor: float, change: float, captured: bool) -> None:
+    want = {"sample": factor * torch.tensor([1.0, -0.5]), "flag": True}
+    got = {"sample": want["sample"] + factor * torch.tensor([0.0, change]), "flag": True}
+    assert _alike(got, want) is captured
+    assert _alike(want, want)
+    assert not _alike([want["sample"]], [want["sample"]] * 2)
+    assert not _alike([want["sample"], torch.ones(3)], [want["sample"], torch.ones(4)])
+    assert not _alike([want["sample"], torch.ones(3)], [want["sample"], 2 * torch.ones(3)])
+    assert not _alike([2 * torch.ones(3), want["sample"]], [torch.ones(3), want["sample"]])
+
+
+def test_only_what_has_a_row_for_each_is_filled_up_and_cut(card: torch.device) -> None:
+    """With its last row, so that no row is a number that the network has not been made for."""
+    seen: list[tuple[int, ...]] = []
+
+    def network(x: Tensor, scale: Tensor, table: Tensor, gain: float) -> dict[str, Tensor]:
+        seen.append((len(x), len(table), scale.ndim))
+        return {"out": x * scale * gain, "table": table + 1, "sum": x.sum(), "last": x[3:]}
+
+    graphed = GraphedDenoiser(network, rows=(4,), capture=record)
+    x, table = start(3), torch.arange(5.0)
+    got = graphed(x.to(card), torch.tensor(2.0).to(card), table.to(card), 3.0)
+    assert set(seen) == {(4, 5, 0)}
+    assert torch.equal(got["out"].cpu(), 6 * x)
+    assert torch.equal(got["table"].cpu(), table + 1)
+    assert torch.allclose(got["sum"].cpu(), x.sum() + x[2].sum())
+    assert torch.equal(got["last"].cpu(), x[2:])
+    whole = graphed(start(4).to(card), torch.tensor(2.0).to(card), table.to(card), 3.0)
+    assert torch.equal(whole["out"].cpu(), 6 * start(4))
+
+
+def test_a_network_of_one_tensor_is_captured(card: torch.device) -> None:
+    calls: list[int] = []
+    graphed = GraphedDenoiser(lambda x: (calls.append(1), 2 * x)[1], rows=(2,), capture=record)
+    for _ in range(3):
+        assert torch.equal(graphed(start(2).to(card)).cpu(), 2 * start(2))
+    assert len(calls) == 2
+
+
+def test_calls_without_rows_are_plain(card: torch.device) -> None:
+    graphed = GraphedDenoiser(lambda x: 2 * x, rows=(2,), capture=lambda call: pytest.fail("captured"))
+    assert graphed(start(2)[:0].to(card)).shape == (0, 5)
+
+
+def test_the_rows_by_themselves_and_what_the_network_predicts() -> None:
+    network = Network()
+    graphed = GraphedDenoiser(network)
+    assert graphed.rows == (1, 2, 4, 8, 16, 32)  # so that a call is filled up to less than twice its rows
+    assert GraphedDenoiser(network, rows=(8, 2, 8)).rows == (2, 8)
+    assert graphed.prediction_type is None
+    network.prediction_type = "epsilon"  # type: ignore[assignment]
+    assert graphed.prediction_type == "epsilon"
+
+
+def test_the_warning_is_of_the_line_that_calls(card: torch.device) -> None:
+    graphed = GraphedDenoiser(lambda x: x * x.max().item(), rows=(2,), capture=record)
+    with pytest.warns(GraphCaptureWarning) as told:
+        graphed(start(2).to(card))
+    assert told[0].filename == __file__
+
+
+def test_cuda_captures_a_call_that_has_been_warmed_up_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's streams and graphs: the default stream waits for the other before the capture."""
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(what: str) -> Iterator[None]:
+        order.append(f"into {what}")
+        yield
+        order.append("out")
+
+    graph = SimpleNamespace(replay=lambda: "replayed")
+    default = Stream("default")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: default)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: within(capture_error_mode))
+    replay, output = captured(lambda: order.append("call") or len(order))
+    warm, caught = order[: order.index("out") + 1], order[order.index("out") + 1 :]
+    assert warm[:2] == ["side waits for default", "into side"]
+    assert set(warm[2:-1]) == {"call"}
+    assert caught == ["default waits for side", "into thread_local", "call", "out"]
+    assert replay() == "replayed"
+    assert output == len(order) - 1

@@ -126,6 +126,68 @@ def test_the_least_memory_of_all_replicas_is_told() -> None:
     assert denoiser.max_rows == 2
 
 
+def test_limits_are_told_once_memory_has_run_out() -> None:
+    def full(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    denoiser = MultiDeviceDenoiser([full, lambda x, t: x], max_rows=3)
+    assert denoiser.max_rows is None
+    denoiser(normal(12, 8), torch.zeros(12))
+    assert denoiser.max_rows == 1  # and not the other's 3, whose memory has sufficed
+
+
+def test_each_replica_computes_where_it_is_told() -> None:
+    seen: list[tuple[int, str]] = []
+
+    def network(at: int) -> Any:
+        return lambda x, t: (seen.append((at, f"{x.device} {t.device}")), x.to("cpu") if at else x)[1]
+
+    rows = normal(3, 8)
+    got = MultiDeviceDenoiser([network(1), network(2)], ["cpu", "cpu"])(rows, torch.zeros(3))
+    assert torch.equal(got, rows)
+    assert sorted(seen) == [(1, "cpu cpu"), (2, "cpu cpu")]
+    here = Network()
+    assert MultiDeviceDenoiser([here, lambda x, t: x])._where == [torch.device("cpu"), None]
+    assert MultiDeviceDenoiser([lambda x, t: here(x, t)])._where == [torch.device("cpu")]  # inside a function
+    bare = torch.nn.ReLU()
+    assert MultiDeviceDenoiser([lambda x, t: here(bare(x), t)])._where == [torch.device("cpu")]
+
+
+def test_modes_of_the_caller_reach_the_threads() -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        seen.append(modes)
+        return x
+
+    denoiser, rows = MultiDeviceDenoiser([network]), normal(1, 8)
+    denoiser(rows, torch.zeros(1))
+    with torch.no_grad():
+        denoiser(rows, torch.zeros(1))
+    with torch.inference_mode():
+        denoiser(rows, torch.zeros(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        denoiser(rows, torch.zeros(1))
+    assert seen == [(True, False, False), (False, False, False), (False, True, False), (True, False, True)]
+
+
+def test_errors_of_all_replicas_are_told_with_the_first() -> None:
+    def fails(x: Tensor, t: Tensor) -> Tensor:
+        raise ValueError(f"boom at {int(t[0])}")
+
+    denoiser = MultiDeviceDenoiser([lambda x, t: x, fails, fails])
+    for call in (1, 2):
+        with pytest.raises(ValueError, match="boom at 1") as caught:
+            denoiser(normal(3, 8), torch.arange(3))
+        assert caught.value.__notes__ == [
+            f"raised by replica 1 of 3, on the device of the rows, in call {call}",
+            "replica 2 failed as well: ValueError: boom at 2",
+        ]
+
+
 def test_autocast_reaches_the_threads() -> None:
     seen: list[torch.dtype] = []
     layer = torch.nn.Linear(8, 8)

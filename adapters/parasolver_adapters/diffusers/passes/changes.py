@@ -109,13 +109,9 @@ class Weights:
     def _places(self) -> list[Any]:
         values = [slot.get(name) for slot, name in self._slots]
         return [
-            None if value is None else (id(value), value.is_inference() or value._version, _address(value))
+            None if value is None else (id(value), value.is_inference() or value._version, place_of(value))
             for value in values
         ]
-
-
-def _address(value: torch.Tensor) -> int | None:
-    return value.data_ptr() if type(value) in (torch.Tensor, torch.nn.Parameter) else None
 
 
 def _bytes_of(values: torch.Tensor) -> torch.Tensor:

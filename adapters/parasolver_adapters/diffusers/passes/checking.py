@@ -182,7 +182,8 @@ def kind_of_call(pipe: Any, capture: Capture, given: Mapping[str, Any]) -> str:
         _all(settings),
         [(name, serial_of(network), network.training, sorted(hooks_of(network))) for name, network in networks.items()],
         [[serial_of(processor) for processor in processors.values()] for _, processors in processors_of(pipe)],
-        (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        [torch.is_autocast_enabled(device) for device in ("cuda", "cpu")],
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
