@@ -106,13 +106,23 @@ def test_numbers_that_come_from_float32(xp: ModuleType, row: list[float], dtype:
     assert to_numpy(got).tolist() == [2.0**-23 if single else 0.0]
 
 
+def test_numbers_of_twelve_bits_are_told_from_those_of_thirteen() -> None:
+    twelve, thirteen = np.arange(2049.0, 4096.0, 2), np.arange(4097.0, 8192.0, 32)
+    assert not arrays.coarse(np, twelve).any()
+    assert all(arrays.coarse(np, thirteen[k : k + 1]).all() for k in range(len(thirteen)))
+
+
 def test_products_and_lengths(xp: ModuleType) -> None:
     a, b = normal((2, 3, 4)), normal((2, 3, 4), seed=1)
     left, right = from_numpy(a, xp), from_numpy(b, xp)
     transposed = from_numpy(np.ascontiguousarray(b.transpose(0, 2, 1)), xp)
     np.testing.assert_allclose(to_numpy(arrays.matmul(xp, left, transposed)), a @ b.transpose(0, 2, 1), rtol=1e-13)
-    np.testing.assert_allclose(to_numpy(arrays.vecdot(xp, left, right)), (a * b).sum(axis=2), rtol=1e-12)
-    np.testing.assert_allclose(to_numpy(arrays.lengths(xp, left)), np.sqrt((a**2).sum(axis=2)), rtol=1e-13)
+    inner = arrays.vecdot(xp, left, right)
+    assert type(inner) is type(left)
+    np.testing.assert_allclose(to_numpy(inner), (a * b).sum(axis=2), rtol=1e-12)
+    long = arrays.lengths(xp, left)
+    assert type(long) is type(left)
+    np.testing.assert_allclose(to_numpy(long), np.sqrt((a**2).sum(axis=2)), rtol=1e-13)
     np.testing.assert_allclose(to_numpy(arrays.plus_product(from_numpy(a, xp), left, right)), a + a * b, rtol=1e-13)
 
 
@@ -133,7 +143,7 @@ def test_parts_of_few_bits_are_the_whole(bits: int, count: int) -> None:
         assert torch.equal(mantissa, mantissa.round())
     left = (whole.double() - sum(part.double() for part in parts)) / whole.double()
     assert float(left.abs().max()) <= 2.0 ** -(bits * count)  # each is rounded to nearest
-    one = torch.tensor([1.0 + 2.0 ** (1 - bits) * 0.75])  # is nearer to the number above than to 1
+    one = torch.tensor([1.0 + 2.0 ** (1 - bits) * 0.625])  # is nearer to the number above than to 1
     assert arrays._parts(torch_xp, one, bits, 1)[0].tolist() == [1.0 + 2.0 ** (1 - bits)]
 
 
@@ -182,6 +192,7 @@ def test_rows_by_index(xp: ModuleType) -> None:
     there = arrays.put_index(rows, index)
     np.testing.assert_array_equal(to_numpy(arrays.take_at(rows, there)), values[index])
     assert np.asarray(to_numpy(there)).dtype.kind == "i"
+    assert arrays.integers(xp) == xp.int64
     got = arrays.assign(rows, (slice(1, 3), 0), xp.asarray([7.0, 8.0], dtype=xp.float64))
     values[1:3, 0] = 7.0, 8.0
     np.testing.assert_array_equal(to_numpy(got), values)
@@ -196,6 +207,7 @@ def test_host_numbers_on_a_device(xp: ModuleType) -> None:
     plain = arrays.uploaded(xp, values, where)
     assert plain.dtype == xp.float64
     assert (plain is values) == (xp.__name__ == "array_api_compat.numpy")
+    assert arrays.uploaded(np, values, where, np.float64) is values
 
 
 def test_numbers_for_a_card_are_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,12 +277,12 @@ def test_all_sums_come_to_the_host_in_one_transfer(monkeypatch: pytest.MonkeyPat
     to_host = arrays.to_host
     monkeypatch.setattr(arrays, "to_host", lambda array: transfers.append(len(array)) or to_host(array))
     near, single = np.array([1.0, 2.0], dtype=np.float32), torch.tensor([3.0])
-    got = arrays.fetch(torch_xp, [near, single, torch.tensor([4.0, 5.0]), near])
-    assert [one.tolist() for one in got] == [[1.0, 2.0], [3.0], [4.0, 5.0], [1.0, 2.0]]
+    got = arrays.fetch(torch_xp, [near, single, torch.tensor([4.0, 5.0]), near, torch.tensor([6.0])])
+    assert [one.tolist() for one in got] == [[1.0, 2.0], [3.0], [4.0, 5.0], [1.0, 2.0], [6.0]]
     assert all(one.dtype == np.float64 for one in got)
-    assert transfers == [3]
+    assert transfers == [4]
     assert [one.tolist() for one in arrays.fetch(torch_xp, [near, single])] == [[1.0, 2.0], [3.0]]
-    assert transfers == [3, 1]
+    assert transfers == [4, 1]
     assert [one.tolist() for one in arrays.fetch(np, [near])] == [[1.0, 2.0]]
     assert len(transfers) == 2
 
@@ -312,13 +324,18 @@ def test_only_sums_that_may_have_lost_something_are_summed_again() -> None:
 
 def test_bounds_of_sums_that_may_have_lost_something(xp: ModuleType) -> None:
     """What a sum can be at most, and a length is at least; others stay what they are."""
-    values = np.array([[[3e-30, -4e-30], [0.0, 0.0]], [[3.0, 4.0], [1e-25, 0.0]]], dtype=np.float32)
+    values = np.zeros((2, 2, 5), dtype=np.float32)
+    values[0, 0, :2], values[1, 0, :2], values[1, 1, 3] = (3e-30, -4e-30), (3.0, 4.0), 1e-25
     rows = from_numpy(values, xp)
     sums, some = np.array([[0.0, 0.0], [25.0, 0.0]]), np.array([[0.0, 0.0], [5.5, 2e-25]])
-    np.testing.assert_allclose(at_most(sums, xp, rows), [[32e-60, 0.0], [25.0, 2e-50]], rtol=1e-6)
+    np.testing.assert_allclose(at_most(sums, xp, rows), [[80e-60, 0.0], [25.0, 5e-50]], rtol=1e-6)
     np.testing.assert_allclose(at_least(some, xp, rows), [[4e-30, 0.0], [5.5, 2e-25]], rtol=1e-6)
-    fine = np.array([[1.0, 2.0], [3.0, 4.0]])
+    fine = np.array([[1e-12, 2.0], [3.0, 4.0]])
     assert at_most(fine, xp, rows) is fine
     assert at_least(fine, xp, rows) is fine
+    least = lowest(5, np.dtype(np.float32))  # of sums of five squares
+    near = np.array([[1.01 * least, 1.0], [1.0, 1.0]])
+    assert at_most(near, xp, rows) is near
+    assert at_most(0.99 * near, xp, rows)[0, 0] == pytest.approx(80e-60)
     deep = from_numpy(np.array([[1e-200, 0.0]]), xp)
     assert at_most(np.zeros(1), xp, deep)[0] == np.finfo(np.float64).tiny  # not 0

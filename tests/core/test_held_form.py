@@ -142,6 +142,15 @@ def test_noise_is_drawn_for_many_steps_at_once(drawn: int, calls: list[int], mon
     assert asked == calls
 
 
+def test_noise_of_large_states_is_drawn_for_few_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, asked = np.zeros((1, 2**20), dtype=np.float32), []
+    noise = NoiseSource(like, like.dtype, 40, 7, None)
+    monkeypatch.setattr(noise, "block", lambda wanted: (asked.append(len(wanted)), np.zeros((len(wanted), 1)))[1])
+    for _ in states_of_noise(HeldForm(any_table(40, 1, 1)), noise, np.zeros(1, dtype=np.int64), like):
+        pass
+    assert 2 <= max(asked) <= 20
+
+
 def test_without_noise_it_makes_nothing() -> None:
     like = normal((2, 4))
     form, noise = HeldForm(any_table(9, noisy=False)), NoiseSource(like, like.dtype, 9, None, None)

@@ -149,7 +149,11 @@ def test_the_size_of_the_sample_is_told_by_late_nodes_and_the_last() -> None:
 def test_smallness_is_of_each_sample_by_itself() -> None:
     """Moves are measured by ``s sqrt(alpha^2 + sigma^2)`` in the place of ``sqrt(alpha^2 s^2 + sigma^2)``."""
     signal = np.array([0.1, 0.9, 0.96, 0.98])
-    parts = {"a": np.tril(np.full((4, 2), 0.5)), "c": np.array([0.3, 0.2, 0.1, 0.05]), "held": np.tile([0.25, 2.0], (4, 1))}
+    parts = {
+        "a": np.tril(np.full((4, 2), 0.5)),
+        "c": np.array([0.3, 0.2, 0.1, 0.05]),
+        "held": np.tile([0.25, 2.0], (4, 1)),
+    }
     table = any_table(4, signal=signal, **parts)
     b, c = table.b, table.c
 
