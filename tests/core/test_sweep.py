@@ -13,18 +13,17 @@ N, WIDTH = 12, 4
 READS = pytest.mark.parametrize(("states", "outputs"), [(1, 1), (1, 3), (3, 1), (2, 3)])
 
 
-@pytest.fixture(params=["whole", "blocks", "blocks and whole moves", "row by row"])
+@pytest.fixture(params=["whole", "blocks", "blocks, two rows at once", "blocks and whole moves"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """States of 33 numbers, as small ones are; or in blocks, their moves kept in stripes, or whole."""
-    if request.param != "whole":
-        blocks(monkeypatch)
-    if request.param == "row by row":
+    blocks(monkeypatch, 33 if request.param == "whole" else 4)
+    if request.param != "blocks":
         monkeypatch.setattr(sweep, "_CALL", 0)
     return request.param
 
 
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_WHOLE": 4, "_STRIPE": 2, "_PERIOD": 5, "_BLOCK": 10}.items():
+def blocks(monkeypatch: pytest.MonkeyPatch, whole: int = 4) -> None:
+    for name, value in {"_WHOLE": whole, "_STRIPE": 2, "_PERIOD": 5, "_BLOCK": 10}.items():
         monkeypatch.setattr(sweep, name, value)
 
 
@@ -56,7 +55,7 @@ class Plain:
 
 def made(kind: str, table: Recurrence, z: np.ndarray, start: np.ndarray, width: int = WIDTH) -> SweepCorrection:
     noise = lambda i: z[i] if table.c[i] else None  # noqa: E731
-    return SweepCorrection(table, noise, width, start, kind in ("blocks and whole moves", "row by row"))
+    return SweepCorrection(table, noise, width, start, kind == "blocks and whole moves")
 
 
 def fill(own: SweepCorrection, plain: Plain, first: int, hi: int) -> None:
@@ -85,8 +84,10 @@ def test_rounds_of_a_window_that_slides(kind: str, states: int, outputs: int) ->
     own, plain = made(kind, table, z, start), Plain(table, z, start)
     fill(own, plain, 1, WIDTH)
     lo, hi = 0, WIDTH
-    sampled = slice(None) if kind != "blocks" else SAMPLED
-    for turn, accepted in enumerate([1, 3, 1, 2, 4]):
+    stripes = kind in ("blocks", "blocks, two rows at once")
+    sampled = SAMPLED if stripes else slice(None)
+    assert [[len(part) for part in own.history(i)] for i in (0, 1)] == [[1, 1], [min(2, table.memory)] * 2]
+    for turn, accepted in enumerate([1, 3, 1, 3, 4]):
         agree(own, plain, lo, hi)
         D, slope = normal((hi - lo, 33), seed=10 + turn), normal((hi - lo,), seed=20 + turn)
         found = own.read(own.compare(D, lo), lo)
@@ -100,7 +101,7 @@ def test_rounds_of_a_window_that_slides(kind: str, states: int, outputs: int) ->
         np.testing.assert_allclose(own.move(D, slope, lo), plain.move(D, slope, lo), rtol=1e-9, atol=1e-14)
         agree(own, plain, lo, hi)
         np.testing.assert_allclose(own.behind(hi - 1), step(table, hi - 1, plain.X, plain.M, z[hi - 1]), rtol=1e-11)
-        if kind != "blocks":
+        if not stripes:
             for i in range(lo, hi):
                 np.testing.assert_allclose(own.last_move(i), plain.dX[i], rtol=1e-9, atol=1e-13)
         for i in (lo - 1, hi):
@@ -111,6 +112,31 @@ def test_rounds_of_a_window_that_slides(kind: str, states: int, outputs: int) ->
         if first < hi:
             fill(own, plain, first, hi)
             plain.dX = {i: dX for i, dX in plain.dX.items() if lo <= i < first}
+    assert hi == N
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_window_of_one_node(n: int) -> None:
+    table, z, start, D = any_table(n, 1, 1), normal((n, 33)), normal((33,)), normal((1, 33), seed=1)
+    own, plain = made("whole", table, z, start, width=1), Plain(table, z, start)
+    assert own.read(own.compare(D, 0), 0).defect == pytest.approx((D**2).mean(axis=1))
+    assert not own.last_move(0).any()
+    assert own.move(D, np.ones(1), 0).tolist() == [0.0]
+    plain.move(D, np.ones(1), 0)
+    np.testing.assert_allclose(own.behind(0), step(table, 0, plain.X, plain.M, z[0]), rtol=1e-12)
+
+
+def test_what_is_at_hand_is_two_blocks_or_the_rows_that_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks(monkeypatch)
+    for call, rows in ((0, 2), (24, 3), (1000, 4)):  # of 12 sampled numbers each; two blocks are 20
+        monkeypatch.setattr(sweep, "_CALL", call)
+        own = made("blocks", any_table(N), np.zeros((N, 33)), np.ones(33))
+        assert (own._together, own._work.size) == (rows, 12 * rows)
+    own = made("blocks and whole moves", any_table(N), np.zeros((N, 8)), np.ones(8))
+    assert own._work.size == 4 * 8
+    monkeypatch.undo()
+    long = SweepCorrection(any_table(1000), lambda i: None, 1000, np.ones(64))
+    assert 64 * long._together < 2**14
 
 
 def test_a_part_of_what_was_compared() -> None:
@@ -179,6 +205,11 @@ def test_large_states_are_measured_again_where_they_moved_much(monkeypatch: pyte
     D[0], D[1] = 0.0099, 0.0003
     own.move(D, np.zeros(3), 0)
     np.testing.assert_allclose(own.read(np.zeros(6), 0).size, [1.0, 1.0, 1.0102**2])
+    monkeypatch.setattr(sweep, "_WHOLE", 33)
+    small = made("whole", table, np.zeros((N, 33)), np.ones(33))
+    small.fill(1, 3, [np.ones(33)], [np.zeros(33)], [(0.0, np.zeros(33))])
+    small.move(D, np.zeros(3), 0)
+    np.testing.assert_allclose(small.read(np.zeros(6), 0).size, [1.0, 1.0099**2, 1.0102**2])
 
 
 def test_rows_written_one_by_one() -> None:
@@ -188,6 +219,9 @@ def test_rows_written_one_by_one() -> None:
     own.write("X", 0, np.full(33, 7.0))
     assert (own.X[:3, 4].tolist(), own.M[:3, 4].tolist()) == ([7, 0, 3], [0, 0, 5])
     assert own.read(np.zeros(6), 0).size.tolist() == [1.0, 1.0, 9.0]
+    own.base = 2
+    own.write("M", 3, np.full(33, 8.0))
+    assert own.M[:3, 4].tolist() == [0, 8, 5]
 
 
 @pytest.mark.parametrize(("width", "memory", "least", "most"), [(16, 1, 18, 24), (16, 3, 20, 26), (40, 3, 42, 42)])
@@ -214,5 +248,5 @@ def test_stripes_stand_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sixteenth_of_a_large_state_is_sampled_and_all_of_a_small_one() -> None:
     table = any_table(N)
     for size, share in ((2**12, 1.0), (2**16, 1 / 16)):
-        own = made("whole", table, np.zeros((N, size)), np.ones(size, dtype=np.float32))
+        own = SweepCorrection(table, lambda i: None, WIDTH, np.ones(size, dtype=np.float32))
         assert own._sampled(own.X[0]).size == pytest.approx(share * size, rel=0.1)
