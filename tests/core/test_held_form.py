@@ -48,8 +48,9 @@ def test_a_step_of_each_sample_at_its_own_node(states: int, outputs: int) -> Non
 
 @READS
 @pytest.mark.parametrize("noisy", [False, True])
-def test_states_onwards_are_linear_in_what_is_known(states: int, outputs: int, noisy: bool) -> None:
-    table, (x, m), z = any_table(9, states, outputs, noisy), normal((2, 9, 5)), normal((9, 5), seed=1)
+@pytest.mark.parametrize("held", [any_table(9).held, np.tile([0.0, 1.0], (9, 1))], ids=["mixed", "outputs"])
+def test_states_onwards_are_linear_in_what_is_known(states: int, outputs: int, noisy: bool, held: np.ndarray) -> None:
+    table, (x, m), z = any_table(9, states, outputs, noisy, held=held), normal((2, 9, 5)), normal((9, 5), seed=1)
     form, lo, count = HeldForm(table), np.array([3, 5]), 4
     h = table.held[:, :1] * x + table.held[:, 1:] * m
     got = form.onwards(lo, count)
@@ -92,6 +93,13 @@ def test_moves_solve_the_equations_of_each_window(
             )
         np.testing.assert_allclose(T[row], moves, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(squares[row], ((np.stack(moves) @ defects[row]) ** 2).sum(axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("long", [0, 64])
+def test_the_state_of_a_single_node_does_not_move(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_form, "_LONG", long)
+    T, squares = HeldForm(any_table(9, 2, 3)).propagation(np.array([3, 8]), np.ones((2, 1)), np.ones((2, 1, 1)))
+    assert (T.tolist(), squares.tolist()) == ([[[0.0]], [[0.0]]], [[0.0], [0.0]])
 
 
 def test_sums_of_squares_of_moves_are_not_below_0_by_rounding() -> None:
