@@ -1,14 +1,20 @@
 """The rows of many windows on a device: which are inputs, what is compared, what is out of range."""
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from array_api_compat import torch as torch_xp
 
 from parasolver_core.rounds.decisions import Decision, Windows
+from parasolver_core.rounds.fill import Entering
 from parasolver_core.rounds.matrix import Buffers, rectangular, where_known
+from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.samplers.held_form import HeldForm
+from parasolver_core.samplers.noise import NoiseSource, draw
 from tests.arrays import from_numpy, to_numpy
 from tests.core.any_tables import any_table
 from tests.core.problems import normal
@@ -65,9 +71,10 @@ def test_sums_of_a_round(xp: ModuleType, dtype: Any, with_size: bool) -> None:
     states, beliefs = (normal((2, 5, SIZE), seed=seed).astype(dtype) for seed in (1, 2))
     own, both = buffers(xp, states, beliefs), windows(shared(Said(1)), eps=2.0**-30)
     D = normal((7, SIZE), seed=3).astype(np.float32).astype(dtype)
-    sums = own.compare(from_numpy(D, xp), both, with_size)
+    sums = np.asarray(to_numpy(own.compare(from_numpy(D, xp), both, with_size)), dtype=np.float64)
     assert own._dX is None
-    found = own.unpack(np.asarray(to_numpy(sums), dtype=np.float64), both)
+    assert not own.unpack(np.where(np.arange(len(sums)) == 5, np.nan, sums), both).finite
+    found = own.unpack(sums, both)
     assert found.unit == (2.0**-23 if dtype == np.float64 else 2.0**-30)
     assert found.finite
     moves = np.arange(40.0).reshape(2, 5, SIZE)
@@ -155,6 +162,7 @@ def test_single_nodes_as_the_round_moves_them(xp: ModuleType) -> None:
         np.testing.assert_allclose(to_numpy(x)[row], states[row, 1 + at] + move, rtol=1e-12)
         np.testing.assert_allclose(to_numpy(h)[row], beliefs[row, 1 + at] + slope[row, at] * move, rtol=1e-12)
     found = to_numpy(own.moved_states(decision(T, slope, [3, 2], [4, 4]), 2))
+    assert found.shape == (2, 2, SIZE)
     for row, last in enumerate((2, 1)):  # of the second sample no state behind its last accepted node is wanted
         for k in range(2):
             at = min(k + 1, last)
@@ -171,6 +179,82 @@ def test_states_are_made_again_only_if_they_were_much_larger(xp: ModuleType) -> 
     again = own.states_behind(decision(T, slope, [1, 1], [3, 2], grown=True), lo, lambda *_: None)
     assert again is not None
     assert tuple(again.shape) == (2, 2, SIZE)
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_the_tables_of_a_sample_are_those_that_it_has_alone(grown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever others there are: only the last one has nodes that enter, from the first on."""
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=np.float64: np.full(shape, np.nan, dtype))
+    T, slope = normal((3, 4, 4), seed=3), normal((3, 4), seed=4)
+    told = decision(T, slope, [1, 2, 1], [4, 4, 1], grown)
+    place = np.array([[0, 1, 2, 3], [1, 2, 3, 3], [0, 1, 2, 3]])
+    x, h = normal((3, 4, 6), seed=5), normal((3, 4, 6), seed=6)
+    x[:, 0] = h[:, 0] = 0.0
+    both = NextRows.of(FORM, told, place, False, Entering(x, h, np.arange(3), 6, 0), np.float64)
+    assert np.isfinite(both.C).all()
+    for row in range(3):
+        one = slice(row, row + 1)
+        own = decision(T[one], slope[one], told.accepted[one], told.sound[one], grown)
+        alone = NextRows.of(FORM, own, place[one], False, Entering(x, h, np.array([row]), 6, 0), np.float64)
+        np.testing.assert_array_equal(both.source[one], alone.source)
+        np.testing.assert_array_equal(both.base[one], alone.base)
+        np.testing.assert_allclose(both.C[one], alone.C, rtol=1e-12)
+    if not grown:
+        assert both.again is None
+        return
+    assert both.again is not None
+    # states behind the first, as far as they are known: up to node 3, 3 and 1; the base reads the last kept and before
+    assert both.again[0].tolist() == [[-1, 0, 1, 2], [0, 1, 2, 2], [-1, 0, -1, -1]]
+    assert both.again[1].tolist() == [[2, 1, -1, -1], [2, 1, -1, -1], [-1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
+    """``S[source] + C [r; S[base]; further rows]``; some states, and what new nodes are made of, are made again."""
+    states, beliefs, r = (normal((2, 5, SIZE), seed=seed) for seed in (1, 2, 3))
+    own, again, further = buffers(xp, states, beliefs), normal((2, 3, SIZE), seed=4), normal((2, 2, SIZE), seed=5)
+    own._r = from_numpy(r[:, :4], xp)
+    S = to_numpy(own._S).copy()
+    source, base = np.array([[1, 4, 10, 7, 8, 9, 10], [2, 3, 4, 6, 7, 10, 10]]), np.array([[4, 9, 10], [3, 8, 0]])
+    C = normal((2, 7, 4 + 3 + 2), seed=6)
+    places = np.array([[-1, 0, 2], [1, -1, -1]]), np.array([[2, -1, -1], [-1, -1, 0]])
+    own.write(
+        NextRows(source, C, base, places if made_again else None),
+        [from_numpy(further, xp)],
+        from_numpy(again, xp) if made_again else None,
+    )
+    for row in range(2):
+        bases = S[row, base[row]]
+        if made_again:
+            bases = np.where(places[1][row][:, None] >= 0, again[row, places[1][row]], bases)
+        moves = C[row] @ np.concatenate([r[row, :4], bases, further[row]])
+        expected = S[row, source[row]] + moves
+        if made_again:
+            expected[:3] = np.where(places[0][row][:, None] >= 0, again[row, places[0][row]], expected[:3])
+        np.testing.assert_allclose(to_numpy(own._S)[row], expected, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(to_numpy(own._dX)[row], moves[:3], rtol=1e-11, atol=1e-13)
+
+
+def test_what_samples_share() -> None:
+    noise = NoiseSource(torch.zeros(2, SIZE), torch.float32, N, 7, None)
+    table = any_table(N)
+    common = replace(shared(Said(1), table=table), xp=torch_xp, dtype=torch.float32, noise=noise)
+    outputs = torch.ones(2, dtype=torch.float64)
+    taken = common.taken(outputs)
+    assert isinstance(taken, np.ndarray)
+    assert taken.dtype == np.float32
+    single = torch.ones(2)
+    view = common.taken(single)
+    view[0] = 3.0
+    assert single.tolist() == [3.0, 1.0]  # no copy where none is needed
+    assert isinstance(common.given(view), torch.Tensor)
+    assert common.given(view).data_ptr() == single.data_ptr()
+    z = common.noise_of(1)
+    for i in range(N):
+        if table.c[i] == 0:
+            assert z(i) is None
+        else:
+            np.testing.assert_array_equal(np.asarray(z(i)), draw(7, 1, i, (SIZE,)).astype(np.float32))
 
 
 def test_samples_that_go_on_keep_their_rows(xp: ModuleType) -> None:

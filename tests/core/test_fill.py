@@ -173,9 +173,16 @@ def test_copies_of_a_state(states: int, outputs: int, noisy: bool, blank: int | 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("reads", [False, True])
 def test_the_first_of_copies(xp: Any, noisy: bool, reads: bool) -> None:
-    table = any_table(N, 1, 1, noisy, b=np.full((N, 1), 0.5 if reads else 0.0))
+    b, c = np.full((N, 1), 0.0 if reads else 0.5), np.full(N, 0.0 if noisy else 0.3)
+    b[0], c[0] = 0.5 - b[0], 0.3 - c[0]  # of the others it is the other way round
+    table = any_table(N, 1, 1, b=b, c=c)
     x, z = normal((2, SIZE)), normal((2, SIZE), seed=1)
-    copies = Copies(HeldForm(table), lambda i, sample: from_numpy(z[sample], xp) if i == 0 else None)
+
+    def noise(i: int, sample: int) -> Any:
+        assert (i, noisy) == (0, True)
+        return from_numpy(z[sample], xp)
+
+    copies = Copies(HeldForm(table), noise)
     h = to_numpy(copies.first(from_numpy(x, xp), np.zeros((2, N))))
     m = output(table, 0, h, x)
     if reads:

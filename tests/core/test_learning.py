@@ -1,5 +1,6 @@
 """What a memory keeps of finished samples, table by table, and the slopes that it finds: held against least squares."""
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, Euler, Memory, NoiseSchedule, Recurrence, StepRule, solve_sequential
-from parasolver_core.rounds.memory import _fit
+from parasolver_core.rounds.memory import KIND, _directions, _fit
 from tests.core.any_tables import any_table, step
 from tests.core.problems import TanhNetwork, normal
 
@@ -82,6 +83,17 @@ def test_no_more_than_a_dozen_directions() -> None:
     x_T, schedule = rng.standard_normal((40, 20)), NoiseSchedule.linear()
     done = solve_sequential(TanhNetwork(20), x_T, schedule.timesteps(10), DDIM(schedule), save="trajectory")
     assert Memory.learn(done, schedule.timesteps(10), DDIM(schedule)).directions.shape == (12, 20)
+
+
+def test_directions_of_large_samples_take_no_more_memory_than_the_samples() -> None:
+    H = normal((2, 8, 4000))
+    tracemalloc.start()
+    try:
+        assert _directions(H).shape == (4, 4000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * H.nbytes
 
 
 @pytest.mark.parametrize("knows", [False, True], ids=["state", "state and prediction"])
@@ -173,6 +185,9 @@ def test_what_is_kept_of_a_memory_in_a_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(again.rest, memory.rest, rtol=1e-6)
     assert repr(again) == repr(Memory.load(tmp_path / "memory.npz"))
     assert repr(again) != repr(memory)  # it says what it holds
+    np.savez(tmp_path / "code.npz", kind=np.array(KIND), timesteps=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Memory.load(tmp_path / "code.npz")
     np.savez(tmp_path / "other.npz", states=np.zeros(3))
     with pytest.raises(ValueError, match=r"^file: expected one that Memory\.save has written"):
         Memory.load(tmp_path / "other.npz")

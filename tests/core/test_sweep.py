@@ -58,9 +58,9 @@ def made(kind: str, table: Recurrence, z: np.ndarray, start: np.ndarray, width: 
     return SweepCorrection(table, noise, width, start, kind == "blocks and whole moves")
 
 
-def fill(own: SweepCorrection, plain: Plain, first: int, hi: int) -> None:
+def fill(own: SweepCorrection, plain: Plain, first: int, hi: int, lo: int = 0) -> None:
     """With the prediction of the node before them."""
-    own.make_room(max(first - 1 - own._recurrence.memory, 0), first, hi)
+    own.make_room(max(min(lo, first - 1) - own._recurrence.memory + 1, 0), first, hi)
     p, q = plain.table.held[first - 1]
     xs, ms = own.history(first - 1)
     own.fill(first, hi, xs, ms, [(float(p), xs[0]), (float(q), ms[0])])
@@ -87,7 +87,7 @@ def test_rounds_of_a_window_that_slides(kind: str, states: int, outputs: int) ->
     stripes = kind in ("blocks", "blocks, two rows at once")
     sampled = SAMPLED if stripes else slice(None)
     assert [[len(part) for part in own.history(i)] for i in (0, 1)] == [[1, 1], [min(2, table.memory)] * 2]
-    for turn, accepted in enumerate([1, 3, 1, 3, 4]):
+    for turn, accepted in enumerate([1, 4, 2, 2, 3]):
         agree(own, plain, lo, hi)
         D, slope = normal((hi - lo, 33), seed=10 + turn), normal((hi - lo,), seed=20 + turn)
         found = own.read(own.compare(D, lo), lo)
@@ -110,7 +110,7 @@ def test_rounds_of_a_window_that_slides(kind: str, states: int, outputs: int) ->
         lo += accepted
         first, hi = hi, min(lo + WIDTH, N)
         if first < hi:
-            fill(own, plain, first, hi)
+            fill(own, plain, first, hi, lo)
             plain.dX = {i: dX for i, dX in plain.dX.items() if lo <= i < first}
     assert hi == N
 
@@ -134,6 +134,7 @@ def test_what_is_at_hand_is_two_blocks_or_the_rows_that_are_compared_at_once(mon
         assert (own._together, own._work.size) == (rows, 12 * rows)
     own = made("blocks and whole moves", any_table(N), np.zeros((N, 8)), np.ones(8))
     assert own._work.size == 4 * 8
+    assert made("blocks", any_table(N), np.zeros((N, 33)), np.ones(33), width=1)._work.size == 20
     monkeypatch.undo()
     long = SweepCorrection(any_table(1000), lambda i: None, 1000, np.ones(64))
     assert 64 * long._together < 2**14
@@ -219,6 +220,8 @@ def test_rows_written_one_by_one() -> None:
     own.write("X", 0, np.full(33, 7.0))
     assert (own.X[:3, 4].tolist(), own.M[:3, 4].tolist()) == ([7, 0, 3], [0, 0, 5])
     assert own.read(np.zeros(6), 0).size.tolist() == [1.0, 1.0, 9.0]
+    own.write("X", 1, np.full(33, 2.0))
+    assert own.read(np.zeros(6), 0).size.tolist() == [1.0, 4.0, 9.0]
     own.base = 2
     own.write("M", 3, np.full(33, 8.0))
     assert own.M[:3, 4].tolist() == [0, 8, 5]
@@ -230,6 +233,8 @@ def test_room_is_for_a_few_nodes_to_come(width: int, memory: int, least: int, mo
     own = made("whole", any_table(40, memory, 1), np.zeros((40, 33)), np.ones(33), width)
     assert least <= len(own.X) <= most
     assert len(own.M) == len(own.X)
+    assert len(own._dX) == width
+    assert len(made("whole", any_table(N), np.zeros((N, 33)), np.ones(33), 100)._dX) == N
     own.make_room(3, 5, len(own.X))
     assert own.base == 0  # there was room
     own.write("X", 5, np.full(33, 3.0))
