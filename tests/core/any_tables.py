@@ -1,6 +1,5 @@
 """Tables of arbitrary coefficients, and a step of them as the equation has it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ def any_table(
     return Recurrence(**(parts | changes))
 
 
-def step(table: Recurrence, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = 0.0) -> Any:
+def step(table: Recurrence, i: int, x: Any, m: Any, z: Any = 0.0) -> Any:
     """``x_{i+1}``, given all states ``x_0 .. x_i`` and outputs ``m_0 .. m_i``."""
     states = sum(table.a[i, k] * x[i - k] for k in range(min(table.a.shape[1], i + 1)))
     outputs = sum(table.b[i, k] * m[i - k] for k in range(min(table.b.shape[1], i + 1)))

@@ -112,6 +112,8 @@ def test_the_default_rule_takes_many_samples_at_once() -> None:
     move = np.array([[0.0, 0.01, 0.03], [0.0, 0.04, 0.0]])
     small = np.array([[1.0, 1.0, 1.0], [1.0, 0.5, 1.0]])
     told = RoundView(np.array([0, 1]), move, np.ones((2, 3)), np.full((2, 3), 0.5), 1e-12, small)
+    count: Any
+    error: Any
     count, error = accept.accept(told, 0.3)  # twice the size: moves of 0.04, 0.12; 0.32
     assert count.tolist() == [3, 1]
     np.testing.assert_allclose(error, [0.12, 0.0])

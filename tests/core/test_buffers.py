@@ -82,7 +82,10 @@ def test_sums_of_a_round(xp: ModuleType, dtype: Any, with_size: bool) -> None:
         p, q = both._form.held[lo : lo + n].T[..., None]
         h = p * states[row, 1 : n + 1] + q * said
         r = h - beliefs[row, 1 : n + 1]
-        close = {"rtol": 1e-5 if dtype == np.float32 else 1e-11, "atol": 1e-5 if dtype == np.float32 else 1e-11}
+        close: dict[str, Any] = {
+            "rtol": 1e-5 if dtype == np.float32 else 1e-11,
+            "atol": 1e-5 if dtype == np.float32 else 1e-11,
+        }
         np.testing.assert_allclose(found.gram[row, :n, :n], r @ r.T, **close)
         np.testing.assert_allclose(found.cross[row, :n], (moves[row, 1 : n + 1] * r).sum(axis=1), **close)
         np.testing.assert_allclose(found.length[row, :n], np.linalg.norm(states[row, 1 : n + 1], axis=1), **close)

@@ -23,7 +23,7 @@ def memory(table: Any = TABLE) -> Memory:
     V = np.linalg.qr(normal((SIZE, 2)))[0].T
     rest = np.einsum("ais,bjs->abij", normal((2, N, 30), seed=1), normal((2, N, 30), seed=1))[:, 1]
     return Memory(
-        np.arange(N), table.held, normal((N, SIZE), seed=2), normal((N, SIZE), seed=3), V,
+        np.arange(float(N)), table.held, normal((N, SIZE), seed=2), normal((N, SIZE), seed=3), V,
         normal((SAMPLES, N, 2), seed=4), normal((SAMPLES, N, 2), seed=5), rest, np.full(N, 40.0),
         np.append(np.full(N - 1, 8.0), 24.0),
     )  # fmt: skip

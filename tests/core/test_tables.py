@@ -1,5 +1,6 @@
 """A table's own arithmetic, number by number: steps, what is held, shares, slopes."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,7 @@ def test_a_table_for_the_predicted_sample_becomes_one_for_what_is_predicted(kind
     p, q = table.held.T
     gaussian = alpha[:n] * 0.25 / (alpha[:n] ** 2 * 0.25 + sigma[:n] ** 2)
     np.testing.assert_allclose(p + q * table.slope, gaussian, rtol=1e-12)
+    assert table.signal is not None
     np.testing.assert_allclose(table.signal, alpha[:n] / norm[:, 0], rtol=1e-12)
     np.testing.assert_allclose(a.sum(axis=1) + b.sum(axis=1) * (p + q * table.identity_slope), 1.0, rtol=1e-12)
     assert table.noise_share == added_noise_share(alpha[:n], sigma[:n], c)
@@ -279,7 +281,7 @@ def test_a_table_names_the_first_row_that_is_not_finite() -> None:
         any_table(4, a=a)
     for name, shape in (("signal", (3,)), ("input_scale", (4, 1))):
         with pytest.raises(ValueError, match=f"^{name}: expected shape"):
-            any_table(4, **{name: np.ones(shape)})
+            replace(any_table(4), **{name: np.ones(shape)})
     held = np.ones((4, 2))
     held[3, 0] = np.inf
     with pytest.raises(ValueError, match=r"^held: .*step 3"):

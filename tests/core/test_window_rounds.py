@@ -81,8 +81,8 @@ class Sample:
         return np.stack([self.said[i] - self.H[i] for i in nodes])
 
     def move(self, r: np.ndarray, slope: np.ndarray) -> None:
-        dX = {i: np.zeros(SIZE) for i in range(self.lo - 3, self.lo + 1)}
-        dH = {i: np.zeros(SIZE) for i in range(self.lo - 3, self.lo)}
+        dX: dict[int, Any] = {i: np.zeros(SIZE) for i in range(self.lo - 3, self.lo + 1)}
+        dH: dict[int, Any] = {i: np.zeros(SIZE) for i in range(self.lo - 3, self.lo)}
         for j in range(len(r)):
             i = self.lo + j
             if j:
@@ -107,6 +107,36 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for module in (window_batch, shared_module, noise_module):
             monkeypatch.setattr(module, "host_view", lambda array: array)
     return load(request.param)
+
+
+def compared(found: Any, table: Recurrence, active: list[Sample], defects: list[np.ndarray], grown: bool) -> None:
+    """The sums of a round."""
+    for row, (one, r) in enumerate(zip(active, defects, strict=True)):
+        n = len(r)
+        np.testing.assert_allclose(found.gram[row, :n, :n], r @ r.T, rtol=1e-8, atol=1e-9)
+        X = np.stack([one.X[i] for i in range(one.lo, one.hi)])
+        np.testing.assert_allclose(found.length[row, :n], np.linalg.norm(X, axis=1), rtol=1e-9)
+        for i, move in one.dX.items():
+            if i >= one.lo and not grown:
+                assert found.cross[row, i - one.lo] == pytest.approx(move @ r[i - one.lo], rel=1e-7, abs=1e-10)
+        if table.tells_size(np.array([one.hi - 1 for one in active])):
+            last = one.said[one.hi - 1]
+            assert found.predicted[row] == pytest.approx(last @ last, rel=1e-8)
+        else:
+            assert found.predicted[row] == np.inf
+
+
+def begun(run: WindowBatch, plain: list[Sample]) -> None:
+    """What is known at the first node of each window, and before it."""
+    for row, sample in enumerate(run.samples.tolist()):
+        one = plain[sample]
+        xs, hs = run._buffers.history(row, 0)
+        for k, x in enumerate(xs):
+            if one.lo - k >= 0:
+                np.testing.assert_allclose(to_numpy(x), one.X[one.lo - k], rtol=1e-8, atol=1e-10)
+        for k, h in enumerate(hs):
+            if one.lo - k >= 0:
+                np.testing.assert_allclose(to_numpy(h), one.H[one.lo - k], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("grown", [False, True], ids=["moved", "made again"])
@@ -148,19 +178,7 @@ def test_rounds_of_many_windows(
         defects = [one.defects(part) for one, part in zip(active, parts, strict=True)]
         sums = np.asarray(to_numpy(run.compare(from_numpy(D, library))), dtype=np.float64)
         found = run._buffers.unpack(sums, run._windows)
-        for row, (one, r) in enumerate(zip(active, defects, strict=True)):
-            n = len(r)
-            np.testing.assert_allclose(found.gram[row, :n, :n], r @ r.T, rtol=1e-8, atol=1e-9)
-            X = np.stack([one.X[i] for i in range(one.lo, one.hi)])
-            np.testing.assert_allclose(found.length[row, :n], np.linalg.norm(X, axis=1), rtol=1e-9)
-            for i, move in one.dX.items():
-                if i >= one.lo and not grown:
-                    assert found.cross[row, i - one.lo] == pytest.approx(move @ r[i - one.lo], rel=1e-7, abs=1e-10)
-            if table.tells_size(np.array([one.hi - 1 for one in active])):
-                last = one.said[one.hi - 1]
-                assert found.predicted[row] == pytest.approx(last @ last, rel=1e-8)
-            else:
-                assert found.predicted[row] == np.inf
+        compared(found, table, active, defects, grown)
         run.correct(from_numpy(D, library), sums)
         decision = decisions[-1]
         for row, (one, r) in enumerate(zip(active, defects, strict=True)):
@@ -168,15 +186,7 @@ def test_rounds_of_many_windows(
             one.move(r, decision.slope[row])
             one.slide(accepted, sound)
         said.turn += 1
-        for row, sample in enumerate(run.samples.tolist()):
-            one = plain[sample]
-            xs, hs = run._buffers.history(row, 0)
-            for k, x in enumerate(xs):
-                if one.lo - k >= 0:
-                    np.testing.assert_allclose(to_numpy(x), one.X[one.lo - k], rtol=1e-8, atol=1e-10)
-            for k, h in enumerate(hs):
-                if one.lo - k >= 0:
-                    np.testing.assert_allclose(to_numpy(h), one.H[one.lo - k], rtol=1e-8, atol=1e-10)
+        begun(run, plain)
     for sample, one in enumerate(plain):
         assert one.lo == N
         outcome = run.ended[sample]
