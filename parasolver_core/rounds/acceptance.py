@@ -52,15 +52,15 @@ class RoundView:
         count = leading(settled)
         if effect.ndim == 1:
             return count, effect[:count].max()
-        beyond = np.arange(effect.shape[-1]) >= count[..., None]
-        return count, np.max(np.where(beyond, -np.inf, effect), axis=-1)
+        beyond = np.arange(effect.shape[1]) >= count[:, None]
+        return count, np.max(np.where(beyond, -np.inf, effect), axis=1)
 
 
 def leading(flags: NDArray[np.bool_]) -> Any:
     """How many leading flags of each row hold, (B,); of flags (n,), how many."""
     if flags.ndim == 1:
         return len(flags) if flags.all() else flags.argmin()
-    return np.where(flags.all(axis=-1), flags.shape[-1], np.argmin(flags, axis=-1))
+    return np.where(flags.all(axis=1), flags.shape[1], flags.argmin(axis=1))
 
 
 def shares(lengths: Float64, of: Float64) -> Float64:

@@ -239,10 +239,9 @@ class Copies(Fill):
         form, noise = self._form, count + 1 if self._form.noisy else 0
         unit = np.eye(form.base + noise)
         xs, hs = list(unit[: form.reads[0]]), list(unit[form.reads[0] : form.base])
-        i = np.minimum(last, form.steps - 1)
-        state = form.after(i, xs, hs)
+        state = form.after(last, xs, hs)
         if noise:
-            state[:, form.base] += form.c[i]
+            state[:, form.base] += form.c[last]
         x, h = np.zeros((2, len(last), count + 1, len(unit)))
         for ahead in range(count):
             i = np.minimum(last + ahead + 1, form.steps - 1)

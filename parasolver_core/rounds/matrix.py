@@ -81,7 +81,7 @@ class Buffers:
 
     def inputs_are_a_view(self, windows: Windows) -> bool:
         """Whether :meth:`inputs` may be rows of the buffer itself: where they are equally far apart."""
-        return bool(windows.inside.all()) and 1 in (len(windows.n), windows.longest)
+        return 1 in (len(windows.n), windows.longest)
 
     def history(self, row: int, at: int) -> tuple[list[Array], list[Array]]:
         """Of one sample, the states and held quantities at a node of its window and before it, as a step reads them."""
@@ -195,7 +195,8 @@ class Buffers:
         every = np.arange(0, flat.shape[0], self._S.shape[1])[:, None]
         at = put_index(flat, np.concatenate([(base + every).reshape(-1), (source + every).reshape(-1)]))
         bases = self._xp.reshape(take_at(flat, at[: base.size]), (*base.shape, self.size))
-        if again is not None and places is not None:  # else new nodes would not follow from the states before them
+        if again is not None:  # else new nodes would not follow from the states before them
+            assert places is not None
             bases = self._replaced(bases, again, places[1])
         sources = self._xp.concat([self._r, bases, *further], axis=1)
         self._r = bases = None  # memory, here and below
@@ -205,7 +206,8 @@ class Buffers:
         del sources
         self._S += moves
         self._dX = moves[:, : self._half, :]
-        if again is not None and places is not None:
+        if again is not None:
+            assert places is not None
             self._S = self._replaced(self._S, again, places[0])
 
     def _replaced(self, rows: Array, by: Array, place: Indices) -> Array:

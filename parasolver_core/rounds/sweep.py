@@ -246,7 +246,7 @@ class SweepCorrection:
                 combine(self._terms.of_belief(i, held, x), m, work)
                 if size > _WHOLE:  # else all of them in one call
                     self._size[i] += float(sums_of_squares(x)) / size
-                past = [x, *past[0][: memory - 1]], [m, *past[1][: memory - 1]]
+                past = [x, *past[0]][:memory], [m, *past[1]][:memory]
         if size <= _WHOLE:
             self._size[first:hi] = sums_of_squares(self.X[self.rows(first, hi)]) / size
 

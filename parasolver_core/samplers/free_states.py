@@ -31,7 +31,7 @@ def states_of_noise(form: HeldForm, noise: NoiseSource, samples: Indices, like: 
             new = new + states[k] * float(form.a[i, k])
         if z is not None:
             new = new + z * float(form.c[i])
-        states = [new, *states[: form.reads[0] - 1]]
+        states = [new, *states][: form.reads[0]]
         yield new
 
 

@@ -81,7 +81,7 @@ class Recurrence:
         if np.any(self.held[:, 1] == 0):
             raise ValueError(f"held: q is 0 at step {int(np.argmin(np.abs(self.held[:, 1])))}; expected other values")
         for name in ("a", "b"):
-            if np.any(np.triu(getattr(self, name), 1)[: getattr(self, name).shape[1]]):
+            if np.any(np.triu(getattr(self, name), 1)):
                 raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
         self._default("identity_slope", self._identity_slope)
         self._check_tables({"identity_slope": (n,)})
@@ -153,7 +153,7 @@ class Recurrence:
                 sample, or (B,), like the next two; then the result is (B, N), or (N,) where none of them is small.
             square, state: the means of the squares of the prediction, and of the state.
         """
-        if self.signal is None or not self.tells_size(node):
+        if self.signal is None:
             return np.ones(len(self))
         at_end = np.asarray(node) == len(self) - 1
         if at_end.any():
@@ -208,7 +208,7 @@ class Recurrence:
             state = self.advance(i, x, m, noise(i))
             output = believe(i + 1, state) if i + 1 < len(self) else None
             yield state, output
-            x, m = [state, *x[: self.memory - 1]], [output, *m[: self.memory - 1]]
+            x, m = [state, *x][: self.memory], [output, *m][: self.memory]
 
     def implied_outputs(self, xp: Any, states: Sequence[Any], noise: StepNoise) -> list[Any]:
         """The outputs that would have made the steps from ``x_0`` to ``x_N``: N of them; zero where a step reads none.

@@ -14,6 +14,7 @@ REFUSED = {
     "a of another length": ("a", {"a": np.ones((3, 1))}),
     "a 1-D": ("a", {"a": np.ones(4)}),
     "b of another length": ("b", {"b": np.ones((5, 1))}),
+    "b 1-D": ("b", {"b": np.ones(4)}),
     "c of another length": ("c", {"c": np.zeros(5)}),
     "c 2-D": ("c", {"c": np.zeros((4, 1))}),
     "held of one column": ("held", {"held": np.ones((4, 1))}),
@@ -44,8 +45,8 @@ def test_recurrence_names_the_step(name: str) -> None:
 
 
 def test_recurrence_refuses_a_held_quantity_without_the_output() -> None:
-    with pytest.raises(ValueError, match=r"^held: "):
-        table(np.arange(4.0), held=np.tile([1.0, 0.0], (4, 1)))
+    with pytest.raises(ValueError, match=r"^held: q is 0 at step 2;"):
+        table(np.arange(4.0), held=np.array([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0], [1.0, 2.0]]))
 
 
 def test_a_rule_that_returns_a_table_for_another_grid_is_refused() -> None:
