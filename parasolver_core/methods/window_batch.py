@@ -49,9 +49,8 @@ class WindowBatch(Run):
         start = host_view(start)
         self._shared, self._form, self._fill, self._xp = shared, shared.form, fill, array_namespace(start)
         count, finite = start.shape[0], self._xp.finfo(start.dtype)
-        self._large = (
-            float(finite.max) ** 0.375
-        )  # a state's length from which on its sum of squares may run out of range
+        # a state's length from which on its sum of squares, or the state that a step makes of it, may run out of range
+        self._large = float(finite.max) ** 0.375 / self._form.gain
         self.samples, self._places, self.ended = samples, np.arange(count), {}
         self._kept: dict[int, list[Array]] | None = None
         self._pace = shared.width  # about how many nodes enter a round

@@ -33,6 +33,7 @@ class HeldForm:
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
+        self.gain = max(1.0, float(np.abs(self.a).sum(axis=1).max() + np.abs(self.b).sum(axis=1).max()))  # of a step
 
     def behind(self, uncorrected: bool) -> Indices:
         """(base,), how far behind the last node each state and held quantity is that its step reads.

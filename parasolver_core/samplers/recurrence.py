@@ -192,7 +192,10 @@ class Recurrence:
         a, b = (np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (self.a, self.b))
         node = np.maximum(np.arange(n)[:, None] - np.arange(width), 0)  # b is 0 where this would be below 0
         p, q = self.held[node, 0], self.held[node, 1]
-        return a - b * p / q, b / q
+        of_outputs = b * p / q
+        left = a - of_outputs
+        rounding = 4 * np.finfo(np.float64).eps * (np.abs(a) + np.abs(of_outputs))
+        return np.where(np.abs(left) <= rounding, 0.0, left), b / q  # else earlier states are read for nothing
 
     def march(
         self, last: int, x: Sequence[Any], m: Sequence[Any], believe: Callable[[int, Any], Any], noise: StepNoise

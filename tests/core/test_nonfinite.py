@@ -11,7 +11,9 @@ from parasolver_core import (
     Euler,
     NoiseSchedule,
     NonFiniteError,
+    Recurrence,
     Status,
+    StepRule,
     solve,
     solve_sequential,
 )
@@ -198,3 +200,29 @@ def test_overflow_of_the_solver_is_told_from_that_of_the_network(
     assert got.status is Status.NONFINITE_SOLVER
     assert np.all(np.isfinite(got.sample))
     assert np.all(np.isfinite(got.states))
+
+
+@pytest.mark.parametrize("step", [2, 5, 11])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_that_leaves_the_range_ends_with_finite_states(step: int, tolerance: float, batch: int) -> None:
+    """A coefficient of 1e38 makes infinity of states that are small; nothing behind its step is accepted."""
+    n = 12
+    a, b, zero = np.full((n, 1), 0.9), np.full((n, 1), 0.3), np.zeros(n)
+    a[step] = b[step] = 1e38
+    table = Recurrence(np.arange(n)[::-1].copy(), a, b, zero, np.tile([0.0, 1.0], (n, 1)), zero, zero)
+
+    class Rule(StepRule):
+        def recurrence(self, timesteps: np.ndarray) -> Recurrence:
+            return table
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.tanh(x) * 30
+
+    x_T = (10 * normal((batch, 4))).astype(np.float32)
+    got = solve(network, x_T, table.timesteps, Rule(), 6, tolerance=tolerance, save="trajectory", throw=False)
+    assert set(got.statuses) == {Status.NONFINITE_SOLVER}
+    assert max(got.steps) <= step
+    assert np.isfinite(got.states).all()
+    for sample, steps in enumerate(got.steps):
+        np.testing.assert_array_equal(got.trajectory[steps, sample], got.states[sample])

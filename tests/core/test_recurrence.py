@@ -1,15 +1,18 @@
 """Tables are checked, and say what they are."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from parasolver_core import Recurrence, StepRule, solve
+from parasolver_core import DPMSolver, NoiseSchedule, Recurrence, StepRule, solve
+from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.samplers.recurrence import added_noise_share
 from tests.core.forward_rules import AdamsBashforth, LeapFrog, table
 from tests.core.problems import Rational, normal
 
+LINEAR = NoiseSchedule.linear()
 REFUSED = {
     "a of another length": ("a", {"a": np.ones((3, 1))}),
     "a 1-D": ("a", {"a": np.ones(4)}),
@@ -87,3 +90,11 @@ def test_recurrence_properties() -> None:
     assert (len(leap), leap.memory, leap.stochastic) == (4, 2, False)
     assert AdamsBashforth().recurrence(np.arange(4.0)).memory == 2
     assert table(np.arange(4.0), c=np.array([0, 0, 1.0, 0])).stochastic
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_samplers_that_hold_the_predicted_sample_read_one_state(order: int, prediction_type: Any) -> None:
+    """What rounding leaves of states that cancel is none: earlier ones would be kept and multiplied for nothing."""
+    rule = DPMSolver(LINEAR, order=order, prediction_type=prediction_type)
+    assert HeldForm(rule.recurrence(LINEAR.timesteps(20))).reads == (1, order)
