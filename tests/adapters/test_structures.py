@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.arguments import _same
+from parasolver_adapters.arguments import same
 from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
 from parasolver_adapters.structures import (
     RigidFrames,
@@ -275,7 +275,7 @@ def test_steps_are_those_of_esmfold2_itself(esmfold2: Any) -> None:
 def test_what_is_the_same_in_every_call_of_a_network() -> None:
     """Equal, or one object where a comparison says neither yes nor no."""
     numbers = np.ones(2)
-    assert _same("".join(["no", "thing"]), "nothing")
-    assert _same(numbers, numbers)
-    assert not _same(numbers, numbers.copy())
-    assert not _same("nothing", "something")
+    assert same("".join(["no", "thing"]), "nothing")
+    assert same(numbers, numbers)
+    assert not same(numbers, numbers.copy())
+    assert not same("nothing", "something")

@@ -24,9 +24,9 @@ SIZE, N = 4, 9
 FORM = HeldForm(any_table(N, 2, 2, noisy=False))
 
 
-def buffers(xp: ModuleType, states: np.ndarray, beliefs: np.ndarray) -> Buffers:
+def buffers(xp: ModuleType, states: np.ndarray, beliefs: np.ndarray, form: HeldForm = FORM) -> Buffers:
     """Windows of these states and beliefs, (B, R, size), the first row of which is before the window."""
-    own = Buffers(FORM, from_numpy(states[:, 0], xp), from_numpy(beliefs[:, 0], xp))
+    own = Buffers(form, from_numpy(states[:, 0], xp), from_numpy(beliefs[:, 0], xp))
     zero = np.zeros_like(states[:, :1])
     own._S = from_numpy(np.concatenate([states, beliefs, zero], axis=1), xp)
     own._dX = from_numpy(np.arange(states.size).reshape(states.shape).astype(states.dtype), xp)
@@ -71,7 +71,7 @@ def test_sums_of_a_round(xp: ModuleType, dtype: Any, with_size: bool) -> None:
     states, beliefs = (normal((2, 5, SIZE), seed=seed).astype(dtype) for seed in (1, 2))
     own, both = buffers(xp, states, beliefs), windows(shared(Said(1)), eps=2.0**-30)
     D = normal((7, SIZE), seed=3).astype(np.float32).astype(dtype)
-    sums = np.asarray(to_numpy(own.compare(from_numpy(D, xp), both, with_size)), dtype=np.float64)
+    sums = np.array(to_numpy(own.compare(from_numpy(D, xp), both, with_size)), dtype=np.float64)
     assert own._dX is None
     assert not own.unpack(np.where(np.arange(len(sums)) == 5, np.nan, sums), both).finite
     found = own.unpack(sums, both)
@@ -126,7 +126,7 @@ def test_whose_fault_numbers_are_that_are_not_finite(xp: ModuleType) -> None:
 
 def test_nothing_is_known_of_nodes_that_are_dropped(xp: ModuleType) -> None:
     states, beliefs = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2)
-    beliefs[1, 3] = np.nan
+    beliefs[1, 3], states[1, 4] = np.nan, np.inf
     own = buffers(xp, states, beliefs)
     r = normal((2, 4, SIZE), seed=3)
     r[1, 2:] = np.inf
@@ -135,7 +135,8 @@ def test_nothing_is_known_of_nodes_that_are_dropped(xp: ModuleType) -> None:
     own.drop(inside)
     np.testing.assert_array_equal(to_numpy(own._r), np.where(inside[..., None], r, 0.0))
     left = to_numpy(own._S)
-    np.testing.assert_array_equal(left[:, :6], np.concatenate([states, beliefs[:, :1]], axis=1))
+    np.testing.assert_array_equal(left[:, [0, 5]], np.stack([states[:, 0], beliefs[:, 0]], axis=1))
+    np.testing.assert_array_equal(left[:, 1:5], np.where(inside[..., None], states[:, 1:], 0.0))
     np.testing.assert_array_equal(left[:, 6:10], np.where(inside[..., None], beliefs[:, 1:], 0.0))
     np.testing.assert_array_equal(left[:, 10], 0.0)
     known = to_numpy(where_known(from_numpy(r, xp), inside))
@@ -172,16 +173,35 @@ def test_single_nodes_as_the_round_moves_them(xp: ModuleType) -> None:
             np.testing.assert_allclose(found[row, k], states[row, 1 + at] + T[row, at] @ r[row], rtol=1e-12)
 
 
-def test_states_are_made_again_only_if_they_were_much_larger(xp: ModuleType) -> None:
-    states, beliefs = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2)
-    own, T, slope = buffers(xp, states, beliefs), np.zeros((2, 4, 4)), np.zeros((2, 4))
-    own._r = from_numpy(np.zeros((2, 4, SIZE)), xp)
-    lo = np.array([2, 3])
-    assert own.states_behind(decision(T, slope, [1, 1], [4, 4]), lo, lambda *_: None) is None
-    assert own.states_behind(decision(T, slope, [0, 0], [1, 1], grown=True), lo, lambda *_: None) is None
-    again = own.states_behind(decision(T, slope, [1, 1], [3, 2], grown=True), lo, lambda *_: None)
-    assert again is not None
-    assert tuple(again.shape) == (2, 2, SIZE)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_states_are_made_again_as_the_sampler_makes_them(noisy: bool, xp: ModuleType) -> None:
+    """Node by node, and what is believed follows: ``h_i = h_i(said) + g_i (x_i - x_i(asked))``."""
+    form = HeldForm(any_table(N, 2, 2, noisy=noisy))
+    states, beliefs, T = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2), np.zeros((2, 4, 4))
+    own, slope, z = buffers(xp, states, beliefs, form), normal((2, 4), seed=3), normal((2, 4, SIZE), seed=4)
+    lo, drawn = np.array([2, 3]), []
+
+    def noise(first: np.ndarray, end: np.ndarray, count: int) -> Any:
+        drawn.append((first.tolist(), end.tolist(), count))
+        return from_numpy(z[:, :count], xp)
+
+    assert own.made_again(decision(T, slope, [1, 1], [4, 4]), lo, noise) is None  # none was much larger
+    assert own.made_again(decision(T, slope, [0, 0], [1, 1], grown=True), lo, noise) is None
+    for accepted, sound, most in (([1, 1], [3, 2], 2), ([4, 1], [4, 4], 4)):
+        again = own.made_again(decision(T, slope, accepted, sound, grown=True), lo, noise)
+        found, inner = to_numpy(again), min(most, 3)
+        assert found.shape == (2, most + inner, SIZE)
+        for row in range(2):
+            xs, hs = [states[row, 1], states[row, 0]], [beliefs[row, 1], beliefs[row, 0]]
+            for j in range(most):
+                i = lo[row] + j
+                x = form.a[i] @ xs[:2] + form.b[i] @ hs[:2] + form.c[i] * z[row, j] * noisy
+                np.testing.assert_allclose(found[row, j], x, rtol=1e-9, atol=1e-12)
+                if j < inner:
+                    h = beliefs[row, j + 2] + slope[row, j + 1] * (x - states[row, j + 2])
+                    np.testing.assert_allclose(found[row, most + j], h, rtol=1e-9, atol=1e-12)
+                    xs, hs = [x, *xs], [h, *hs]
+    assert drawn == ([([2, 3], [4, 4], 2), ([2, 3], [6, 6], 4)] if noisy else [])
 
 
 @pytest.mark.parametrize("grown", [False, True])
@@ -206,9 +226,11 @@ def test_the_tables_of_a_sample_are_those_that_it_has_alone(grown: bool, monkeyp
         assert both.again is None
         return
     assert both.again is not None
-    # states behind the first, as far as they are known: up to node 3, 3 and 1; the base reads the last kept and before
-    assert both.again[0].tolist() == [[-1, 0, 1, 2], [0, 1, 2, 2], [-1, 0, -1, -1]]
-    assert both.again[1].tolist() == [[2, 1, -1, -1], [2, 1, -1, -1], [-1, -1, -1, -1]]
+    # states behind the first, as far as they are known: up to node 3, 3 and 1, and from 3 on beliefs of those kept; the
+    # base reads the last kept and the one before
+    of_rows = [[-1, 0, 1, 2, -1, 3, 4, 5, -1], [0, 1, 2, 2, 3, 4, 5, 5, -1], [-1, 0, -1, -1, -1, -1, -1, -1, -1]]
+    assert both.again[0].tolist() == of_rows
+    assert both.again[1].tolist() == [[2, 1, 5, 4], [2, 1, 5, 4], [-1, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("made_again", [False, True])
@@ -220,7 +242,8 @@ def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
     S = to_numpy(own._S).copy()
     source, base = np.array([[1, 4, 10, 7, 8, 9, 10], [2, 3, 4, 6, 7, 10, 10]]), np.array([[4, 9, 10], [3, 8, 0]])
     C = normal((2, 7, 4 + 3 + 2), seed=6)
-    places = np.array([[-1, 0, 2], [1, -1, -1]]), np.array([[2, -1, -1], [-1, -1, 0]])
+    of_rows = np.array([[-1, 0, 2, -1, 1, -1, -1], [1, -1, -1, 0, -1, 2, -1]])
+    places = of_rows, np.array([[2, -1, -1], [-1, -1, 0]])
     own.write(
         NextRows(source, C, base, places if made_again else None),
         [from_numpy(further, xp)],
@@ -233,7 +256,7 @@ def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
         moves = C[row] @ np.concatenate([r[row, :4], bases, further[row]])
         expected = S[row, source[row]] + moves
         if made_again:
-            expected[:3] = np.where(places[0][row][:, None] >= 0, again[row, places[0][row]], expected[:3])
+            expected = np.where(of_rows[row][:, None] >= 0, again[row, of_rows[row]], expected)
         np.testing.assert_allclose(to_numpy(own._S)[row], expected, rtol=1e-11, atol=1e-13)
         np.testing.assert_allclose(to_numpy(own._dX)[row], moves[:3], rtol=1e-11, atol=1e-13)
 

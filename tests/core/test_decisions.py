@@ -181,7 +181,7 @@ def test_moves_out_of_all_reach_are_not_kept() -> None:
     got = made.decide(sums(r, X), np.array([4]))
     np.testing.assert_allclose(got.move, [[0.0, 1.0, 999.0, 1001.0]])
     assert (got.sound.tolist(), got.accepted.tolist(), got.passed.tolist()) == ([3], [3], [3])
-    np.testing.assert_allclose(made._moved[0, :4], [0.0, 4.0, 4 * 999.0**2, 0.0])  # unknown, of what is filled in anew
+    np.testing.assert_allclose(made._moved[0, :4], [0.0, 4.0, 4 * 999.0**2, 4 * 1001.0**2])
     r[0, 2] = 1.0
     assert made.decide(sums(r, X), np.array([4])).sound.tolist() == [4]
     assert made.decide(sums(r, X), np.array([2])).sound.tolist() == [2]  # no more has told anything
