@@ -107,7 +107,9 @@ def check_scale(x_T: Array, scale: float) -> None:
     if math.isnan(scale):
         return
     xp: Any = array_api_compat.array_namespace(x_T)
-    size = float(xp.sqrt(xp.mean(xp.astype(x_T, xp.float64 if x_T.dtype == xp.float64 else xp.float32) ** 2)))
+    x_T = xp.astype(x_T, xp.float64 if x_T.dtype == xp.float64 else xp.float32)
+    largest = float(xp.max(xp.abs(x_T)))  # whose square may be out of range
+    size = largest * float(xp.sqrt(xp.mean((x_T / largest) ** 2))) if largest > 0 else 0.0
     if size > _LOUD * scale:
         warnings.warn(
             f"x_T: has an RMS of {size:.3g}, far larger than the noise of {scale:.4g} that this schedule begins with; "

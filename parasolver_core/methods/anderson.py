@@ -225,7 +225,7 @@ class AndersonWindow(SampleRun):
         x = self._first(D)
         output_ok, state_ok = finite_rows(xp, xp.stack([xp.astype(D[0, :], x.dtype), x]))
         if output_ok and state_ok:
-            self._past = []
+            self._past, self.error = [], max(self.error, self._eps)
             self._slide(xp.stack([x] * len(nodes)), 1)
             return self.record(nodes, 1, nothing, nothing)
         status = Status.NONFINITE_SOLVER if output_ok else Status.NONFINITE_MODEL

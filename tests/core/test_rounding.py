@@ -248,3 +248,18 @@ def test_how_states_grow_while_predictions_are_held() -> None:
         changes.append(1.5 * changes[-1] - changes[-2])
     assert HeldForm(table).growth() == pytest.approx(max(np.abs(changes)))
     assert HeldForm(DDIM(LINEAR).recurrence(LINEAR.timesteps(50))).growth() == 1.0  # which only forgets
+
+
+@pytest.mark.parametrize("method", ["secant", "identity", "paradigms", "parataa"])
+def test_the_estimate_is_at_least_rounding_where_all_sums_leave_the_range(method: str) -> None:
+    """Then only first nodes are final, one a round, and nothing is known of the others."""
+    large = np.float32(1e19)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return large * np.tanh(x / large)
+
+    x_T = large * normal((2, 6)).astype(np.float32)
+    with pytest.warns(UserWarning, match=r"x_T: has an RMS of 7.05e\+18, far larger"):
+        got = solve(network, x_T, LINEAR.timesteps(20), DDIM(LINEAR), 8, method=method, tolerance=0.0)
+    assert got.stats.rounds == 20
+    assert got.error_estimate.min() >= np.finfo(np.float32).eps
