@@ -36,7 +36,7 @@ test-oldest: ## run README's ten lines and the core's tests with the oldest vers
 	  "tests/docs/test_examples.py::test_readme_example_finds_the_mean_of_its_data"
 
 fuzz: $(VENV)/.dev ## hold random programs against the plain loop: make fuzz SEED=0 SECONDS=1200
-	@failed=0; for part in solve odeint; do \
+	@failed=0; for part in solve "solve --device" odeint; do \
 	  PYTHONPATH=.:adapters $(BIN)/python -m tests.fuzz.$$part --seed $(SEED) --seconds $(SECONDS) || failed=1; \
 	done; exit $$failed
 

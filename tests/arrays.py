@@ -2,11 +2,17 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+
+from parasolver_core import arrays
+from parasolver_core.methods import sliding, spread, window_batch
+from parasolver_core.rounds import shared
+from parasolver_core.samplers import noise
 
 # Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise.
 LIBRARIES = {
@@ -44,3 +50,12 @@ def to_numpy(array: Any) -> np.ndarray:
         return np.from_dlpack(array)
     except BufferError:  # NumPy before 2.1 hands out no read-only arrays in this way
         return np.asarray(array)
+
+
+@contextmanager
+def on_a_device() -> Iterator[None]:
+    """Tensors of a CPU take the path of an accelerator's: they are not worked on as arrays of NumPy."""
+    with ExitStack() as patches:
+        for module in (window_batch, sliding, spread, noise, shared, arrays):
+            patches.enter_context(patch.object(module, "host_view", lambda array: array))
+        yield

@@ -1,6 +1,7 @@
 """Rounds of a batch: a dozen array operations for any window and any number of samples, each its own."""
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,12 @@ from parasolver_core import (
     Method,
     NoiseSchedule,
     ParallelIntegralSolver,
-    arrays,
     solve,
     solve_sequential,
 )
-from parasolver_core.methods import sliding, spread
-from parasolver_core.methods import window_batch as batch
-from parasolver_core.rounds import decisions, shared
-from parasolver_core.samplers import noise
+from parasolver_core.rounds import decisions
 from parasolver_core.samplers.held_form import HeldForm
+from tests.arrays import on_a_device
 from tests.core.problems import Rational, normal, relative
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -51,9 +49,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (batch, sliding, spread, noise, shared, arrays):
-        monkeypatch.setattr(module, "host_view", lambda array: array)
+def as_on_a_device() -> Iterator[None]:
+    with on_a_device():
+        yield
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -120,11 +118,9 @@ def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch
 
     want = solve_sequential(network, x_T, timesteps, kind, seed=0).sample
     options: dict[str, Any] = {"tolerance": 0.0, "seed": 0, "check": False, "method": WINDOW}
-    monkeypatch.setattr(decisions, "_ROOM", np.inf)
-    moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
-    monkeypatch.undo()
-    for module in (batch, sliding, spread, noise, shared, arrays):
-        monkeypatch.setattr(module, "host_view", lambda array: array)
+    with monkeypatch.context() as changed:
+        changed.setattr(decisions, "_ROOM", np.inf)
+        moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     assert made < 4e-7  # a few units in the last place, whatever the states were
     assert moved < 4e-7 or made < moved

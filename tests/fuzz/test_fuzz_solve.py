@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import Solution, Status, solve
+from tests.arrays import on_a_device
 from tests.fuzz import solve as fuzz
 
 FIRST = 380  # of the programs that are run in every test
@@ -16,6 +17,12 @@ FIRST = 380  # of the programs that are run in every test
 @pytest.mark.parametrize("number", range(FIRST, FIRST + 30))
 def test_random_programs_keep_the_promises(number: int) -> None:
     assert fuzz.guarded(fuzz.run, number).complaints == []
+
+
+@pytest.mark.parametrize("number", range(FIRST, FIRST + 30))
+def test_random_programs_keep_the_promises_on_a_device(number: int) -> None:
+    with on_a_device():
+        assert fuzz.guarded(fuzz.run, number).complaints == []
 
 
 def test_parts_of_a_move_that_cancel_leave_no_rounding_unseen() -> None:
