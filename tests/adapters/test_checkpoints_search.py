@@ -118,3 +118,15 @@ def test_weights_are_converted_and_copied(state: dict[str, Any]) -> None:
     turned = state | {"0.weight": state["0.weight"].T.contiguous().T}
     load_weights(one, turned, "state")
     assert one[0].weight.is_contiguous()
+
+
+def test_two_parts_of_a_network_that_are_alike_are_no_average(tmp_path: Path, state: dict[str, Any]) -> None:
+    both = {f"{side}.{key}": value for side in ("left", "right") for key, value in state.items()}
+    assert read_state_dict(saved(both, tmp_path / "both.pt")).keys() == both.keys()
+
+
+@pytest.mark.parametrize("other", [{"0.weight": torch.zeros(9, 9)}, {"5.weight": torch.zeros(2, 2)}])
+def test_a_single_tensor_that_does_not_fit_is_enough(tmp_path: Path, state: dict[str, Any], other: Any) -> None:
+    path = saved({"model": state, "ema": {**state, **other}}, tmp_path / "one.pt")
+    with pytest.raises(CheckpointError, match="averaged weights under ema, which cannot be matched with those under"):
+        read_state_dict(path)
