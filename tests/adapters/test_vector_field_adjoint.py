@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
 
 from parasolver_adapters.vector_field.adjoint import _Adjoint, attach
 from parasolver_adapters.vector_field.field import Field

@@ -166,6 +166,29 @@ def test_a_field_without_a_state_has_no_jacobian() -> None:
     assert not J.any()
 
 
+def test_a_field_of_parameters_alone_has_no_jacobian() -> None:
+    a = torch.ones(3, requires_grad=True)
+    one = problem(lambda t, y: a * torch.cos(t), torch.zeros(3))
+    J = FieldJacobian(one, 0, 12, True)._jacobian(torch.zeros(5), torch.ones(5, 3))
+    assert J.shape == (5, 1, 3, 3)
+    assert not J.any()
+
+
+def test_differences_are_as_small_as_the_state() -> None:
+    one, states = problem(lambda t, y: 1e12 * y**2, np.zeros(2)), 1e-12 * numbers(5, 2)
+    for dense in (True, False):
+        J = FieldJacobian(one, 0, 12, dense)._jacobian(np.zeros(5), states)
+        diagonal = np.diagonal(J, axis1=-2, axis2=-1) if dense else J
+        np.testing.assert_allclose(diagonal[:, 0], 2e12 * states, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 2), np.float64), ((5, 2, 2), np.float32), ((5, 1, 2, 2), None)])
+def test_a_users_jacobian_of_another_shape_or_dtype_is_refused(shape: Any, dtype: Any) -> None:
+    one = problem(lambda t, y: y, np.zeros(2), jacobian=lambda t, y: np.zeros(shape, dtype))
+    with pytest.raises(ValueError, match=r"jacobian: expected shape \(5, 2, 2\) and dtype float64 .*, got shape \(5, "):
+        FieldJacobian(one, 0, 12, True)._jacobian(np.arange(5.0), np.ones((5, 2)))
+
+
 @pytest.mark.parametrize("size", [1, 8, 9, 40])
 def test_diagonals_of_fields_that_act_elementwise(size: int) -> None:
     one = problem(lambda t, y: -(1 + t) * y**2, np.zeros((2, size)), batch_dims=1)
