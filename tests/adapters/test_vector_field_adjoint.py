@@ -129,6 +129,18 @@ def test_the_plain_loop_where_rounds_lead_nowhere(
     assert surrogate.rounds == rounds
 
 
+def test_rounds_end_where_what_is_left_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrections that never get smaller than twenty roundings."""
+    one, surrogate = scripted(monkeypatch, [1.0], tolerance=0.0)
+    exactly, samples = surrogate.propagate_back, np.random.default_rng(0)
+    signs = [torch.from_numpy(samples.choice([-5e-15, 5e-15], (STEPS, 1, 2))) for _ in range(40)]
+    monkeypatch.setattr(surrogate, "propagate_back", lambda rho, y: exactly(rho, y) + signs[surrogate.rounds - 1])
+    monkeypatch.setattr(_Adjoint, "_sequential", None)
+    g = loss()
+    torch.testing.assert_close(one.solve(g), by_hand(one.states, g), rtol=1e-12, atol=1e-12)
+    assert surrogate.rounds <= 5
+
+
 def test_nothing_is_attached_where_nothing_asks_for_it() -> None:
     one = problem()
     states = trajectory(one)
