@@ -223,7 +223,7 @@ def test_the_last_call_says_what_it_cost() -> None:
     assert sampler.solution is not None
     torch.testing.assert_close(sampler.solution.sample, got, rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="x: expected a tensor, got ndarray"):
-        sampler(network, X.numpy(), LEVELS)
+        sampler(network, X.numpy(), LEVELS)  # type: ignore[arg-type]
     assert sampler.solution is None
     plain = parallel(euler, 1)
     assert torch.equal(plain(network, X, LEVELS), euler(network, X, LEVELS))

@@ -26,7 +26,7 @@ def decay(t: Any, y: Any) -> Any:
 
 
 def problem(f: Any = decay) -> Problem:
-    grid = Grid(np.arange(STEPS + 1) * H, Y0, 1)
+    grid = Grid(np.linspace(0, STEPS * H, STEPS + 1), Y0, 1)
     return Problem(Field(f, Y0, "ty", "column"), grid, METHODS["euler"].bind(grid), 0)
 
 
