@@ -118,3 +118,26 @@ def test_weights_are_converted_and_copied(state: dict[str, Any]) -> None:
     turned = state | {"0.weight": state["0.weight"].T.contiguous().T}
     load_weights(one, turned, "state")
     assert one[0].weight.is_contiguous()
+
+
+def test_two_parts_of_a_network_that_are_alike_are_no_average(tmp_path: Path, state: dict[str, Any]) -> None:
+    both = {f"{side}.{key}": value for side in ("left", "right") for key, value in state.items()}
+    assert read_state_dict(saved(both, tmp_path / "both.pt")).keys() == both.keys()
+
+
+@pytest.mark.parametrize("other", [{"0.weight": torch.zeros(9, 9)}, {"5.weight": torch.zeros(2)}])
+def test_a_single_tensor_that_does_not_fit_is_enough(tmp_path: Path, state: dict[str, Any], other: Any) -> None:
+    path = saved({"model": state, "ema": {**state, **other}}, tmp_path / "one.pt")
+    with pytest.raises(CheckpointError, match="averaged weights under ema, which cannot be matched with those under"):
+        read_state_dict(path)
+
+
+def test_a_part_that_is_named_like_a_wrapper_keeps_its_name(tmp_path: Path) -> None:
+    state = {"module.weight": torch.zeros(3), "head.weight": torch.ones(2)}
+    assert read_state_dict(saved(state, tmp_path / "part.pt")).keys() == state.keys()
+
+
+def test_a_list_of_a_single_average_is_not_matched(tmp_path: Path, state: dict[str, Any]) -> None:
+    path = saved({"model": state, "ema": [state["0.weight"] + 1]}, tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="averaged weights under ema, which cannot be matched with those under"):
+        read_state_dict(path)

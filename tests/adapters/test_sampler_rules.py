@@ -163,6 +163,7 @@ def test_steps_that_share_their_draws() -> None:
     rule = step_rule_from_sampler(shares, LEVELS)
     assert not rule.independent_noise
     np.testing.assert_allclose(rule.table.a, RATIOS[:, None], rtol=1e-12)
+    np.testing.assert_allclose(rule.table.c, rule.table.c[0], rtol=1e-12)
     np.testing.assert_allclose(rule.table.c, 0.5, rtol=0.5)  # as large as the numbers of the probes happen to be
     torch.manual_seed(3)
     want = shares(network, X, LEVELS)
@@ -222,7 +223,7 @@ def test_the_last_call_says_what_it_cost() -> None:
     assert sampler.solution is not None
     torch.testing.assert_close(sampler.solution.sample, got, rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="x: expected a tensor, got ndarray"):
-        sampler(network, X.numpy(), LEVELS)
+        sampler(network, X.numpy(), LEVELS)  # type: ignore[arg-type]
     assert sampler.solution is None
     plain = parallel(euler, 1)
     assert torch.equal(plain(network, X, LEVELS), euler(network, X, LEVELS))
@@ -335,5 +336,7 @@ def test_noise_that_grows_between_any_two_times_is_of_no_matter_but_from_first_t
     assert rule.timesteps.tolist() == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0]
     with pytest.raises(ValueError, match="schedule: by it the noise grows from time 0 to 1"):
         step_rule_from_sampler(two, [0.0, 0.5, 0.75, 1.0], schedule=flow, prediction_type="flow")
+    with pytest.raises(ValueError, match=r"schedule: by it the noise grows from time 0\.5 to 0\.75"):
+        step_rule_from_sampler(two, [0.5, 0.25, 0.75], schedule=flow, prediction_type="flow")
     with pytest.raises(ValueError, match=r"schedule: by it the noise grows from time 0\.25 to 0\.5"):
         step_rule_from_sampler(two, [0.25, 1.0, 0.75, 0.5], schedule=flow, prediction_type="flow")

@@ -166,6 +166,29 @@ def test_a_field_without_a_state_has_no_jacobian() -> None:
     assert not J.any()
 
 
+def test_a_field_of_parameters_alone_has_no_jacobian() -> None:
+    a = torch.ones(3, requires_grad=True)
+    one = problem(lambda t, y: a * torch.cos(t), torch.zeros(3))
+    J = FieldJacobian(one, 0, 12, True)._jacobian(torch.zeros(5), torch.ones(5, 3))
+    assert J.shape == (5, 1, 3, 3)
+    assert not J.any()
+
+
+def test_differences_are_as_small_as_the_state() -> None:
+    one, states = problem(lambda t, y: 1e12 * y**2, np.zeros(2)), 1e-12 * numbers(5, 2)
+    for dense in (True, False):
+        J = FieldJacobian(one, 0, 12, dense)._jacobian(np.zeros(5), states)
+        diagonal = np.diagonal(J, axis1=-2, axis2=-1) if dense else J
+        np.testing.assert_allclose(diagonal[:, 0], 2e12 * states, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 2), np.float64), ((5, 2, 2), np.float32), ((5, 1, 2, 2), None)])
+def test_a_users_jacobian_of_another_shape_or_dtype_is_refused(shape: Any, dtype: Any) -> None:
+    one = problem(lambda t, y: y, np.zeros(2), jacobian=lambda t, y: np.zeros(shape, dtype))
+    with pytest.raises(ValueError, match=r"jacobian: expected shape \(5, 2, 2\) and dtype float64 .*, got shape \(5, "):
+        FieldJacobian(one, 0, 12, True)._jacobian(np.arange(5.0), np.ones((5, 2)))
+
+
 @pytest.mark.parametrize("size", [1, 8, 9, 40])
 def test_diagonals_of_fields_that_act_elementwise(size: int) -> None:
     one = problem(lambda t, y: -(1 + t) * y**2, np.zeros((2, size)), batch_dims=1)
@@ -179,6 +202,19 @@ def test_the_diagonal_of_a_small_coupled_state_is_exact() -> None:
     states = numbers(5, 3)
     J = FieldJacobian(one, 0, 12, False)._jacobian(np.zeros(5), states)
     np.testing.assert_allclose(J[:, 0], np.diagonal(exact(states), axis1=-2, axis2=-1), atol=1e-6)
+    matrix = numbers(8, 8)
+    one = problem(lambda t, y: y @ matrix.T, np.zeros(8))
+    J = FieldJacobian(one, 0, 12, False)._jacobian(np.zeros(5), numbers(5, 8, seed=1))
+    np.testing.assert_allclose(J, np.tile(np.diag(matrix), (5, 1, 1)), atol=1e-6)
+
+
+def test_the_estimated_diagonal_of_a_wide_coupled_state_has_no_bias() -> None:
+    """Random signs leave of the 199 others 0.05 on average; all together they are twice the diagonal."""
+    one = problem(lambda t, y: y + 0.01 * (y.sum(axis=-1, keepdims=True) - y), np.zeros(200))
+    J = FieldJacobian(one, 0, 12, False)._jacobian(np.zeros(5), numbers(5, 200))
+    assert J.shape == (5, 1, 200)
+    assert abs(J.mean() - 1) < 0.03
+    assert np.max(np.abs(J - 1)) < 0.3
 
 
 @pytest.mark.parametrize("batch_dims", [0, 1, 2])
@@ -232,6 +268,18 @@ def test_turns_of_a_linear_part_are_carried_however_far() -> None:
     for n in range(1, 12):
         whole = (vectors * np.exp(values * (UNEVEN[n + 1] - UNEVEN[1]))) @ np.linalg.inv(vectors)
         np.testing.assert_allclose(found[n, 0], whole.real @ r[0, 0], atol=0.1)
+
+
+@pytest.mark.parametrize(("h", "limit"), [(40.0, 1e-3), (-40.0, 1e-3), (0.001, 1e-8)])
+def test_a_linear_part_is_carried_over_steps_of_any_length(h: float, limit: float) -> None:
+    """With its sign turned where time runs backwards, so that all of them decay."""
+    L, after = -np.sign(h) * np.array([1.0, 0.5]), np.array([0.0, 1.0, 1.01, 2.0])
+    one = problem(lambda t, y: 0 * y, np.zeros(2), h * after, ExponentialRungeKutta(1, L))
+    r = np.zeros((3, 1, 2))
+    r[0] = 1.0
+    for dense in (True, False):
+        found = FieldJacobian(one, 0, 3, dense).propagate(r, np.ones((4, 2)))
+        np.testing.assert_allclose(found[:, 0], np.exp((after[1:, None] - 1) * h * L), rtol=0, atol=limit)
 
 
 def disturbed(one: Problem, y0: Any, r: Any) -> Any:

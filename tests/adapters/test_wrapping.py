@@ -1,5 +1,6 @@
 """Networks as their training code calls them: what they predict, how they count time, and their conditions."""
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -338,3 +339,13 @@ def test_k_diffusion_has_levels_of_its_own_by_default() -> None:
     assert (denoiser.prediction_type, denoiser.time, denoiser.dtype) == ("sample", "sigma", torch.float32)
     with pytest.raises(ValueError, match="guidance_scale: expected it and null_conditions together, got None and some"):
         k_diffusion_denoiser(lambda x, sigma: x, null_conditions={})
+
+
+def test_a_denoiser_tells_its_choices_and_no_weights() -> None:
+    denoiser = ModelDenoiser(at_a_point, LINEAR, "epsilon", conditions={"mean": MEANS})
+    assert repr(denoiser) == "ModelDenoiser(prediction_type='epsilon', time=None, guidance_scale=None, dtype=None)"
+    kinds = inspect.signature(ModelDenoiser).parameters
+    assert [name for name, one in kinds.items() if one.kind is one.POSITIONAL_OR_KEYWORD] == [
+        *("model", "schedule", "prediction_type")
+    ]
+    assert len(kinds) == 8
