@@ -86,7 +86,9 @@ def numbers(content: Tensor) -> Any:
     return json.loads(bytes(content.tolist()))
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(5, torch.float64), (4, torch.bfloat16), (1, torch.float32)])
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(5, torch.float64), (40, torch.float64), (4, torch.bfloat16), (1, torch.float32)]
+)
 def test_every_process_evaluates_its_share_and_has_all_rows(
     count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +207,8 @@ def test_an_exception_of_a_share_is_told_to_all(monkeypatch: pytest.MonkeyPatch)
         raise ValueError("boom")
 
     one, other = DistributedDenoiser(lambda x, t: x), DistributedDenoiser(fails)
+    fails.prediction_type = "velocity"  # type: ignore[attr-defined]
+    assert other.prediction_type == "velocity"
     x = torch.ones(3, 2)
     for error in together(lambda: one(x, torch.zeros(3)), lambda: other(x, torch.zeros(3))):
         assert isinstance(error, WorkerError)
@@ -228,6 +232,7 @@ def test_a_limit_is_told_once_memory_has_run_out(monkeypatch: pytest.MonkeyPatch
 
     denoiser = DistributedDenoiser(small, max_rows=4)
     assert (denoiser.max_rows, denoiser.devices, denoiser.rank) == (None, 1, 0)
+    assert denoiser.prediction_type is None
     denoiser(torch.ones(4, 2), torch.zeros(4))
     assert denoiser.max_rows == 2
     assert sizes == [4, 2, 2]
@@ -249,6 +254,23 @@ def test_seconds_and_groups_that_cannot_be(timeout: float, monkeypatch: pytest.M
         check_group(7, 0.5)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="this process is not in it"):
         check_group(dist.GroupMember.NON_GROUP_MEMBER, 0.5)  # type: ignore[arg-type]
+    group = dist.ProcessGroup(0, 1)  # pyright: ignore[reportCallIssue]
+    assert check_group(group, 0.5) is group
+
+    class Mesh(dist.DeviceMesh):
+        ndim, mesh_dim_names = 1, ("solver", "tensor")  # type: ignore[assignment]
+
+        def __init__(self) -> None: ...
+
+        def get_group(self, mesh_dim: Any = None) -> Any:
+            return group
+
+    mesh = Mesh()
+    assert check_group(mesh, 0.5) is group
+    for dimensions in (0, 2):
+        monkeypatch.setattr(Mesh, "ndim", dimensions)
+        with pytest.raises(ValueError, match="expected one dimension of the mesh.*got all of .'solver', 'tensor'"):
+            check_group(mesh, 0.5)
 
 
 def test_a_fingerprint_is_of_names_shapes_and_all_networks() -> None:
