@@ -269,7 +269,7 @@ def test_seconds_and_groups_that_cannot_be(timeout: float, monkeypatch: pytest.M
     assert check_group(mesh, 0.5) is group
     for dimensions in (0, 2):
         monkeypatch.setattr(Mesh, "ndim", dimensions)
-        with pytest.raises(ValueError, match="expected one dimension of the mesh.*got all of .'solver', 'tensor'"):
+        with pytest.raises(ValueError, match=r"expected one dimension of the mesh.*got all of .'solver', 'tensor'"):
             check_group(mesh, 0.5)
 
 
