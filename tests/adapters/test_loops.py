@@ -123,8 +123,9 @@ def test_a_loop_with_momentum_is_refused() -> None:
     with pytest.raises(PipelineNotParallelError, match="uses what an earlier step computed"):
         sample(x)
     sample = parallel_loop(loop, 5, scheduler=scheduler, networks=[network], fallback="sequential")
-    with pytest.warns(UserWarning, match="sampled sequentially: a step of the loop uses"):
+    with pytest.warns(UserWarning, match="sampled sequentially: a step of the loop uses") as told:
         assert torch.equal(sample(x), loop(x))
+    assert told[0].filename == __file__
 
 
 def test_a_network_that_was_not_named_is_refused() -> None:

@@ -134,6 +134,7 @@ def test_limits_are_told_once_memory_has_run_out() -> None:
 
     denoiser = MultiDeviceDenoiser([full, lambda x, t: x], max_rows=3)
     assert denoiser.max_rows is None
+    assert denoiser.agree([2.0, -1.0]) == [2.0, -1.0]  # with nobody else
     denoiser(normal(12, 8), torch.zeros(12))
     assert denoiser.max_rows == 1  # and not the other's 3, whose memory has sufficed
 

@@ -18,6 +18,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from parasolver_core.denoiser.contract import SharedDenoiser
 from parasolver_core.solver.sequential import SequentialState
 from tests.core.problems import Counted, Rational, TanhNetwork, normal
 
@@ -219,3 +220,35 @@ def test_the_plain_loop_takes_windows_and_trajectories_of_one_step() -> None:
 def test_progress_counts_the_steps_of_all_samples(window: int, capsys: pytest.CaptureFixture[str]) -> None:
     solve(Rational(), normal((2, 3)), SCHEDULE.timesteps(6), DDIM(SCHEDULE), window, progress=True)
     assert " 12/12 " in capsys.readouterr().err.splitlines()[-1]
+
+
+class Told(SharedDenoiser):
+    """One process that shares rows with no other, and keeps what it is told of the run."""
+
+    devices, max_rows = 1, None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.order: list[Any] = []
+
+    def __call__(self, x: Any, t: Any, rows: Any = None, /) -> Any:
+        self.order.append("call")
+        return Rational()(x, t)
+
+    def begin(self, plan: Any) -> None:
+        self.order.append(plan)
+
+    def agree(self, values: Any) -> list[float]:
+        return list(values)
+
+    def end(self, error: BaseException | None = None) -> None:
+        self.order.append(error)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_who_shares_the_rows_is_told_the_plan_before_the_first_call_and_the_end(window: int) -> None:
+    told, solver = Told(), ParallelIntegralSolver(DDIM(SCHEDULE), window, check=False)
+    arguments = normal((2, 3)), SCHEDULE.timesteps(6)
+    got = solver.solve(told, *arguments)
+    plan = solver.choices() | solver.init(Rational(), *arguments).fingerprint()
+    assert told.order == [plan, *["call"] * got.stats.calls, None]
+    assert {"window", "tolerance", "x_T", "seed or noise"} <= plan.keys()

@@ -223,7 +223,7 @@ class Session:
             run.reason = str(error)
             if self.choices.fallback == "error" or self._too_late:
                 raise PipelineNotParallelError(run.reason) from error
-        warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=5)
+        warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=4)
         streams.restore()
         run.stats, run.status, run.latents, run.steps = Stats(), None, None, 0
         self._remembered, self._replayed = [], None
