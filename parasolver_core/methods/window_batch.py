@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, copied, finite_rows, host_view
+from parasolver_core.arrays import Array, copied, finite_rows, host_view, lengths, take_rows, to_host
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.acceptance import leading
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
@@ -20,6 +20,7 @@ from parasolver_core.rounds.fill import Fill
 from parasolver_core.rounds.matrix import Buffers
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.squares import at_least
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, SampleRecords, Status
@@ -206,10 +207,14 @@ class WindowBatch(Run):
     def _leave(self, failed: Failures) -> None:
         """Samples that are final, and those that failed, leave."""
         windows, first = self._windows, self._buffers.first
-        done = np.flatnonzero(windows.lo == self._form.steps).tolist()
-        leaving = {row: (Status.CONVERGED, self._form.steps, first[row, :]) for row in done} | failed
+        done = np.flatnonzero(windows.lo == self._form.steps)
+        leaving = {row: (Status.CONVERGED, self._form.steps, first[row, :]) for row in done.tolist()} | failed
         if not leaving:
             return
+        if len(done) and self._form.cancels:
+            final = take_rows(first, done)
+            length = to_host(lengths(self._xp, final)).astype(np.float64)
+            windows.end(done, at_least(length, self._xp, final))
         for row, (status, step, state) in leaving.items():
             sample, given = int(self.samples[row]), self._shared.given(copied(self._xp, state))
             node = -1 if status is Status.CONVERGED else step

@@ -107,6 +107,7 @@ class Windows:
         self._measured = np.zeros((count, columns), dtype=np.bool_)  # whether a slope is more than a guess
         # of the root of each state's sum of squares: the least that it may be, and the most that it ever was
         self._least, self._largest = np.zeros((2, count, columns))
+        self._length = np.zeros((count, columns)) if shared.form.cancels else None  # as the network was asked
         self.error = np.zeros(count)
         self.begun = False  # whether the network has been asked
         self._place(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1)
@@ -214,10 +215,31 @@ class Windows:
             largest = np.where(kept, most, largest)
         _write(self._least, at, least)
         _write(self._largest, at, largest)
-        once = shares(largest, most)
-        left = np.where(final & (once > _ROOM), self.eps * once, 0.0)
-        self.error = np.maximum(self.error, left.max(axis=1))
+        if self._length is not None:
+            _write(self._length, at[inside], length[inside])
+            largest = np.maximum(largest, self._parts(self.nodes, at))
+        self.error = np.maximum(self.error, np.where(final, self._left(largest, most), 0.0).max(axis=1))
         return grown
+
+    def _left(self, largest: Float64, size: Float64) -> Float64:
+        """The rounding of states, relative to their size, if the largest that was added to them is much more."""
+        once = shares(largest, size)
+        return np.where((once > _ROOM) & (size > 0), self.eps * once, 0.0)
+
+    def _parts(self, nodes: Indices, at: Indices) -> Float64:
+        """How large the states are that those of these nodes are made of: if they are smaller, what is held cancels."""
+        assert self._length is not None
+        a, parts = np.abs(self._form.a), np.zeros(nodes.shape)
+        for k in range(a.shape[1]):
+            known = nodes > k
+            parts[known] += a[nodes[known] - 1, k] * self._length.take(at[known] - 1 - k)
+        return parts
+
+    def end(self, rows: Indices, length: Float64) -> None:
+        """These samples are final, and their lengths are those, (rows,): what their last step leaves is told of."""
+        nodes = np.full(len(rows), self._form.steps)
+        left = self._left(self._parts(nodes, nodes + rows * self._slope.shape[1]), length)
+        self.error[rows] = np.maximum(self.error[rows], left)
 
     def slide(self, lo: Indices, hi: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those beyond ``last`` are new."""
@@ -229,8 +251,9 @@ class Windows:
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
-        for name in ("_slope", "_moved", "_measured", "_least", "_largest", "error"):
-            setattr(self, name, getattr(self, name)[rows])
+        for name in ("_slope", "_moved", "_measured", "_least", "_largest", "_length", "error"):
+            table = getattr(self, name)
+            setattr(self, name, table if table is None else table[rows])
         self._place(self.lo[rows], self.n[rows], self.longest)
 
 

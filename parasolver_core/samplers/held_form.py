@@ -17,6 +17,7 @@ from parasolver_core.samplers.recurrence import Recurrence, trim
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
+_CANCELS = 4.0  # a step whose states weigh so many times what they do in the sampler's own form has parts that cancel
 _LONG = 64  # nodes of a window from which on a matrix product takes longer than rows one after another; measured
 
 
@@ -33,6 +34,7 @@ class HeldForm:
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
+        self.cancels = bool((np.abs(self.a).sum(axis=1) > _CANCELS * np.abs(recurrence.a).sum(axis=1)).any())
         self.gain = max(1.0, float(np.abs(self.a).sum(axis=1).max() + np.abs(self.b).sum(axis=1).max()))  # of a step
 
     def behind(self, uncorrected: bool) -> Indices:

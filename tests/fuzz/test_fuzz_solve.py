@@ -40,6 +40,12 @@ def test_rounding_grows_as_the_sampler_lets_it_and_not_as_beliefs_that_are_held_
     assert fuzz.guarded(fuzz.run, 8300269).complaints == []
 
 
+def test_parts_of_a_step_that_cancel_are_told_of_on_a_device() -> None:
+    """In terms of what is held, a state of 4 is made of two of 1,000: the estimate has their rounding."""
+    with on_a_device():
+        assert fuzz.guarded(fuzz.run, 8801122).complaints == []
+
+
 def changed(solution: Solution, fault: str) -> Solution:
     faults: dict[str, Any] = {
         "sample": {"sample": solution.sample * 1.001},
