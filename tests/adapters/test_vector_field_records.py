@@ -29,31 +29,52 @@ def problem(
     return Problem(Field(f, np.zeros(shape), "ty", "column"), grid, METHODS[method].bind(grid), batch_dims)
 
 
-def test_only_the_first_call_is_recorded() -> None:
+def test_calls_are_recorded() -> None:
     field = Recorder(lambda t, y: t + y)
-    assert field.first is None
+    assert field.calls == []
     assert field(1, 2) == 3
     assert field(5, 6) == 11
-    assert field.first == (1, 2, 3)
+    assert field.calls == [(1, 2, 3), (5, 6, 11)]
 
 
-def test_rows_of_each_window_are_kept_and_some_of_all_windows_chosen() -> None:
-    samples = Samples()
-    for window, rows in enumerate((7, 5, 6, 3)):
+def kept(*windows: list[list[list[float]]]) -> Samples:
+    """Of windows of calls of rows; their times count on, steps have the lengths 1, 2, ..., and the last is dropped."""
+    samples, now = Samples(), 0
+    for calls in windows:
         field = Recorder(lambda t, y: 10 * y)
-        t = 100.0 * window + np.arange(rows)
-        y = np.where(np.arange(rows) == 3, -(2.0 - window), 0.5)[:, None] * [0.1, 1.0]
-        field(t, y)
-        samples.keep(field, -np.arange(1.0, rows))  # the last row was not accepted
-    kept = [[float(row[0][0]) % 100 for row in samples.rows[k : k + 4]] for k in (0, 4, 8, 12)]
-    # of 6, 4, 5 and 2 rows; the fourth is the largest
-    assert kept == [[0, 3, 5, 3], [0, 2, 3, 3], [0, 2, 4, 0], [0, 1, 1, 0]]
-    assert [h for *_, h in samples.rows[:4]] == [1, 4, 6, 4]
-    chosen = samples.chosen()
-    assert [float(row[0][0]) for row in chosen] == [0, 202, 301, 3]
-    for t, y, f, _ in chosen:
+        for rows in calls:
+            field(float(now) + np.arange(len(rows)), np.array(rows))
+            now += 100
+        samples.keep(field.calls, -np.arange(1.0, len(calls[0])))
+    return samples
+
+
+def times_of(samples: Samples) -> list[float]:
+    return [float(row[0][0]) for row in samples.chosen()]
+
+
+def test_first_middle_and_last_of_all_windows_are_chosen() -> None:
+    """The middle one is that of the middle window; rows that were not accepted do not count, however large."""
+    rest = [0.5, 0.5]
+    samples = kept([[rest] * 6 + [[9.0, 9.0]]], [[rest] * 4], [[rest] * 5 + [[-9.0, -9.0]]], [[rest] * 3])
+    assert times_of(samples) == [0, 202, 301]
+    assert [h for *_, h in samples.chosen()] == [1, 3, 2]
+    for t, y, f, _ in samples.chosen():
         assert (t.shape, y.shape, f.shape) == ((1,), (1, 2), (1, 2))
         np.testing.assert_array_equal(f, 10 * y)
+
+
+def test_the_largest_rows_of_all_calls_are_chosen() -> None:
+    """By the largest and the smallest element, by the squares, and by the largest and the smallest mean."""
+    rest, late = [0.0, 0.0, 0.0], [9.0, -9.0, 9.0]
+    highest, lowest, square = [3.0, -2.0, -2.0], [2.0, -3.0, 2.0], [2.9, -2.9, 2.9]
+    mean, lowest_mean = [2.5, 1.0, 1.0], [-2.5, -1.0, -1.0]
+    samples = kept(
+        [[rest, highest, rest, late], [rest, rest, lowest, late]],
+        [[rest, rest, rest, late], [mean], [rest, lowest_mean]],  # a multistep method starts with steps of its own
+        [[rest, square, rest, late]],
+    )
+    assert times_of(samples) == [0, 201, 502, 1, 102, 501, 300, 401]
 
 
 def grown_in_steps(factor: float, twin: Twin, y: Any, nodes: list[int], h: float = 0.25) -> Any:

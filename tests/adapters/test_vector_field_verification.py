@@ -24,13 +24,12 @@ def problem(f: Any, size: int = 1, steps: int = 100, h: float = 0.25, dtype: Any
 
 def noted(difference: float, row: int, h: float = 1.0, dtype: Any = np.float64) -> Samples:
     """Rows of one window where the field gives 5 and 1 alone, and in one of them that much more among others."""
-    t, y, f = (np.array([value], dtype) for value in (3.0, [2.0, 0.5], [5.0, 1.0]))
-    rows = []
-    for k in range(4):
-        other = f.astype(dtype)
-        other[0, 1] += difference * (k == row)
-        rows.append((t, y, other, h))
-    return Samples(rows)
+    t, f = np.arange(3, 7, dtype=dtype), np.tile(np.array([5.0, 1.0], dtype), (4, 1))
+    y = np.array([[1.999, 0.5], [2.0, 0.5], [1.999, 0.5], [1.999, 0.5]], dtype)  # first, largest, middle and last
+    f[row, 1] += difference
+    samples = Samples()
+    samples.keep([(t, y, f)], np.full(4, h))
+    return samples
 
 
 def steady(t: Any, y: Any) -> Any:
@@ -41,19 +40,24 @@ def steady(t: Any, y: Any) -> Any:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(
-    ("h", "allowed"),
+    ("slope", "h", "allowed"),
     [
-        (1.0, 5000),  # a thousand roundings of what the field gives
-        (0.01, 20000),  # a hundred of the state, in a step
+        (0.0, 0.01, 5000),  # a thousand roundings of what the field gives
+        (30.0, 0.01, 6000),  # what it makes of a hundred of the state
+        (1e4, 0.01, 20000),  # but no more than a hundred of the state, in a step
+        (1e4, 1.0, 5000),
     ],
 )
 def test_a_row_may_differ_from_a_call_alone_by_rounding(
-    row: int, sign: int, dtype: Any, h: float, allowed: int
+    row: int, sign: int, dtype: Any, slope: float, h: float, allowed: int
 ) -> None:
-    one = problem(steady, 2, dtype=dtype)
+    def field(t: Any, y: Any) -> Any:
+        return slope * (y - np.round(y, 3)) + steady(t, y)
+
+    one = problem(field, 2, dtype=dtype)
     assert rows_differ(one, noted(sign * 0.99 * allowed * EPS[dtype], row, h, dtype)) == ""
     said = rows_differ(one, noted(sign * 1.02 * allowed * EPS[dtype], row, h, dtype))
-    assert said.startswith("f gave something else for t = 3 among other times than alone, by ")
+    assert said.startswith(f"f gave something else for t = {3 + row} among other times than alone, by ")
     by, of = said.split("by ")[1].split(":")[0].split(" of ")
     assert float(by) == pytest.approx(1.02 * allowed * EPS[dtype], rel=0.05, abs=0)
     assert float(of) == 5
@@ -104,7 +108,7 @@ def run(size: int = 2, defect: float = 0.0, states: Any = None, **noted_too: Any
     """Steps that change nothing, with a defect in the last one of a state of ones."""
     one, effort = problem(lambda t, y: 0 * y, size), Effort(windows=1, **noted_too)
     row = (np.zeros(1), np.ones((1, size)), np.zeros((1, size)), 0.25)
-    effort.samples.rows = [row] * 4
+    effort.samples.ends = [(row, row, row)]
     effort.defects = [np.zeros((99, 1, size)), np.full((1, 1, size), defect)]
     return one, np.ones((101, size)) if states is None else states, effort
 
@@ -132,7 +136,8 @@ def test_a_single_number_that_is_not_finite_is_told() -> None:
 
 def test_rows_that_differ_are_told() -> None:
     one, states, effort = run()
-    effort.samples.rows[3] = (np.zeros(1), np.ones((1, 2)), np.ones((1, 2)), 0.25)
+    other = (np.zeros(1), np.ones((1, 2)), np.ones((1, 2)), 0.25)
+    effort.samples.extremes = {"highest": (1.0, other)}
     assert doubt(one, states, effort, 0.0).startswith("f gave something else for t = 0")
 
 
@@ -172,7 +177,8 @@ def test_defects_that_were_guessed_too_large_are_measured() -> None:
     one, states, effort = run(defect=1e-3)
     one = problem(lambda t, y: -y / 10, 2)  # 0.975 to the power of n
     states = 0.975 ** np.arange(101)[:, None] * np.ones(2)
-    effort.samples.rows = [(np.zeros(1), np.ones((1, 2)), np.full((1, 2), -0.1), 0.25)] * 4
+    row = (np.zeros(1), np.ones((1, 2)), np.full((1, 2), -0.1), 0.25)
+    effort.samples.ends = [(row, row, row)]
     assert doubt(one, states, effort, 0.0) == ""
     one, states, effort = run(defect=1e-12)
     before = one.field.evaluations
@@ -187,6 +193,6 @@ def test_single_precision_may_show_more_rounding() -> None:
         one = problem(lambda t, y: 0 * y, 40, dtype=np.float32)
         effort = Effort(windows=1)
         row = (np.zeros(1, np.float32), np.ones((1, 40), np.float32), np.zeros((1, 40), np.float32), 0.25)
-        effort.samples.rows = [row] * 4
+        effort.samples.ends = [(row, row, row)]
         effort.twin.grown = grown
         assert (doubt(one, np.ones((101, 40), np.float32), effort, 0.0) == "") is fine

@@ -244,7 +244,7 @@ def test_a_trajectory_that_is_right_is_left_after_one_look() -> None:
     assert (accepted, effort.rounds) == (200, 1)
     np.testing.assert_allclose(y, states, rtol=1e-13)
     assert [len(defects) for defects in effort.defects] == [200]
-    assert len(effort.samples.rows) == 4
+    assert len(effort.samples.ends) == 1
     assert np.max(np.abs(effort.defects[0])) < 1e-14
 
 
@@ -287,7 +287,7 @@ def test_coarse_levels_are_done_when_corrections_promise_to_be(tolerance: float)
     assert accepted == 200
     assert np.max(np.abs(y - states)) < (1e-3 if tolerance else 1e-12)
     assert (effort.rounds < 3) is (tolerance > 0)
-    assert (len(effort.defects), len(effort.samples.rows)) == ((0, 0) if tolerance else (1, 4))
+    assert (len(effort.defects), len(effort.samples.ends)) == ((0, 0) if tolerance else (1, 1))
 
 
 def test_what_overflows_is_given_back_as_it_came() -> None:
@@ -340,7 +340,7 @@ def test_a_window_is_found_whole(size: int, linearization: Any) -> None:
     assert whole
     np.testing.assert_allclose(found, states[101:], rtol=1e-11)
     assert (effort.twin.grown > 0) == (size == 33)
-    assert len(effort.samples.rows) == 4
+    assert len(effort.samples.ends) == 1
     assert effort.rounds >= 3  # of the middle level too
 
 

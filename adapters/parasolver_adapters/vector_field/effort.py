@@ -6,44 +6,81 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.rounding import local_scale, relative
 from parasolver_core.arrays import Array, to_host
 
+Call = tuple[Array, Array, Array]  # t (rows,), y and f (rows, *state)
+Row = tuple[Array, Array, Array, float]  # one row of a call, and the length of its step
+
 
 @dataclass
 class Samples:
-    """A few rows of the last batch of each window, to be compared with the field called alone."""
+    """A few rows of the last round of each window, to be compared with the field called alone.
 
-    rows: list[tuple[Array, Array, Array, float]] = field(default_factory=list)
+    What couples rows is often silent until something is large: a norm that clips, a mean behind a threshold. So the
+    rows that are the largest by some measure are among them, wherever in a step they were asked for.
 
-    def keep(self, recorded: Recorder, steps: NDArray[np.float64]) -> None:
-        """The first, the middle, the last and the largest row of those that were accepted."""
-        t, y, f = (rows[: len(steps), ...] for rows in recorded.first)
-        size = np.max(np.abs(to_host(y).reshape(y.shape[0], -1)), axis=1)
-        for n in (0, len(size) // 2, len(size) - 1, int(np.argmax(size))):
-            self.rows.append((t[n : n + 1], y[n : n + 1, ...], f[n : n + 1, ...], float(abs(steps[n]))))
+    Attributes:
+        ends: the first, the middle and the last beginning of a step, of each window.
+        extremes: by measure, how large the row is that is the largest so far, and that row.
+    """
 
-    def chosen(self) -> list[tuple[Array, Array, Array, float]]:
-        """First, middle, last and largest of all windows."""
-        windows = [self.rows[k : k + 4] for k in range(0, len(self.rows), 4)]
-        largest = max((w[3] for w in windows), key=lambda row: float(np.max(np.abs(to_host(row[1])))))
-        return [windows[0][0], windows[len(windows) // 2][1], windows[-1][2], largest]
+    ends: list[tuple[Row, Row, Row]] = field(default_factory=list)
+    extremes: dict[str, tuple[float, Row]] = field(default_factory=dict)
+
+    def keep(self, calls: list[Call], steps: NDArray[np.float64]) -> None:
+        """Rows of the calls of one round, whose first rows belong to the steps that were accepted, of these lengths."""
+        lengths = np.abs(steps)
+        first, middle, last = (_row(calls[0], n, lengths) for n in (0, len(steps) // 2, len(steps) - 1))
+        self.ends.append((first, middle, last))
+        for call in calls:
+            y = call[1]  # a multistep method starts with calls for its first steps alone
+            for measure, (size, n) in _largest(y[: min(len(steps), y.shape[0]), ...]).items():
+                if measure not in self.extremes or size > self.extremes[measure][0]:
+                    self.extremes[measure] = size, _row(call, n, lengths)
+
+    def chosen(self) -> list[Row]:
+        """First, middle, last and largest of all windows, each once."""
+        rows = [self.ends[0][0], self.ends[len(self.ends) // 2][1], self.ends[-1][2]]
+        rows += [row for _, row in self.extremes.values()]
+        return list({(float(t[0]), to_host(y).tobytes()): (t, y, f, h) for t, y, f, h in rows}.values())
+
+
+def _row(call: Call, n: int, lengths: NDArray[np.float64]) -> Row:
+    t, y, f = call
+    return t[n : n + 1], y[n : n + 1, ...], f[n : n + 1, ...], float(lengths[n])
+
+
+def _largest(y: Array) -> dict[str, tuple[float, int]]:
+    """How large the row is that is the largest by each measure, and where it is."""
+    xp: Any = array_namespace(y)
+    rows = xp.reshape(y, (y.shape[0], -1))
+    mean = xp.mean(rows, axis=-1)
+    sizes = {
+        "highest": xp.max(rows, axis=-1),
+        "lowest": -xp.min(rows, axis=-1),
+        "square": xp.sum(rows * rows, axis=-1),
+        "mean": mean,
+        "lowest mean": -mean,
+    }
+    found = {measure: int(xp.argmax(size)) for measure, size in sizes.items()}
+    return {measure: (float(sizes[measure][n]), n) for measure, n in found.items()}
 
 
 class Recorder:
-    """The field, remembering its first call: all the steps' beginnings."""
+    """The field, remembering its calls since they were last forgotten."""
 
     def __init__(self, f: Any) -> None:
         self._f = f
-        self.first: Any = None
+        self.calls: list[Call] = []
 
     def __call__(self, t: Array, y: Array) -> Array:
         out = self._f(t, y)
-        if self.first is None:
-            self.first = (t, y, out)
+        self.calls.append((t, y, out))
         return out
 
 

@@ -141,7 +141,7 @@ class ParallelIntegrator:
         newton = self.linearization == "full" or (self.linearization == "diagonal" and problem.size == 1)
         moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
-            field.first = None
+            field.calls.clear()
             ends, _past = problem.method.advance(field, problem.grid, lo, hi, y[:-1, ...], past)
             defects = problem.flat(ends - y[1:, ...])
             d = surrogate.propagate(defects, y)
@@ -172,7 +172,7 @@ class ParallelIntegrator:
         good = moved <= 0.1 * tolerance
         accepted = n if good.all() else int(np.argmin(good))
         if final and accepted:
-            effort.samples.keep(field, problem.grid.h[lo : lo + accepted])
+            effort.samples.keep(field.calls, problem.grid.h[lo : lo + accepted])
             effort.twin.accept(lo + accepted, tolerance)
             effort.defects.append(defects[:accepted, ...])
         return y, accepted
