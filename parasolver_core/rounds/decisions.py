@@ -140,11 +140,12 @@ class Windows:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
         columns, (p, q) = np.arange(self.longest), self._form.held.T[:, self.nodes]
         inside = columns < usable[:, None]
+        far = self._moved.take(self._at) > (WILD * sums.length) ** 2  # the last move: its slope says nothing of here
         slope = p + q * self._new_slopes(sums, q, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = sums.length, np.sqrt(norms)
         relative = shares(move, length)
-        still = (relative <= ROUNDING * sums.unit) & ~self._measured.take(self._at)
+        still = (relative <= ROUNDING * sums.unit) & (far | ~self._measured.take(self._at))
         slope = np.where(still, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)

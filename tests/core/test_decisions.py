@@ -171,6 +171,19 @@ def test_a_slope_that_was_measured_holds_for_moves_of_rounding_too() -> None:
     assert measured.slope[0, 1] != first.slope[0, 1]
 
 
+@pytest.mark.parametrize(("jump", "holds"), [(990.0, True), (1010.0, False)])
+def test_a_slope_that_was_measured_by_a_jump_says_nothing_of_where_it_ended(jump: float, holds: bool) -> None:
+    """Of so many times the state that it ended at: what a cubic says there was 1e160, and rounding times that moved."""
+    table = any_table(9, 1, 1, noisy=False, a=np.ones((9, 1)), b=np.ones((9, 1)), held=np.tile([0.5, 2.0], (9, 1)))
+    made, X = windows(shared(Said(np.array([1])), table=table), 1), np.ones((1, 4, SIZE))
+    first = made.decide(sums(np.ones((1, 4, SIZE)), X), np.array([4]))
+    dX = X * first.move[..., None]
+    X[:, 1:] = dX[:, 1:] / jump
+    measured = made.decide(sums(1e-20 * np.ones((1, 4, SIZE)), X, 1e19 * dX), np.array([4]))
+    expected = made.slope_held[:, 1:4] if holds else np.full((1, 3), 0.5)
+    np.testing.assert_array_equal(measured.slope[:, 1:], expected)
+
+
 def test_moves_out_of_all_reach_are_not_kept() -> None:
     """Of more than a thousand times the state; whatever the acceptance says, no node from there on is final."""
     table = any_table(9, 1, 1, noisy=False, a=np.ones((9, 1)), b=np.ones((9, 1)), slope=np.zeros(9))
