@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, given_back, host_view, take_rows
+from parasolver_core.arrays import Array, given_back, host_view, lengths, take_rows, to_host
 from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
+from parasolver_core.rounds.decisions import room
 from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
 from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
 from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.samplers.held_form import Float64, Indices
+from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 _WILD_START = 1e6  # values of a warm start beyond this: nodes are filled in as without one
 _LARGE = 2**15  # elements of a window from which on, on a CPU, a sweep that keeps to the cache is faster
@@ -71,8 +72,11 @@ class Sliding:
     def _fill(self, samples: Indices, outlook: Outlook | None, recall: Recall | None) -> Fill:
         if outlook is not None:
             return Interpolated(self._shared.form, outlook.weights, outlook.predictions)
-        if self._trajectory is not None and _is_sane(*(near := self._near(samples))):
-            return Along(self._shared.form, *near)
+        if self._trajectory is not None:
+            states, predictions = self._near(samples)
+            eps = float(array_namespace(states).finfo(states.dtype).eps)
+            if _is_sane(self._shared.form, states, predictions, room(self._shared.tolerance, eps)):
+                return Along(self._shared.form, states, predictions)
         if recall is not None:
             return Recalled(self._shared.form, recall, self._shared.recurrence.blind)
         return self._cold
@@ -118,7 +122,17 @@ class Sliding:
         return SampleWindow(shared, sample, start, forecast, slope)
 
 
-def _is_sane(states: Array, predictions: Array) -> bool:
-    """Whether a warm start is of a size that a state's rounding allows for: else it is worse than nothing."""
+def _is_sane(form: HeldForm, states: Array, predictions: Array, room: float) -> bool:
+    """Whether rounding allows for a warm start, and for the predictions that it implies: else it is worse than nothing.
+
+    Predictions may grow from step to step where a sampler gives the latest one less weight than those before. They
+    cancel in the states then, which do not follow from them but for the rounding of what is so much larger.
+    """
     xp: Any = array_namespace(states)
-    return bool(xp.max(xp.abs(states)) <= _WILD_START) and bool(xp.all(xp.isfinite(predictions)))
+    if not (bool(xp.max(xp.abs(states)) <= _WILD_START) and bool(xp.all(xp.isfinite(predictions)))):
+        return False
+    sizes, held = (to_host(lengths(xp, rows)).astype(np.float64) for rows in (states, predictions))
+    parts = np.zeros_like(held)
+    for k, weights in enumerate(np.abs(form.b).T):
+        parts[:, k:] += weights[k:] * held[:, : held.shape[1] - k]
+    return bool((parts <= room * sizes[:, 1:]).all())

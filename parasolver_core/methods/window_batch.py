@@ -95,14 +95,14 @@ class WindowBatch(Run):
             decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
         records = self._records(decision)
         lo, after = windows.lo, windows.lo + decision.accepted
-        # where a state may run out of range, the one before it is still wanted
-        risky = (after == self._form.steps).any() or not found.length.max() <= self._large
-        before = self._buffers.first_copy() if risky else None
-        self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1))
-        if before is not None:
-            over = np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist()
-            failed = {row: (Status.NONFINITE_SOLVER, int(lo[row]), before[row, :]) for row in over} | failed
-            records.accepted[over] = 0
+        # where a state may run out of range, the last one that is good is still wanted
+        risky = bool((after == self._form.steps).any()) or not found.length.max() <= self._large
+        passed = self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1), risky)
+        if passed is not None and risky:
+            for row in np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist():
+                good = int(leading(finite_rows(self._xp, passed[row, : decision.accepted[row], :]))) - 1
+                failed.setdefault(row, (Status.NONFINITE_SOLVER, int(lo[row]) + good, passed[row, good, :]))
+                records.accepted[row] = good
         self._leave(failed)
         return records
 
@@ -145,8 +145,12 @@ class WindowBatch(Run):
         told = decision.accepted, decision.move, decision.defect, windows.error
         return SampleRecords(self.samples, windows.n, windows.nodes, *told)
 
-    def _slide(self, decision: Decision, width: int | Indices) -> None:
-        """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes."""
+    def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array | None:
+        """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes.
+
+        Returns:
+            The states of the nodes that become final, (B, most, size), if they are kept or may be wanted.
+        """
         form, windows, buffers = self._form, self._windows, self._buffers
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
         hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
@@ -154,7 +158,7 @@ class WindowBatch(Run):
         count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, windows.slope_held)
         again = buffers.made_again(decision, first, self._draw)
-        self._keep_between(decision, again)
+        passed = self._passed(decision, again) if risky or self._kept is not None else None
         rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
@@ -163,10 +167,20 @@ class WindowBatch(Run):
         made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
         buffers.write(made_of, further, again)
         windows.slide(lo, hi, last)
-        if self._kept is not None:
+        if self._kept is not None and passed is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():
-                self._kept[int(self.samples[row])].append(self._shared.given(start[row, :]))
+                states = [passed[row, j, :] for j in range(1, int(decision.accepted[row]))]
+                self._kept[int(self.samples[row])] += map(self._shared.given, [*states, start[row, :]])
+        return passed
+
+    def _passed(self, decision: Decision, again: Array | None) -> Array:
+        """The states of the nodes that become final, (B, most, size), as they will be when the round has moved them."""
+        first, most = self._buffers.first_copy()[:, None, :], int(decision.accepted.max()) - 1
+        if most < 1:
+            return first
+        behind = self._buffers.moved_states(decision, most) if again is None else again[:, :most, :]
+        return self._xp.concat([first, behind], axis=1)
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
         """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""
@@ -174,15 +188,6 @@ class WindowBatch(Run):
         for sample, start, stop in zip(self.samples.tolist(), first.tolist(), end.tolist(), strict=True):
             wanted += [(i, sample) if i < stop and c[i] != 0 else None for i in range(start, start + count)]
         return self._xp.reshape(self._shared.noise.block(wanted), (len(first), count, -1))
-
-    def _keep_between(self, decision: Decision, again: Array | None) -> None:
-        """Add the states that windows pass by to the trajectories, as they will be when the round has moved them."""
-        most = int(decision.accepted.max()) - 1
-        if self._kept is None or most < 1:
-            return
-        states = self._buffers.moved_states(decision, most) if again is None else again
-        for row, (sample, count) in enumerate(zip(self.samples.tolist(), decision.accepted.tolist(), strict=True)):
-            self._kept[sample] += [self._shared.given(states[row, j, :]) for j in range(count - 1)]
 
     def _salvage(self, D: Array, found: Sums) -> tuple[Sums, Indices, Failures]:
         """Some sums are not finite: nodes from there on are dropped, to be filled in anew.

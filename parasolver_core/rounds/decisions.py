@@ -210,8 +210,7 @@ class Windows:
         least = np.where(inside, np.maximum(length - move, 0.0), self._least.take(at))
         largest = self._largest.take(at)
         largest = np.where(inside, np.maximum(largest, length + added), largest)
-        room = max(_ROOM, _ROOM_TOLERATED * self._shared.tolerance / self.eps)
-        grown = bool((kept & (largest > room * least))[:, 1:].any())
+        grown = bool((kept & (largest > room(self._shared.tolerance, self.eps) * least))[:, 1:].any())
         if grown:
             largest = np.where(kept, most, largest)
         _write(self._least, at, least)
@@ -261,6 +260,11 @@ class Windows:
 def _write(table: NDArray[Any], at: Indices, values: Any) -> None:
     """``table[..] = values`` at these places of the whole table."""
     table.reshape(-1)[at] = values
+
+
+def room(tolerance: float, eps: float) -> float:
+    """How many times a state's size may be what is added to it, or what it once was, for the rounding of that."""
+    return max(_ROOM, _ROOM_TOLERATED * tolerance / eps)
 
 
 def initial_slopes(shared: Shared) -> Float64:

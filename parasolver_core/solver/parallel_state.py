@@ -9,9 +9,10 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
+from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, detach, given_back, is_array, to_host
+from parasolver_core.arrays import Array, detach, finite_rows, given_back, is_array, to_host, uploaded
 from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
@@ -149,9 +150,14 @@ class ParallelState(SolverState):
         if self.torn:
             return self.states
         rows = {sample: outcome.state for sample, outcome in self._outcomes.items()}
-        rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
+        with np.errstate(over="ignore", invalid="ignore"):  # what is guessed of the steps to come may overflow
+            rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
         states = stacked(self.xp, [rows[sample] for sample in range(self.batch)], self.start.shape)
-        return self._given_back(self._state_of(states))
+        estimate, fine = self._given_back(self._state_of(states)), finite_rows(self.xp, states)
+        if fine.all():
+            return estimate
+        good = uploaded(self.xp, fine.reshape(-1, *(1,) * (estimate.ndim - 1)), device(estimate))
+        return self.xp.where(good, estimate, self.states)
 
 
 def _in_order(

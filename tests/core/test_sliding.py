@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, ParallelIntegralSolver, solve_sequential
 from parasolver_core.methods.levels import interpolation
@@ -16,7 +17,10 @@ from parasolver_core.planning.costs import CostTable
 from parasolver_core.planning.prediction import Prediction
 from parasolver_core.rounds.fill import Along, Copies, Held, Interpolated
 from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes
+from tests.arrays import on_a_device
+from tests.core.any_tables import any_table
 from tests.core.problems import TanhNetwork, normal
+from tests.core.test_learning import Given
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -71,6 +75,25 @@ def test_a_warm_start_that_is_wild_is_left_alone(value: float, sane: bool, step:
     sliding = Sliding(shared, trajectory)
     assert isinstance(sliding._fill(np.arange(3), None, None), Along if sane else Held)
     assert isinstance(sliding._fill(np.array([0]), None, None), Along)  # of the others nothing is asked
+
+
+@pytest.mark.parametrize(("latest", "before", "kind"), [(0.02, 0.08, Held), (0.08, 0.02, Along)])
+def test_a_warm_start_whose_predictions_grow_is_left_alone(latest: float, before: float, kind: type) -> None:
+    """Of a step that gives the latest prediction a quarter of the one before, rounding grows fourfold each time."""
+    n, shape = 30, (2, 5)
+    table = any_table(
+        n, 1, 2, noisy=False, a=np.full((n, 1), 0.95), b=np.tril(np.tile([latest, before], (n, 1))), slope=np.zeros(n),
+        held=np.tile([0.0, 1.0], (n, 1)),
+    )  # fmt: skip
+    x_T, network = torch.from_numpy(normal(shape)).float(), lambda x, t: torch.tanh(2 * x) - 0.3
+    arguments = (network, x_T, table.timesteps, Given(table))
+    plain = solve_sequential(*arguments, save="trajectory")
+    with on_a_device():
+        solver = ParallelIntegralSolver(Given(table), 12, tolerance=0.0, method="identity", check=False)
+        state = solver.init(*arguments[:3], start=plain.trajectory)
+        assert isinstance(state.runs[0]._fill, kind)
+        got = solver.solve(*arguments[:3], start=plain.trajectory, save="trajectory")
+    torch.testing.assert_close(got.trajectory, plain.trajectory, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("fill", "kind"), [("held", Held), ("evaluated", Held), ("copy", Copies)])

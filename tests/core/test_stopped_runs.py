@@ -1,6 +1,7 @@
 """Exceptions, interrupts and limits leave what was reached."""
 
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from tests.core.any_tables import any_table
 from tests.core.problems import Mixture, normal, relative
+from tests.core.test_learning import Given
 from tests.core.wrong_runs import BOTH, GRID, NETWORK, RULE, TABLE
 
 
@@ -145,6 +148,26 @@ def test_max_rounds(options: dict[str, Any]) -> None:
         assert got.steps == (1, 1)
         assert np.all(np.isfinite(got.sample))
     assert solve(*arguments, max_rounds=20, tolerance=0, **options).success
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_estimate_that_overflows_says_nothing_by_itself(batch: int) -> None:
+    """What is guessed of the steps to come: NumPy warned of infinity less infinity, and the sample was NaN."""
+    n = 6
+    table = any_table(
+        n, 1, 1, noisy=False, a=np.full((n, 1), 2e12), b=np.full((n, 1), 1e12), held=np.tile([1.0, 1.0], (n, 1)),
+        slope=np.zeros(n),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = solve(
+            lambda x, t: np.tanh(x), normal((batch, 2)).astype(np.float32), table.timesteps, Given(table), 2,
+            max_rounds=1, tolerance=0.1, throw=False,
+        )  # fmt: skip
+    assert got.status is Status.MAX_ROUNDS
+    assert got.steps == (1,) * batch
+    assert np.isfinite(got.states).all()
+    np.testing.assert_array_equal(got.sample, got.states)
 
 
 def test_the_estimate_after_max_rounds_is_better_than_the_last_state() -> None:

@@ -109,10 +109,11 @@ def rms(values: Float64) -> float:
     return largest * float(np.sqrt(np.mean(np.square(values / largest)))) if 0 < largest < np.inf else largest
 
 
-def shaken(program: Program, sample: int, way: Way, share: float, draws: int = 2) -> float | None:
+def shaken(program: Program, sample: int, way: Way, share: float) -> float | None:
     """How far the sample comes from changes of each state by a share, RMS; None where it does not get there."""
     rng, worst = np.random.default_rng(program.seed + 1), 0.0
-    for _ in range(draws):
+    size = host(way.states[0]).size
+    for _ in range(2 if size > 8 else 8):  # what a few numbers are changed by, is little by chance
         other = plain(program, sample, share, rng)
         if other.whose:
             return None
