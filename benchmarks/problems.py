@@ -14,7 +14,7 @@ from benchmarks.policy import WAYPOINTS, demonstrations, load_policy
 from benchmarks.train_emoji import MODEL_CONFIG as EMOJI_CONFIG
 from parasolver_adapters.embedded import SCHEDULE, EmbeddedDenoiser, NoiseUNet2DModel
 from parasolver_core import NoiseSchedule
-from parasolver_core.samplers.recurrence import predicted_sample_coefficients
+from parasolver_core.samplers.sample_form import predicted_sample_coefficients
 from parasolver_core.samplers.schedules import DiscreteSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

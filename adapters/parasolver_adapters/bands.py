@@ -15,13 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_core.samplers.recurrence import (
-    Recurrence,
-    added_noise_share,
-    posterior_slope,
-    signal_share,
-    trim,
-)
+from parasolver_core.samplers.recurrence import Recurrence, trim
+from parasolver_core.samplers.sample_form import added_noise_share, posterior_slope, signal_share
 
 Float64Array = NDArray[np.float64]
 Band = tuple[Float64Array, Float64Array, Float64Array]

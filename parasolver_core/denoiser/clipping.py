@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, DeviceTable, take_at, to_host, uploaded
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, predicted_by, takes_rows
-from parasolver_core.samplers.recurrence import predicted_sample_coefficients
+from parasolver_core.samplers.sample_form import predicted_sample_coefficients
 from parasolver_core.samplers.schedules import (
     ContinuousSchedule,
     DiscreteSchedule,

@@ -14,11 +14,11 @@ from parasolver_core.arrays import Array, given_back, host_view, lengths, take_r
 from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.window_batch import WindowBatch
-from parasolver_core.rounds.decisions import room
 from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
 from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
 from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.sizes import room
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 _WILD_START = 1e6  # values of a warm start beyond this: nodes are filled in as without one

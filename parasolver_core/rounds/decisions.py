@@ -6,18 +6,17 @@ Where the windows stand, and all that is known of their nodes, are small float64
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.sizes import Sizes, write
 from parasolver_core.samplers.held_form import Float64, Indices
 
 ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
 WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
-_ROOM, _ROOM_TOLERATED = 4.0, 1e-4  # a state may once have been so many times its size; more, beside a tolerance
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,7 @@ class Windows:
         self._slope[:, :steps] = slope
         self._moved = np.zeros((count, columns))  # sum of squares of each node's last move; 0: unknown
         self._measured = np.zeros((count, columns), dtype=np.bool_)  # whether a slope is more than a guess
-        # of the root of each state's sum of squares: the least that it may be, and the most that it ever was
-        self._least, self._largest = np.zeros((2, count, columns))
-        self._length = np.zeros((count, columns)) if shared.form.cancels else None  # as the network was asked
+        self.sizes = Sizes(shared.form, count, columns, shared.tolerance, eps)
         self.error = np.zeros(count)
         self.begun = False  # whether the network has been asked
         self._place(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1)
@@ -150,10 +147,11 @@ class Windows:
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
         kept = columns < sound[:, None]
-        _write(self._moved, self._at[inside], norms[inside])
+        write(self._moved, self._at[inside], norms[inside])
         final = columns < accepted[:, None]
         added = np.vecdot(np.abs(T), np.sqrt(sums.defects)[:, None, :])  # the move's parts, which may cancel
-        grown = self._note_sizes(inside, kept, final, length, move, added)
+        grown, left = self.sizes.note((self.nodes, self._at), inside, kept, length, move, added)
+        self.error = np.maximum(self.error, np.where(final, left, 0.0).max(axis=1))
         self.begun = True
         defects = np.sqrt(sums.defects / self._size) / np.abs(q)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
@@ -166,8 +164,8 @@ class Windows:
         before, at = old[inside], self._at[inside]
         new = new_slopes(self._shared, before, moved[inside], (sums.cross / q)[inside], sums.unit)
         old[inside] = new
-        _write(self._slope, at, new)
-        _write(self._measured, at[new != before], True)
+        write(self._slope, at, new)
+        write(self._measured, at[new != before], True)
         return old
 
     def _accept(self, move: Float64, length: Float64, sums: Sums, inside: NDArray[np.bool_]) -> Indices:
@@ -192,79 +190,23 @@ class Windows:
         self.error = np.maximum(np.fmax(self.error, error), sums.unit)
         return np.maximum(count, 1)
 
-    def _note_sizes(
-        self,
-        inside: NDArray[np.bool_],
-        kept: NDArray[np.bool_],
-        final: NDArray[np.bool_],
-        length: Float64,
-        move: Float64,
-        added: Float64,
-    ) -> bool:
-        """Keep account of how large states are and were; whether those kept are to be made again for that.
-
-        A state keeps the rounding of the largest that it ever was, and of the largest that was ever added to it. Final
-        states for which that is much, and which are not made again, are told of as less exact.
-        """
-        most, at = length + move, self._at
-        least = np.where(inside, np.maximum(length - move, 0.0), self._least.take(at))
-        largest = self._largest.take(at)
-        largest = np.where(inside, np.maximum(largest, length + added), largest)
-        grown = bool((kept & (largest > room(self._shared.tolerance, self.eps) * least))[:, 1:].any())
-        if grown:
-            largest = np.where(kept, most, largest)
-        _write(self._least, at, least)
-        _write(self._largest, at, largest)
-        if self._length is not None:
-            _write(self._length, at[inside], length[inside])
-            largest = np.maximum(largest, self._parts(self.nodes, at))
-        self.error = np.maximum(self.error, np.where(final, self._left(largest, most), 0.0).max(axis=1))
-        return grown
-
-    def _left(self, largest: Float64, size: Float64) -> Float64:
-        """The rounding of states, relative to their size, if the largest that was added to them is much more."""
-        once = shares(largest, size)
-        return np.where((once > _ROOM) & (size > 0), self.eps * once, 0.0)
-
-    def _parts(self, nodes: Indices, at: Indices) -> Float64:
-        """How large the states are that those of these nodes are made of: if they are smaller, what is held cancels."""
-        assert self._length is not None
-        a, parts = np.abs(self._form.a), np.zeros(nodes.shape)
-        for k in range(a.shape[1]):
-            known = nodes > k
-            parts[known] += a[nodes[known] - 1, k] * self._length.take(at[known] - 1 - k)
-        return parts
-
     def end(self, rows: Indices, length: Float64) -> None:
         """These samples are final, and their lengths are those, (rows,): what their last step leaves is told of."""
-        nodes = np.full(len(rows), self._form.steps)
-        left = self._left(self._parts(nodes, nodes + rows * self._slope.shape[1]), length)
-        self.error[rows] = np.maximum(self.error[rows], left)
+        self.error[rows] = np.maximum(self.error[rows], self.sizes.end(rows, length))
 
     def slide(self, lo: Indices, hi: Indices, last: Indices) -> None:
         """The next windows are nodes ``lo .. hi - 1``, (B,); those beyond ``last`` are new."""
         self._place(lo, hi - lo, int((hi - lo).max()))
         new = self._at[np.arange(self.longest) > (last - lo)[:, None]]
-        _write(self._moved, new, 0.0)  # not known yet, or not any more
-        _write(self._least, new, 0.0)
-        _write(self._largest, new, 0.0)
+        write(self._moved, new, 0.0)  # not known yet, or not any more
+        self.sizes.forget(new)
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
-        for name in ("_slope", "_moved", "_measured", "_least", "_largest", "_length", "error"):
-            table = getattr(self, name)
-            setattr(self, name, table if table is None else table[rows])
+        self.sizes.stay(rows)
+        for name in ("_slope", "_moved", "_measured", "error"):
+            setattr(self, name, getattr(self, name)[rows])
         self._place(self.lo[rows], self.n[rows], self.longest)
-
-
-def _write(table: NDArray[Any], at: Indices, values: Any) -> None:
-    """``table[..] = values`` at these places of the whole table."""
-    table.reshape(-1)[at] = values
-
-
-def room(tolerance: float, eps: float) -> float:
-    """How many times a state's size may be what is added to it, or what it once was, for the rounding of that."""
-    return max(_ROOM, _ROOM_TOLERATED * tolerance / eps)
 
 
 def initial_slopes(shared: Shared) -> Float64:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.samplers.recurrence import Recurrence, from_sample_form
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.sample_form import from_sample_form
 from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType, check_prediction_type
 from parasolver_core.validation import check_monotone, check_timesteps
 

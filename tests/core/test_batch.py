@@ -19,7 +19,7 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.rounds import decisions
+from parasolver_core.rounds import sizes
 from parasolver_core.samplers.held_form import HeldForm
 from tests.arrays import on_a_device
 from tests.core.problems import Rational, normal, relative
@@ -119,7 +119,7 @@ def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch
     want = solve_sequential(network, x_T, timesteps, kind, seed=0).sample
     options: dict[str, Any] = {"tolerance": 0.0, "seed": 0, "check": False, "method": WINDOW}
     with monkeypatch.context() as changed:
-        changed.setattr(decisions, "_ROOM", np.inf)
+        changed.setattr(sizes, "_ROOM", np.inf)
         moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
     assert made < 4e-7  # a few units in the last place, whatever the states were

@@ -281,9 +281,9 @@ def test_states_that_were_much_larger_are_made_again() -> None:
 def test_states_that_are_made_again_are_those_behind_the_first_node() -> None:
     made, X, r = windows(shared(Said(np.array([1])), 0.0), 1), np.ones((1, 2, SIZE)), np.zeros((1, 2, SIZE))
     made.slide(np.array([0]), np.array([2]), np.array([1]))
-    made._largest[0, 0] = 9.0
+    made.sizes.largest[0, 0] = 9.0
     assert not made.decide(sums(r, X), np.array([2])).grown
-    made._largest[0, 1] = 9.0
+    made.sizes.largest[0, 1] = 9.0
     assert made.decide(sums(r, X), np.array([2])).grown
     zero = windows(shared(Said(np.array([1])), 0.0), 1)
     assert not zero.decide(sums(np.zeros((1, 4, SIZE)), np.zeros((1, 4, SIZE))), np.array([4])).grown
@@ -297,17 +297,17 @@ def test_final_states_that_are_not_made_again_are_told_of_as_less_exact() -> Non
     made.decide(sums(r, 1e-3 * X), np.array([4]))
     assert made.error[0] == pytest.approx(1e-3 * 17)  # now it is known to be of size 0.001
     rest = windows(shared(Said(np.array([2])), 1e4), 1, eps=1e-3)
-    rest._largest[0, 2] = 100.0
+    rest.sizes.largest[0, 2] = 100.0
     rest.decide(sums(r, X), np.array([4]))
     assert rest.error.tolist() == [UNIT]  # it is not final yet
 
 
 def test_new_nodes_were_never_large() -> None:
     made = windows(shared(Said(np.array([1]))), 1)
-    made._least[:], made._largest[:] = 1.0, 2.0
+    made.sizes.least[:], made.sizes.largest[:] = 1.0, 2.0
     made.slide(np.array([2]), np.array([6]), np.array([3]))
-    assert made._largest[0, :9].tolist() == [2, 2, 2, 2, 0, 0, 2, 2, 2]
-    assert made._least[0, :9].tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1]
+    assert made.sizes.largest[0, :9].tolist() == [2, 2, 2, 2, 0, 0, 2, 2, 2]
+    assert made.sizes.least[0, :9].tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 1]
 
 
 def test_samples_that_go_on_keep_what_is_known_of_them() -> None:

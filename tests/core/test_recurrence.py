@@ -8,7 +8,7 @@ import pytest
 
 from parasolver_core import DPMSolver, NoiseSchedule, Recurrence, StepRule, solve
 from parasolver_core.samplers.held_form import HeldForm
-from parasolver_core.samplers.recurrence import added_noise_share
+from parasolver_core.samplers.sample_form import added_noise_share
 from tests.core.forward_rules import AdamsBashforth, LeapFrog, table
 from tests.core.problems import Rational, normal
 

@@ -28,7 +28,7 @@ from parasolver_adapters.bands import (
 from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, sources, time_of
 from parasolver_adapters.stepwise import FixedRule
-from parasolver_core.samplers.recurrence import predicted_sample_coefficients
+from parasolver_core.samplers.sample_form import predicted_sample_coefficients
 from parasolver_core.samplers.schedules import FlowSchedule, NoiseSchedule, PredictionType
 
 Network = Callable[[int, NDArray[np.float64], float], NDArray[np.float64]]

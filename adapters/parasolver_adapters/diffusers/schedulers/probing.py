@@ -26,7 +26,8 @@ from parasolver_adapters.bands import (
 )
 from parasolver_adapters.diffusers.schedulers.stepping import Loop, Node, UnsupportedSchedulerError
 from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
-from parasolver_core.samplers.recurrence import Recurrence, predicted_sample_coefficients
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.sample_form import predicted_sample_coefficients
 
 Network = Callable[[Node], torch.Tensor]
 
