@@ -44,9 +44,10 @@ def shaken(problem: int, sample: int, share: float) -> float | None:
 
 
 def fits(drawn: Program, state: Any) -> bool:
-    """Whether a state is within the range of the dtype of x_T."""
+    """Whether a state is within the range of the dtype of x_T; its largest number stands for all beyond, too."""
     with np.errstate(over="ignore"):
-        return bool(drawn.xp.all(drawn.xp.isfinite(drawn.xp.astype(state, drawn.x_T.dtype))))
+        values = drawn.xp.abs(drawn.xp.astype(state, drawn.x_T.dtype))
+    return bool(drawn.xp.all(values < float(drawn.xp.finfo(drawn.x_T.dtype).max)))
 
 
 def _ways(drawn: Program) -> list[oracle.Way]:
