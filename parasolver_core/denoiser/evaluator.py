@@ -126,8 +126,8 @@ class Evaluator:
             return parts
         cast, first = [], 0
         for part in parts:
-            scaled = self._scaled(part, nodes[first : first + part.shape[0]])
-            with np.errstate(over="ignore"):  # a guess in half precision; what comes of it is judged as a guess
+            with np.errstate(over="ignore"):  # of a guess; what comes of it is judged as a guess
+                scaled = self._scaled(part, nodes[first : first + part.shape[0]])
                 cast.append(self._xp.astype(scaled, self._dtype, copy=False))
             first += part.shape[0]
         return cast

@@ -113,7 +113,8 @@ class SampleWindow(SampleRun):
         old = self._slope[at].copy()
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, unit)
         self._measured[at] |= slope != old
-        still = np.where(self._measured[at], 0.0, ROUNDING * unit)
+        far = told.moved > WILD**2 * told.size  # a jump, whose slope says nothing of where it ended
+        still = np.where(self._measured[at] & ~far, 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.isfinite(move).all() else int(leading(finite_rows(self._xp, D)))
         if sound == 0:

@@ -82,8 +82,7 @@ class WindowBatch(Run):
         return self._buffers.inputs_are_a_view(self._windows)
 
     def compare(self, D: Array) -> Array:
-        D = self._shared.taken(D)
-        return self._buffers.compare(D, self._windows, self._shared.recurrence.tells_size(self._windows.last))
+        return self._buffers.compare(self._shared.taken(D), self._windows)
 
     def correct(self, D: Array, sums: Float64) -> Sequence[SampleRecord]:
         windows, found = self._windows, self._buffers.unpack(sums, self._windows)

@@ -16,6 +16,7 @@ from parasolver_core.rounds.sizes import Sizes, write
 from parasolver_core.samplers.held_form import Float64, Indices
 
 ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
+_STEEP = 1e2  # a slope that makes more of a rounding of the state than so many of the output: left by a jump
 WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
 
@@ -53,7 +54,7 @@ class Sums:
         gram: (B, n, n), ``<r_i, r_j>`` of the defects.
         cross: (B, n), ``<dX_i, r_i>`` with the last move of each node's input.
         length: (B, n), the root of ``<X_i, X_i>``.
-        predicted: (B,), ``<h, h>`` of the last node's prediction as the network has it; infinite if not asked for.
+        held: (B, n), the root of ``<H_i, H_i>``, as the network has it.
         unit: rounding unit of what the network returns.
         finite: whether all of them were finite.
     """
@@ -61,7 +62,7 @@ class Sums:
     gram: Float64
     cross: Float64
     length: Float64
-    predicted: Float64
+    held: Float64
     unit: float
     finite: bool = True
 
@@ -80,7 +81,7 @@ class Sums:
         pairs = inside[:, :, None] & inside[:, None, :] & np.isfinite(self.gram)
         cross = np.where(inside & np.isfinite(self.cross), self.cross, 0.0)
         length = np.where(inside & np.isfinite(self.length), self.length, 1.0)
-        return Sums(np.where(pairs, self.gram, 0.0), cross, length, self.predicted, self.unit, finite=False)
+        return Sums(np.where(pairs, self.gram, 0.0), cross, length, self.held, self.unit, finite=False)
 
 
 class Windows:
@@ -137,12 +138,12 @@ class Windows:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
         columns, (p, q) = np.arange(self.longest), self._form.held.T[:, self.nodes]
         inside = columns < usable[:, None]
-        far = self._moved.take(self._at) > (WILD * sums.length) ** 2  # the last move: its slope says nothing of here
         slope = p + q * self._new_slopes(sums, q, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
         length, move = sums.length, np.sqrt(norms)
         relative = shares(move, length)
-        still = (relative <= ROUNDING * sums.unit) & (far | ~self._measured.take(self._at))
+        worthless = ~self._measured.take(self._at) | (np.abs(slope - p) * length > _STEEP * sums.held)
+        still = (relative <= ROUNDING * sums.unit) & worthless
         slope = np.where(still, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
@@ -175,8 +176,8 @@ class Windows:
         additions than the plain loop does, so that no more is known of a node whose move was 0.
         """
         shared, nodes, tolerance = self._shared, self.nodes, self._shared.tolerance
-        square = length[np.arange(len(self.n)), self.n - 1] ** 2
-        small = shared.recurrence.smallness(self.last, sums.predicted / self._size, square)
+        at_last = np.arange(len(self.n)), self.n - 1
+        small = shared.recurrence.smallness(self.last, sums.held[at_last] ** 2 / self._size, length[at_last] ** 2)
         small = small.take(nodes) if small.ndim == 1 else np.take_along_axis(small, nodes, axis=1)
         move = np.where(inside, move, np.inf)  # never settled
         view = RoundView(self.lo, move, length, shared.bound.take(nodes), ROUNDING * sums.unit, small)

@@ -89,13 +89,12 @@ class Buffers:
         held = [self._S[row, self._half + place - k, :] for k in range(beliefs)]
         return [self._S[row, place - k, :] for k in range(states)], held
 
-    def compare(self, D: Array, windows: Windows, with_size: bool) -> Array:
+    def compare(self, D: Array, windows: Windows) -> Array:
         """``r``, and a vector of the sums that the host needs, for :meth:`unpack`; beliefs are then what was said.
 
         Args:
             D: (rows, size), the outputs.
             windows: where the windows stand.
-            with_size: whether the size of the last node's prediction is asked for.
         """
         xp, past, n, count = self._xp, self._form.past, windows.longest, len(windows.n)
         first_row = D[0, :]
@@ -107,8 +106,8 @@ class Buffers:
         self._S = assign(self._S, beliefs, said)  # not H + r, which has the rounding of what was believed
         del said  # memory
         gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
-        sizes = [lengths(xp, rows) for rows in ([X, self._S[beliefs]] if with_size else [X])]
-        sums = xp.reshape(xp.concat([gram, vecdot(xp, self._dX[:, past:, :], r), *sizes], axis=1), (-1,))
+        cross = vecdot(xp, self._dX[:, past:, :], r)
+        sums = xp.reshape(xp.concat([gram, cross, lengths(xp, self._S)], axis=1), (-1,))
         self._dX = None  # memory: not read any more
         return sums if self.dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
@@ -118,14 +117,12 @@ class Buffers:
         if self.dtype.itemsize == 8:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.isfinite(sums).all()), sums.reshape(count, -1)
-        gram, rest = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n :].reshape(count, -1, n)
+        gram, cross, sizes = np.split(sums, [n * n, n * n + n], axis=1)
+        gram, sizes = gram.reshape(-1, n, n), sizes[:, :-1].reshape(count, 2, -1)[:, :, self._form.past :]
         diagonal = np.einsum("bii->bi", gram)  # a view
         diagonal[...] = at_most(diagonal, self._xp, self._r)
-        length = at_least(rest[:, 1], self._xp, self._S[:, self._form.past : self._half, :])
-        predicted = np.full(count, np.inf)
-        if rest.shape[1] > 2:
-            predicted = rest[:, 2][np.arange(count), windows.n - 1] ** 2
-        return Sums(gram, rest[:, 0], length, predicted, unit, finite)
+        length = at_least(sizes[:, 0], self._xp, self._S[:, self._form.past : self._half, :])
+        return Sums(gram, cross, length, sizes[:, 1], unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""

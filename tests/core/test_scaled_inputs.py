@@ -1,11 +1,15 @@
 """What a step rule may ask of the solver besides its table: scaled network inputs, and grids of its own."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from parasolver_core import DDIM, Euler, NoiseSchedule, Recurrence, solve, solve_sequential
+from tests.core.any_tables import any_table
+from tests.core.problems import normal
+from tests.core.test_learning import Given
 
 SCHEDULE = NoiseSchedule.karras()
 GRID = SCHEDULE.timesteps(12)
@@ -31,6 +35,20 @@ def test_input_scale_equals_a_scaling_network() -> None:
     parallel = solve(network, x_T, GRID, ScaledEuler(SCHEDULE), window=4, tolerance=0).sample
     np.testing.assert_allclose(sequential, want, rtol=1e-13)
     np.testing.assert_allclose(parallel, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_state_that_overflows_where_it_is_scaled_says_nothing_by_itself(batch: int) -> None:
+    """Two steps grow to 1e20, and 1e30 times that is beyond float32; NumPy warned of it."""
+    n = 6
+    table = any_table(n, 1, 1, noisy=False, input_scale=np.full(n, 1e30))
+    rule, x_T = Given(replace(table, a=np.where(np.arange(n) < 2, 1e10, 0.5)[:, None])), normal((batch, 3))
+    arguments = (lambda x, t: np.tanh(x), x_T.astype(np.float32), table.timesteps, rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = solve_sequential(*arguments).sample
+        got = solve(*arguments, window=4, tolerance=1e-3).sample
+    np.testing.assert_allclose(got, want, rtol=2e-3)
 
 
 def test_input_scale_of_the_wrong_length_is_refused() -> None:

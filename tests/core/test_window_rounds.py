@@ -119,11 +119,8 @@ def compared(found: Any, table: Recurrence, active: list[Sample], defects: list[
         for i, move in one.dX.items():
             if i >= one.lo and not grown:
                 assert found.cross[row, i - one.lo] == pytest.approx(move @ r[i - one.lo], rel=1e-7, abs=1e-10)
-        if table.tells_size(np.array([one.hi - 1 for one in active])):
-            last = one.said[one.hi - 1]
-            assert found.predicted[row] == pytest.approx(last @ last, rel=1e-8)
-        else:
-            assert found.predicted[row] == np.inf
+        said = np.stack([one.said[i] for i in range(one.lo, one.hi)])
+        np.testing.assert_allclose(found.held[row, :n], np.linalg.norm(said, axis=1), rtol=1e-8)
 
 
 def begun(run: WindowBatch, plain: list[Sample]) -> None:

@@ -46,6 +46,18 @@ def test_parts_of_a_step_that_cancel_are_told_of_on_a_device() -> None:
         assert fuzz.guarded(fuzz.run, 8801122).complaints == []
 
 
+@pytest.mark.parametrize("number", [8904545, 8967902])
+def test_slopes_that_a_jump_has_left_are_not_followed(number: int) -> None:
+    """A cubic was asked at 1e80, or at 1e6: of that slope, 1e77 or 1e6, rounding made 0.2 and more."""
+    assert fuzz.guarded(fuzz.run, number).complaints == []
+
+
+def test_predictions_of_a_warm_start_that_cancel_are_not_taken() -> None:
+    """States did not follow from them but for 120 roundings."""
+    with on_a_device():
+        assert fuzz.guarded(fuzz.run, 8924070).complaints == []
+
+
 def changed(solution: Solution, fault: str) -> Solution:
     faults: dict[str, Any] = {
         "sample": {"sample": solution.sample * 1.001},
