@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_adapters.vector_field import integrate
+from parasolver_adapters.vector_field import effort, integrate
 from parasolver_adapters.vector_field.effort import Effort, Recorder, Samples, Twin
 from parasolver_adapters.vector_field.field import Field
 from parasolver_adapters.vector_field.grid import Grid
@@ -29,12 +29,17 @@ def problem(
     return Problem(Field(f, np.zeros(shape), "ty", "column"), grid, METHODS[method].bind(grid), batch_dims)
 
 
-def test_calls_are_recorded() -> None:
-    field = Recorder(lambda t, y: t + y)
+@pytest.mark.parametrize(("large", "kept"), [(6, 3), (5, 1)])
+def test_calls_are_recorded_and_of_large_ones_the_first(large: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effort, "_LARGE", large)
+    field, y = Recorder(lambda t, y: t + y), np.ones((2, 3))
     assert field.calls == []
-    assert field(1, 2) == 3
-    assert field(5, 6) == 11
-    assert field.calls == [(1, 2, 3), (5, 6, 11)]
+    for t in (1.0, 2.0, 3.0):
+        np.testing.assert_array_equal(field(t, y * t), 2 * t * y)
+    assert [t for t, _, _ in field.calls] == [1.0, 2.0, 3.0][:kept]
+    for t, at, f in field.calls:
+        np.testing.assert_array_equal(at, y * t)
+        np.testing.assert_array_equal(f, 2 * t * y)
 
 
 def kept(*windows: list[list[list[float]]]) -> Samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.rounding import local_scale, relative
 from parasolver_core.arrays import Array, to_host
 
+_LARGE = 2**22  # elements of a call
 Call = tuple[Array, Array, Array]  # t (rows,), y and f (rows, *state)
 Row = tuple[Array, Array, Array, float]  # one row of a call, and the length of its step
 
@@ -72,7 +74,7 @@ def _largest(y: Array) -> dict[str, tuple[float, int]]:
 
 
 class Recorder:
-    """The field, remembering its calls since they were last forgotten."""
+    """The field, remembering its calls since they were last forgotten; of large ones the first, for memory's sake."""
 
     def __init__(self, f: Any) -> None:
         self._f = f
@@ -80,7 +82,8 @@ class Recorder:
 
     def __call__(self, t: Array, y: Array) -> Array:
         out = self._f(t, y)
-        self.calls.append((t, y, out))
+        if not self.calls or math.prod(y.shape) <= _LARGE:
+            self.calls.append((t, y, out))
         return out
 
 
