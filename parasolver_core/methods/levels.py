@@ -39,7 +39,7 @@ class Level:
     def of(cls, recurrence: Recurrence, nodes: NDArray[np.int64]) -> Level:
         """Carry ``x_T`` and the interpolated predictions through the recurrence, in float64."""
         n = len(recurrence)
-        a, b = recurrence.held_form()
+        a, b = recurrence.held_form
         source = interpolation(np.arange(n), nodes, recurrence.stages)
         states = np.zeros((n + 1, len(nodes) + 1))  # last column: x_T
         states[0, -1] = 1.0

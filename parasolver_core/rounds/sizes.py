@@ -78,6 +78,8 @@ class Sizes:
 
     def _left(self, largest: Float64, size: Float64) -> Float64:
         """The rounding of states, relative to their size, if the largest that was added to them is much more."""
+        if not (largest > _ROOM * size).any():  # as a rule, and sooner found
+            return np.zeros_like(largest)
         once = shares(largest, size)
         return np.where((once > _ROOM) & (size > 0), self._eps * once, 0.0)
 

@@ -29,7 +29,7 @@ class HeldForm:
     """
 
     def __init__(self, recurrence: Recurrence) -> None:
-        self.a, self.b = (trim(table) for table in recurrence.held_form())
+        self.a, self.b = (trim(table) for table in recurrence.held_form)
         self.c, self.held, self.noisy = recurrence.c, recurrence.held, recurrence.stochastic
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads

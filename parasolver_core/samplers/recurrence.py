@@ -153,11 +153,14 @@ class Recurrence:
         """
         if self.signal is None:
             return np.ones(len(self))
+        telling = self._telling[node]
+        if not telling.any():
+            return np.ones(len(self))
         at_end = np.asarray(node) == len(self) - 1
         if at_end.any():
             a, b, c = self._last_step
             square = np.where(at_end, b**2 * square + a**2 * state + c**2, square)
-        small = self._telling[node] & (square < _USUAL**2)
+        small = telling & (square < _USUAL**2)
         if not small.any():
             return np.ones(len(self))
         square = np.maximum(np.where(small, square, 1.0), _TINY)[..., None]
@@ -173,7 +176,7 @@ class Recurrence:
     @cached_property
     def _last_step(self) -> tuple[float, float, float]:
         """What the last step takes of the state, of the held quantity and of noise, as if all it reads were alike."""
-        a, b = self.held_form()
+        a, b = self.held_form
         return float(a[-1].sum()), float(b[-1].sum()), float(self.c[-1])
 
     @property
@@ -184,6 +187,7 @@ class Recurrence:
         """
         return 1 if self.signal is None else max(1, int(np.argmin(np.append(self.signal < _BLIND, False))))
 
+    @cached_property
     def held_form(self) -> tuple[Float64, Float64]:
         """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, both of width :attr:`memory`."""
         n, width = len(self), self.memory

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from parasolver_core import Recurrence
-from parasolver_core.samplers.recurrence import (
+from parasolver_core.samplers.recurrence import identity_slope, trim
+from parasolver_core.samplers.sample_form import (
     added_noise_share,
     from_sample_form,
-    identity_slope,
     posterior_slope,
     predicted_sample_coefficients,
     signal_share,
-    trim,
 )
 from parasolver_core.samplers.terms import Terms, combine
 from tests.core.any_tables import any_table, step
@@ -108,7 +107,7 @@ def test_implied_outputs_are_those_that_made_the_states(states: int, outputs: in
 @READS
 def test_the_held_form_is_the_same_sampler(states: int, outputs: int) -> None:
     table, (x, m) = any_table(7, states, outputs), normal((2, 7, 5))
-    a, b = table.held_form()
+    a, b = table.held_form
     assert a.shape == b.shape == (7, table.memory)
     h = [p * one + q * other for one, other, (p, q) in zip(x, m, table.held, strict=True)]
     for i in range(7):
