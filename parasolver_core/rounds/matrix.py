@@ -117,8 +117,8 @@ class Buffers:
         if self.dtype.itemsize == 8:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.isfinite(sums).all()), sums.reshape(count, -1)
-        gram, cross, sizes = np.split(sums, [n * n, n * n + n], axis=1)
-        gram, sizes = gram.reshape(-1, n, n), sizes[:, :-1].reshape(count, 2, -1)[:, :, self._form.past :]
+        gram, cross = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n : n * n + n]
+        sizes = sums[:, n * n + n : -1].reshape(count, 2, -1)[:, :, self._form.past :]  # of X and H
         diagonal = np.einsum("bii->bi", gram)  # a view
         diagonal[...] = at_most(diagonal, self._xp, self._r)
         length = at_least(sizes[:, 0], self._xp, self._S[:, self._form.past : self._half, :])
