@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from parasolver_adapters.diffusers.passes.changes import (
+    Settings,
     Weights,
     are_same,
     hooks_of,
@@ -252,6 +253,36 @@ def test_arguments_are_the_same() -> None:
     for other in ({"x": y, "n": 1.5}, {"x": x, "n": 2.5}, {"x": x}, {"x": x, "n": 1.5, "m": 1}):
         assert not are_same({"x": x, "n": 1.5}, other)
         assert not are_same(other, {"x": x, "n": 1.5})
-    assert are_same({"x": x, "n": 1}, {"x": x, "n": 2}, ignore="n")
-    assert are_same({"x": x}, {"x": x, "n": 2}, ignore="n")
-    assert not are_same({"x": x}, {"x": y}, ignore="n")
+    nan = float("nan")
+    assert are_same({"n": nan}, {"n": nan})
+    assert not are_same({"n": nan}, {"n": 0.0})
+
+
+SETTINGS: dict[str, Any] = {
+    "a number": lambda pipe: setattr(pipe, "scale", 2.0),
+    "another object": lambda pipe: setattr(pipe, "unet", nn.Identity()),
+    "a new attribute": lambda pipe: setattr(pipe, "more", 1),
+    "an attribute that is gone": lambda pipe: delattr(pipe, "scale"),
+    "a number in a dictionary": lambda pipe: pipe.options.update(scale=0.5),
+    "a tensor, written into": lambda pipe: pipe.options["mask"].add_(1),
+    "a longer list": lambda pipe: pipe.options["layers"].append(3),
+    "another scheduler": lambda pipe: setattr(pipe, "scheduler", SimpleNamespace(sigmas=torch.ones(3))),
+    "the scheduler": lambda pipe: pipe.scheduler.sigmas[1:].mul_(2),
+}
+
+
+def with_settings() -> Any:
+    options = {"scale": 1.0, "mask": torch.zeros(2), "layers": [1, 2]}
+    scheduler = SimpleNamespace(sigmas=torch.ones(3), least=-float("inf"), unknown=float("nan"))
+    return SimpleNamespace(unet=nn.Identity(), scale=1.0, options=options, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_change_of_a_setting_is_seen(name: str) -> None:
+    pipe, inner = with_settings(), with_settings()
+    settings = Settings(pipe, 3, inner)
+    assert not settings.differ()
+    pipe._interrupt = True
+    assert not settings.differ()
+    SETTINGS[name](inner)
+    assert settings.differ()

@@ -16,6 +16,7 @@ from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_sam
 from parasolver_core import Status
 from tests.adapters.pipeline_calls import STEPS, sample
 from tests.adapters.tiny_pipelines import (
+    SINGLE,
     ddim,
     ddim_pipeline,
     distance,
@@ -128,6 +129,30 @@ def test_a_callback_that_changes_anything_is_noticed(how: str) -> None:
     with pytest.warns(UserWarning, match="callback"), parallel_sampling(pipe, tolerance=0.0):
         got = sample(pipe, callback_on_step_end=change)
     assert distance(got, want) < 1e-12
+
+
+SCHEDULES: dict[str, Any] = {
+    "in place": lambda scheduler: scheduler.sigmas[-4:].mul_(0.9),
+    "another tensor": lambda scheduler: setattr(scheduler, "sigmas", scheduler.sigmas * 0.98),
+    "an option": lambda scheduler: scheduler.register_to_config(solver_order=1),
+    "a list": lambda scheduler: scheduler.model_outputs.__setitem__(-1, 0.5 * scheduler.model_outputs[-1]),
+}
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+def test_a_callback_that_changes_the_scheduler_is_noticed(how: str) -> None:
+    def change(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:
+            SCHEDULES[how](pipe.scheduler)
+        return given
+
+    kind = diffusers.DPMSolverMultistepScheduler
+    want = sample(stable_diffusion(scheduler=kind.from_config(ddim().config)), callback_on_step_end=change)
+    pipe = stable_diffusion(scheduler=kind.from_config(ddim().config))
+    assert distance(sample(pipe), want) > 1e-5
+    with pytest.warns(UserWarning, match="callback_on_step_end changed"), parallel_sampling(pipe, tolerance=0.0):
+        got = sample(pipe, callback_on_step_end=change)
+    assert distance(got, want) < SINGLE
 
 
 @pytest.mark.filterwarnings("ignore:.*Passing `callback:FutureWarning")

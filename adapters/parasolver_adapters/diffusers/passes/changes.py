@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as modules
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from parasolver_adapters.diffusers.passes.listening import networks_of
 from parasolver_adapters.diffusers.recording.standins import place_of
@@ -33,6 +34,32 @@ def was_written(value: Any, version: Any) -> bool:
 def were_replaced(given: dict[str, tuple[Any, Any]], returned: dict[str, Any]) -> bool:
     """Whether a callback gave back other tensors than it got."""
     return any(name not in given or given[name][0] is not value for name, value in returned.items())
+
+
+class Settings:
+    """Tells whether what pipelines and their schedulers keep has changed, also inside lists, dictionaries and tensors.
+
+    Args:
+        pipes: looked at with their ``scheduler``, if they have one; what keeps nothing is left out.
+    """
+
+    def __init__(self, *pipes: Any) -> None:
+        owners = [owner for pipe in pipes for owner in (pipe, getattr(pipe, "scheduler", None))]
+        self._kept = [vars(owner) for owner in owners if hasattr(owner, "__dict__")]
+        self._before = self._look()
+
+    def differ(self) -> bool:
+        """Whether anything has changed since this was made, but for an interrupt."""
+        (leaves, form), (before, form_before) = self._look(), self._before
+        if form != form_before:
+            return True
+        pairs = zip(before, leaves, strict=True)
+        return any(not _equal(was, now) or was_written(now, version) for (was, version), (now, _) in pairs)
+
+    def _look(self) -> tuple[list[tuple[Any, Any]], TreeSpec]:
+        kept = [{name: value for name, value in values.items() if name != "_interrupt"} for values in self._kept]
+        leaves, form = tree_flatten(kept)
+        return [(leaf, version_of(leaf)) for leaf in leaves], form
 
 
 def switches_of(pipe: Any) -> list[tuple[dict[str, Any], str]]:
@@ -162,12 +189,12 @@ def _alike(value: Any, other: Any) -> bool:
     return isinstance(value, (list, dict)) and value == other
 
 
-def are_same(arguments: Mapping[str, Any], others: Mapping[str, Any], ignore: str = "") -> bool:
-    names = (arguments.keys() | others.keys()) - {ignore}
+def are_same(arguments: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    names = arguments.keys() | others.keys()
     return all(name in arguments and name in others and _equal(arguments[name], others[name]) for name in names)
 
 
 def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, (bool, int, float, str)):
-        return value == other
+        return value == other or value is other  # NaN is the same as itself
     return value is other

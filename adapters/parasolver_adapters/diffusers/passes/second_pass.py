@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun, batch_of
 from parasolver_adapters.diffusers.passes.changes import (
+    Settings,
     Weights,
-    are_same,
     positions_of,
     switches_of,
     version_of,
@@ -171,7 +171,7 @@ class Replay(Listener):
             def watching(*args: Any) -> Any:
                 given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
                 versions = {key: (value, version_of(value)) for key, value in given.items()}
-                settings, positions, look = dict(vars(self._pipe)), positions_of(switches), weights.look()
+                settings, positions, look = Settings(self._pipe, args[0]), positions_of(switches), weights.look()
                 self._calling_back = self.called_back = True
                 try:
                     returned = callback(*args)
@@ -181,7 +181,7 @@ class Replay(Listener):
                 if not self._plain and (
                     changed
                     or any(was_written(value, version) for value, version in versions.values())
-                    or not are_same(settings, vars(self._pipe), "_interrupt")
+                    or settings.differ()
                     or what_moved(switches, positions)
                     or weights.differ(look, weights.look())
                 ):
