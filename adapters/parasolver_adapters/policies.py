@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from parasolver_adapters.diffusers.passes.first_pass import Streams
-from parasolver_adapters.diffusers.schedulers.rule import step_rule_from_scheduler
+from parasolver_adapters.diffusers.schedulers.rule import read_scheduler
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution, solve
 from parasolver_core.samplers.recurrence import Recurrence
@@ -79,7 +79,7 @@ class ActionSampler:
         check_seconds(max_seconds)
         for name in _GIVEN_BY_THE_SAMPLER & options.keys():
             raise TypeError(f"{name}: the sampler itself gives it to solve(); leave it out")
-        self._rule = step_rule_from_scheduler(scheduler, num_inference_steps, clipping="denoiser")
+        self._rule = read_scheduler(scheduler, num_inference_steps)
         self._network: Any = _Conditioned(network)
         self._denoiser = self._rule.wrap_denoiser(self._network)
         self._options, self._shift, self._max_seconds = {"window": window, **options}, shift, max_seconds

@@ -45,10 +45,10 @@ LEAVING = ["HeunDiscrete", "PNDM", "SASolver", "KDPM2AncestralDiscrete", "FlowMa
 )
 def test_states_that_a_scheduler_keeps_of_its_last_run(name: str, dtype: Any, monkeypatch: Any) -> None:
     """NumPy has no bfloat16; and the scheduler's steps are read once, whatever a run has left behind."""
-    pipe, read, own = pipeline(name, dtype), [], first_pass.step_rule_from_scheduler
+    pipe, read, own = pipeline(name, dtype), [], first_pass.read_scheduler
     want = sample(pipe, dtype)
     monkeypatch.setattr(first_pass, "_RULES", {})
-    monkeypatch.setattr(first_pass, "step_rule_from_scheduler", lambda *a, **k: read.append(a) or own(*a, **k))
+    monkeypatch.setattr(first_pass, "read_scheduler", lambda *a, **k: read.append(a) or own(*a, **k))
     for _ in range(2):
         with parallel_sampling(pipe, tolerance=0.0, fallback="sequential") as run:
             got = sample(pipe, dtype)
@@ -153,3 +153,26 @@ def test_blocks_may_be_left_in_any_order(order: tuple[int, ...]) -> None:
             assert [run.status is not None for run in runs] == [bool(left) and one == max(left) for one in range(3)]
         assert type(pipe) is own
     assert torch.equal(sample(copied), want)
+
+
+@pytest.mark.filterwarnings("ignore:Should have")  # torchsde, of times that differ in the last digit
+def test_noise_that_is_correlated_is_drawn_without_a_word() -> None:
+    """The warning is for who calls ``solve``; warnings are errors here."""
+    pytest.importorskip("torchsde")
+    pipe = pipeline("DPMSolverSDE")
+    torch.manual_seed(3)
+    want = sample(pipe)
+    torch.manual_seed(3)
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = sample(pipe)
+    assert run.reason is None
+    assert distance(got, want) < 1e-5
+
+
+def test_a_loop_that_leaves_out_what_a_step_needs_raises_what_it_did() -> None:
+    pipe = pipeline("CogVideoXDPM")
+    with pytest.raises(TypeError, match="missing 2 required positional arguments") as plain:
+        sample(pipe)
+    with pytest.raises(TypeError) as told, parallel_sampling(pipe):
+        sample(pipe)
+    assert str(told.value) == str(plain.value)

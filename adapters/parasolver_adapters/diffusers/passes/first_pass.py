@@ -24,7 +24,7 @@ from parasolver_adapters.diffusers.passes.listening import Listener, processors_
 from parasolver_adapters.diffusers.recording.capture import Recorder, form_of_call
 from parasolver_adapters.diffusers.recording.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
-from parasolver_adapters.diffusers.schedulers.rule import GIVEN_BY_THE_LOOP, SchedulerRule, step_rule_from_scheduler
+from parasolver_adapters.diffusers.schedulers.rule import GIVEN_BY_THE_LOOP, SchedulerRule, read_scheduler
 from parasolver_adapters.diffusers.schedulers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
 
 _RULES: dict[tuple[Any, ...], SchedulerRule] = {}
@@ -230,7 +230,7 @@ def _rule(scheduler: Any, begin: int, options: dict[str, Any]) -> SchedulerRule:
     key = (type(scheduler), repr(sorted(scheduler.config.items())), *tables, counted, begin, repr(options))
     rule = _RULES.get(key)
     if rule is None:
-        rule = step_rule_from_scheduler(scheduler, begin_index=begin, clipping="denoiser", **options)
+        rule = read_scheduler(scheduler, begin_index=begin, **options)
         if len(_RULES) >= _MOST_RULES:
             _RULES.pop(next(iter(_RULES)), None)
         _RULES[key] = rule

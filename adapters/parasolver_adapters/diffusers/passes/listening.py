@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _FORWARDS = threading.Lock()
+_LISTENED_TO = {"model_output", "timestep", "sample"}
 
 
 class Listener:
@@ -39,7 +40,10 @@ def listening(pipe: Any, listener: Listener) -> Iterator[None]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not active:  # a copy that outlives the block
             return kind.step(self, *args, **kwargs)
-        return active[0].step(self, kind.step, by_name(signature, (self, *args), kwargs))
+        given = by_name(signature, (self, *args), kwargs)
+        if not given.keys() >= _LISTENED_TO:  # a step of another kind, or one that raises what it misses
+            return kind.step(**given)
+        return active[0].step(self, kind.step, given)
 
     try:
         with _FORWARDS:

@@ -169,6 +169,33 @@ def step_rule_from_scheduler(
         rule = step_rule_from_scheduler(pipe.scheduler, 50)
         solution = solve(denoiser, x_T * rule.init_noise_sigma, rule.timesteps, rule, window=16)
     """
+    rule = read_scheduler(
+        scheduler,
+        num_inference_steps,
+        begin_index=begin_index,
+        clipping=clipping,
+        sigma_data=sigma_data,
+        **step_options,
+    )
+    if not rule.independent_noise:
+        warnings.warn(
+            f"{type(scheduler).__name__} draws noise that is correlated between steps; pass noise=rule.noise(...) to "
+            "solve, which draws it as the scheduler does, and not a seed",
+            stacklevel=2,
+        )
+    return rule
+
+
+def read_scheduler(
+    scheduler: Any,
+    num_inference_steps: int | None = None,
+    *,
+    begin_index: int = 0,
+    clipping: str = "denoiser",
+    sigma_data: float | None = None,
+    **step_options: Any,
+) -> SchedulerRule:
+    """:func:`step_rule_from_scheduler` for who draws the noise as the scheduler does, and need not be told to."""
     _check_scheduler(scheduler, step_options)
     if clipping not in ("refuse", "denoiser"):
         raise ValueError(f'clipping: expected "refuse" or "denoiser", got {clipping!r}')
@@ -201,12 +228,6 @@ def _rule(
         table, path, independent = tabulate(linear, timesteps, _sigma_data(prepared, sigma_data))
         check_replay(linear, table)
         clip = clip_of(loop, table, path) if active else None
-    if not independent:
-        warnings.warn(
-            f"{loop.name} draws noise that is correlated between steps; pass noise=rule.noise(...) to solve, which "
-            "draws it as the scheduler does, and not a seed",
-            stacklevel=3,
-        )
     return SchedulerRule(table, float(getattr(prepared, "init_noise_sigma", 1.0)), independent, clip, linear)
 
 
