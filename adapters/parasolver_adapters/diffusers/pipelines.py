@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
 from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
 from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Streams
+from parasolver_adapters.diffusers.passes.following import refuse_what_is_not_followed
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
@@ -233,6 +234,7 @@ class Session:
         self._refuse()
         capture = self._capture(kwargs)
         streams.restore()
+        refuse_what_is_not_followed(capture)
         self._look(kwargs, capture, streams)
         self._replayed = iter(self._remembered)
         replay = Replay(self.pipe, self.run, self.choices, capture, self._deadline)

@@ -93,6 +93,16 @@ class Program:
             perform(operation, values)
         return values[self.x] if self.x else None, values[self.m]
 
+    def sample(self, state: torch.Tensor) -> torch.Tensor | None:
+        """The ``x`` that the step makes of a state before it calls a network; None if it comes after that."""
+        values: list[Any] = [None] * self.size
+        values[0] = dense(state.to(self.dtype, copy=self.mutates))
+        for operation in self.operations:
+            if isinstance(operation, Call):
+                break
+            perform(operation, values)
+        return values[self.x]
+
     def prune(self) -> None:
         """Forget operations whose results nobody reads, unless some are done in place."""
         if self.mutates:

@@ -61,12 +61,12 @@ class SchedulerRule(FixedRule):
     init_noise_sigma: float
     independent_noise: bool
     clip: Clip | None = field(repr=False)
-    _loop: Loop = field(repr=False)
+    loop: Loop = field(repr=False)
 
     @property
     def predicts(self) -> str | None:
         """What the scheduler is configured to be given, if that is one of the names of ``prediction_type``."""
-        configured = self._loop.scheduler.config.get("prediction_type")
+        configured = self.loop.scheduler.config.get("prediction_type")
         configured = {"flow_prediction": "flow"}.get(configured, configured)
         return configured if configured in get_args(PredictionType) else None
 
@@ -108,17 +108,17 @@ class SchedulerRule(FixedRule):
         zero = torch.zeros(tuple(shape), dtype=dtype, device=device)
         listener, stream = Listener(), torch.get_rng_state()
         with torch.device("cpu"):  # where the scheduler's tables are
-            for _ in self._loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
+            for _ in self.loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
                 pass
         if generator is not None and (listener.global_stream or not torch.equal(stream, torch.get_rng_state())):
             raise ValueError(
-                f"generator: {self._loop.name} ignores it and draws from the global stream; pass None and call "
+                f"generator: {self.loop.name} ignores it and draws from the global stream; pass None and call "
                 "torch.manual_seed before"
             )
         kept = torch.promote_types(dtype, torch.float32)  # the solver's sums have at least that
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # as not every device has float64
             states = [torch.zeros(tuple(shape), dtype=torch.float64)]
-            run = self._loop.run(lambda node: states[0], states[0], listener.playback(), given)
+            run = self.loop.run(lambda node: states[0], states[0], listener.playback(), given)
             states.extend(output.prev_sample for _, _, output in run)
             noise = torch.zeros((len(self.timesteps), *shape), dtype=kept)
         for i, term in enumerate(noise_terms(states, self.table.a)):

@@ -48,7 +48,12 @@ class Loop:
         return type(self.scheduler).__name__
 
     def run(
-        self, network: Network, x: torch.Tensor, mode: TorchFunctionMode, generator: Any = None
+        self,
+        network: Network,
+        x: torch.Tensor,
+        mode: TorchFunctionMode,
+        generator: Any = None,
+        changed: Callable[[int, torch.Tensor], torch.Tensor] = lambda i, x: x,
     ) -> Iterator[tuple[Node, torch.Tensor, Any]]:
         """``(node, m, output of the scheduler's step)`` of each network call in turn.
 
@@ -57,6 +62,7 @@ class Loop:
             x: the first state, (batch, channels, ...).
             mode: what the scheduler runs in, for example ``Float64(no_noise)``.
             generator: passed to ``step`` where it takes one.
+            changed: ``changed(i, x)`` is given to step i in the place of the state that the step before it returns.
         """
         scheduler = copy.deepcopy(self.scheduler)
         step = _stepper(scheduler, self.timesteps, dict(self.options), generator)
@@ -67,8 +73,8 @@ class Loop:
             m = network(node)
             with torch.no_grad(), mode:
                 output = step(i, m, x)
-            x = output.prev_sample
             yield node, m, output
+            x = changed(i + 1, output.prev_sample)
 
 
 @dataclass(frozen=True)
