@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
+from parasolver_adapters.diffusers.passes.changes import Kept
 from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
 from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Streams
 from parasolver_adapters.diffusers.passes.following import refuse_what_is_not_followed
@@ -203,7 +204,7 @@ class Session:
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run, self._processors = self.run, processors_of(self.pipe)
+        run, self._processors, self._scheduler = self.run, processors_of(self.pipe), Kept(self.pipe.scheduler)
         run.stats, run.status, run.reason, run.latents, run.steps = Stats(), None, None, None, 0
         run.error_estimate, self._deadline = 0.0, Deadline(self.choices.max_seconds)
         try:
@@ -222,6 +223,7 @@ class Session:
             return self._parallel(kwargs, streams)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
             run.reason = str(error)
+            self._scheduler.put_back()
             if self.choices.fallback == "error" or self._too_late:
                 raise PipelineNotParallelError(run.reason) from error
         warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=4)
@@ -303,6 +305,7 @@ class Session:
             ) from error
         finally:
             put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
+            self._scheduler.put_back()
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
         counter = _Counter(self.run, self.choices.preview)

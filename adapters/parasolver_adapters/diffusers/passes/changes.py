@@ -62,6 +62,47 @@ class Settings:
         return [(leaf, version_of(leaf)) for leaf in leaves], form
 
 
+class Kept:
+    """What a scheduler keeps, to be compared and to be put back."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._values = {name: (value, version_of(value), _copied(value)) for name, value in vars(scheduler).items()}
+
+    def changed_tables(self) -> list[str]:
+        """The names of tables of the schedule, and of the configuration, that are others now."""
+        now = vars(self._scheduler)
+        names = [name for name, kept in self._values.items() if not _is_same_table(*kept, now.get(name))]
+        return ["config" if name == "_internal_dict" else name for name in names]
+
+    def put_back(self) -> None:
+        """Everything is as it was, in the same tensors and lists."""
+        attributes = vars(self._scheduler)
+        attributes.clear()
+        attributes.update({name: value for name, (value, _, _) in self._values.items()})
+        for value, version, copied in self._values.values():
+            if isinstance(value, torch.Tensor) and was_written(value, version):
+                with torch.no_grad():
+                    value.copy_(copied)
+            elif type(value) is list:
+                value[:] = copied
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return list(value) if type(value) is list else value
+
+
+def _is_same_table(value: Any, version: Any, copied: Any, now: Any) -> bool:
+    """Schedulers move theirs to the device of the state, and lose some; other values are no tables."""
+    if not isinstance(value, torch.Tensor):
+        return not isinstance(value, Mapping) or value is now
+    if value.ndim > 1 or (value is now and not was_written(value, version)):
+        return True
+    return isinstance(now, torch.Tensor) and torch.equal(copied.cpu(), now.cpu())
+
+
 def switches_of(pipe: Any) -> list[tuple[dict[str, Any], str]]:
     """Where the networks keep what pipelines and callbacks change between steps: IP-Adapter's scale, LoRA, GLIGEN."""
     modules = [module for network in networks_of(pipe).values() for module in network.modules()]

@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.passes.changes import (
+    Kept,
     are_same,
     positions_of,
     switches_of,
@@ -70,7 +71,7 @@ class Capture(Listener):
             self._defaults = {name: parameter.default for name, parameter in known.items()}
         options = _options(given, scheduler, self._defaults)
         if self.start is None:
-            self._refuse()
+            self._refuse(options)
             self._switches = switches_of(self.pipe)
             self._positions = positions_of(self._switches)
             self.start, self.first = x.detach().clone(), m.detach().clone()
@@ -88,11 +89,16 @@ class Capture(Listener):
                 raise PipelineNotParallelError(
                     f"the state changes its shape on the way, from {tuple(self.start.shape)} to {tuple(x.shape)}"
                 )
+            if changed := self._tables.changed_tables():
+                raise PipelineNotParallelError(
+                    f"the loop changes the scheduler between two steps ({', '.join(changed)}); set it before the loop"
+                )
             self.programs.append(self.recorder.finish(x, m))
         self._narrow(given["timestep"])
         self.timesteps.append(given["timestep"])
         given["model_output"] = self.first  # finite, unlike what zeros may have been turned into
         output = step(**given)
+        self._tables = Kept(scheduler)
         if len(self.timesteps) == self.expected:
             raise CaptureDone
         state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
@@ -127,8 +133,12 @@ class Capture(Listener):
             )
         self.rule = _rule(self.scheduler, self.begin, self.options)
 
-    def _refuse(self) -> None:
+    def _refuse(self, options: Mapping[str, Any]) -> None:
         """What the pipeline has set for its loop; in half precision the comparison of a batch could miss it."""
+        if "variance_noise" in options:
+            raise PipelineNotParallelError(
+                "the loop gives scheduler.step the noise of each step (variance_noise); pass generator=... instead"
+            )
         for network, processors in processors_of(self.pipe):
             kinds = {type(processor).__name__ for processor in processors.values()}
             splitting = {kind for kind in kinds if kind.startswith("PAG")}

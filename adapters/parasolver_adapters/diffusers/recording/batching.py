@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class Networks:
 
     def _batch(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
         self.calls += 1
+        with nullcontext() if call.autocast is None else call.autocast.again():
+            return self._forward(call, nodes)
+
+    def _forward(self, call: Call, nodes: list[list[Any]]) -> list[list[Any]]:
         forward = self._forwards[id(call.module)]
         if len(nodes) == 1:
             args, kwargs = tree_unflatten(nodes[0], call.spec)

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from parasolver_adapters.diffusers.recording.leaving import Exits
-from parasolver_adapters.diffusers.recording.programs import Call, Operation, Program, Ref, indices_of
+from parasolver_adapters.diffusers.recording.programs import Autocast, Call, Operation, Program, Ref, indices_of
 from parasolver_adapters.diffusers.recording.standins import copies, place_of, stand_in
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 
@@ -120,8 +120,9 @@ class Recorder(TorchDispatchMode):
         if not reads:
             return func(*args, **kwargs)
         mutates = self._check(func, args, kwargs)
-        result = func(*args, **kwargs)
         program = self.program
+        kept_args, kept_kwargs = self._kept((recorded_args, recorded_kwargs), (len(program.operations),))
+        result = func(*args, **kwargs)
         if len(program.operations) >= MOST_OPERATIONS:
             raise PipelineNotParallelError(
                 f"more than {MOST_OPERATIONS} operations between two steps; the network has to be a component of the "
@@ -135,7 +136,7 @@ class Recorder(TorchDispatchMode):
             results = [self._number(part) if isinstance(part, torch.Tensor) else None for part in result]
         if not self._predicted.isdisjoint(reads):
             self._predicted |= indices_of(results)
-        program.operations.append(Operation(func, recorded_args, recorded_kwargs, tuple(reads), results))
+        program.operations.append(Operation(func, kept_args, kept_kwargs, tuple(reads), results))
         return result
 
     def call(self, module: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -196,18 +197,28 @@ class Recorder(TorchDispatchMode):
         outputs = [stand_in(leaf, leaves) for leaf in reference.outputs]
         results = [self._number(output) if isinstance(output, torch.Tensor) else program.new() for output in outputs]
         self._predicted.update(results)
-        program.operations.append(Call(module, constants, spec, rows, batched, (key, *rest), reads, results))
+        cast = Autocast.now(leaves)
+        program.operations.append(Call(module, constants, spec, rows, batched, (key, *rest), reads, results, cast))
         return tree_unflatten(outputs, reference.spec)
 
-    def _intern(self, key: tuple[Any, ...], leaf: Any) -> Any:
-        """The same object as in earlier steps for an equal tensor, so that conditioning is kept once."""
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= 1:
+    def _kept(self, value: Any, place: tuple[Any, ...]) -> Any:
+        """An argument with copies of its tensors, which the loop may write into later."""
+        if isinstance(value, torch.Tensor):
+            return self._intern(place, value)
+        if type(value) is tuple or type(value) is list:
+            return type(value)([self._kept(item, (*place, at)) for at, item in enumerate(value)])
+        if type(value) is dict:
+            return {key: self._kept(item, (*place, key)) for key, item in value.items()}
+        return value
+
+    def _intern(self, place: tuple[Any, ...], leaf: Any) -> Any:
+        """A copy of a tensor, the same as at this place in earlier steps if it is equal: conditioning is kept once."""
+        if place_of(leaf) is None or isinstance(leaf, torch.nn.Parameter):
             return leaf
-        known = self._constants.get(key)
-        if known is not None and (known is leaf or torch.equal(known, leaf)):
-            return known
-        self._constants[key] = leaf
-        return leaf
+        known = self._constants.get(place)
+        if known is None or known.dtype != leaf.dtype or known.device != leaf.device or not torch.equal(known, leaf):
+            known = self._constants[place] = leaf.detach().clone()
+        return known
 
     def _number(self, tensor: torch.Tensor) -> int:
         assert self.program is not None
@@ -256,7 +267,8 @@ class Recorder(TorchDispatchMode):
 
 def form_of_call(module: torch.nn.Module, kwargs: dict[str, Any], leaves: Iterable[Any]) -> tuple[Any, ...]:
     """Equal for calls whose outputs are of one form."""
-    return (id(module), *kwargs, *map(_form, leaves))
+    leaves = list(leaves)
+    return (id(module), Autocast.now(leaves), *kwargs, *map(_form, leaves))
 
 
 def _form(leaf: Any) -> Any:

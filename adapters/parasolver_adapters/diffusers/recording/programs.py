@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,27 @@ class Operation:
     results: int | list[int | None] | None
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """Whether a network is called with autocast, on the device of its arguments."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, leaves: Iterable[Any]) -> Autocast | None:
+        """As it is for a call with these arguments; None on a device without it."""
+        device = next((leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)), "cpu")
+        if not torch.amp.is_autocast_available(device):
+            return None
+        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def again(self) -> Any:
+        """A context in which it is so."""
+        return torch.autocast(self.device, self.dtype, self.enabled)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of a network.
@@ -44,6 +65,7 @@ class Call:
         signature: equal for calls that can be made as one.
         reads: the values among the arguments.
         results: numbers of the tensors in its output.
+        autocast: under which it is made.
     """
 
     module: torch.nn.Module
@@ -54,6 +76,7 @@ class Call:
     signature: tuple[Any, ...]
     reads: tuple[int, ...]
     results: list[int]
+    autocast: Autocast | None = None
 
 
 @dataclass(eq=False)
@@ -94,13 +117,12 @@ class Program:
         return values[self.x] if self.x else None, values[self.m]
 
     def sample(self, state: torch.Tensor) -> torch.Tensor | None:
-        """The ``x`` that the step makes of a state before it calls a network; None if it comes after that."""
+        """The ``x`` that the step makes of a state without its networks; None if it depends on what they say."""
         values: list[Any] = [None] * self.size
         values[0] = dense(state.to(self.dtype, copy=self.mutates))
         for operation in self.operations:
-            if isinstance(operation, Call):
-                break
-            perform(operation, values)
+            if not isinstance(operation, Call) and all(values[number] is not None for number in operation.reads):
+                perform(operation, values)
         return values[self.x]
 
     def prune(self) -> None:
