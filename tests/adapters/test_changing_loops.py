@@ -167,3 +167,41 @@ def test_noise_that_the_loop_draws_itself_is_refused(each: float) -> None:
     scheduler = DDIM(clip_sample=False)
     with pytest.raises(PipelineNotParallelError, match="noise of each step"):
         parallel_loop(loop, 8, scheduler=scheduler, networks=[NET])(scheduler, randn(2, 6))
+
+
+@pytest.mark.parametrize("kept", ["the last", "all"])
+@pytest.mark.parametrize("make", [lambda: DDIM(clip_sample=False), diffusers.UniPCMultistepScheduler])
+def test_outputs_of_networks_that_the_loop_keeps(make: Any, kept: str) -> None:
+    """They were zeros."""
+
+    def loop(scheduler: Any, x: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
+        scheduler.set_timesteps(STEPS)
+
+        def predict(i: int, t: Any, x: Tensor) -> Tensor:
+            unguided, guided = NET(torch.cat([x, x]), t, condition=torch.ones(4, 1, dtype=x.dtype)).chunk(2)
+            outputs.append(guided)
+            return unguided + 2 * (guided - NET(x, t))
+
+        run(scheduler, x, predict)
+        return outputs[-1] if kept == "the last" else torch.cat(outputs)
+
+    is_right(loop, make)
+
+
+def test_a_network_whose_output_no_step_reads() -> None:
+    critic = Net()
+
+    def loop(scheduler: Any, x: Tensor) -> Tensor:
+        values: list[Tensor] = []
+        scheduler.set_timesteps(STEPS)
+
+        def predict(i: int, t: Any, x: Tensor) -> Tensor:
+            values.append(critic(x, t).mean())
+            return NET(x, t)
+
+        return run(scheduler, x, predict) + torch.stack(values).mean()
+
+    want, scheduler = loop(DDIM(clip_sample=False), randn(2, 6)), DDIM(clip_sample=False)
+    sample = parallel_loop(loop, 8, scheduler=scheduler, networks=[NET, critic], tolerance=0.0)
+    assert distance(sample(scheduler, randn(2, 6)), want) < SINGLE

@@ -12,7 +12,7 @@ import torch
 from parasolver_adapters.diffusers import parallel_sampling
 from parasolver_adapters.diffusers.options import Choices
 from tests.adapters.looping_pipelines import STEPS, looping, predict, refused
-from tests.adapters.test_second_pass import part_of, rule_of
+from tests.adapters.replay_parts import part_of, rule_of
 from tests.adapters.tiny_pipelines import SINGLE, distance, randn
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")

@@ -14,27 +14,17 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from parasolver_adapters.diffusers import PipelineNotParallelError
-from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.options import Choices
 from parasolver_adapters.diffusers.passes import second_pass
 from parasolver_adapters.diffusers.passes.following import worth
-from parasolver_adapters.diffusers.passes.second_pass import Replay, _correct
+from parasolver_adapters.diffusers.passes.second_pass import _correct
 from parasolver_adapters.diffusers.recording.capture import Reference, form_of_call
 from parasolver_core import DDIM, ConvergenceError, NoiseSchedule, NonFiniteError, Status
 from parasolver_core.solution import RoundRecord, Stats
+from tests.adapters.replay_parts import part_of, rule_of
 
 SCHEDULE = NoiseSchedule.linear()
 TABLE = DDIM(SCHEDULE, eta=0.5).recurrence(SCHEDULE.timesteps(4))
-
-
-def rule_of(memory: int = 1, b: float = 4.0, clip: Any = None) -> Any:
-    table = SimpleNamespace(
-        memory=memory,
-        a=np.array([[1.0], [2.0]]),
-        b=np.array([[1.0], [b]]),
-        held=np.array([[1.0, 1.0], [3.0, -0.5]]),
-        advance=lambda i, xs, ms, z: 2 * xs[0] + 3 * ms[0] + (0 if z is None else z),
-    )
-    return SimpleNamespace(table=table, clip=clip)
 
 
 def test_what_a_change_of_the_state_is_worth_in_outputs() -> None:
@@ -53,26 +43,6 @@ def test_outputs_are_corrected_for_clipping_and_for_changed_states() -> None:
     clip = SimpleNamespace(correct_all=lambda nodes, x, m: x + 10 * m + nodes[0])
     assert _correct(rule_of(clip=clip), [1], states[:1], None, m[:1]).tolist() == [[52.0] * 3]
     assert _correct(rule_of(clip=clip), [1], states[:1], x[:1], m[:1]).tolist() == [[54.0 + 1] * 3]
-
-
-class Part(Replay):
-    """A pass with these members, in the middle of a loop of four steps of two samples."""
-
-    def __init__(self, **members: Any) -> None:
-        capture = SimpleNamespace(
-            timesteps=[0, 1, 2, 3], unchanged=True, start=torch.zeros(2, 3), recorder=SimpleNamespace(references={})
-        )
-        state = SimpleNamespace(stats=Stats(), steps=[0], statuses=[Status.RUNNING], halted=None)
-        vars(self).update(
-            _pipe=SimpleNamespace(), _run=ParallelRun(), _choices=Choices.checked(), _capture=capture, _rule=rule_of(),
-            _state=state, _step=0, _plain=False, _calling_back=False, called_back=False, _shared=None, _blanks={},
-            _estimate=None, _noise=None, _batch=2, _history=[], _denoiser=SimpleNamespace(outputs={}),
-        )  # fmt: skip
-        vars(self).update(members)
-
-
-def part_of(**members: Any) -> Any:
-    return Part(**members)
 
 
 X, M = torch.ones(2, 3), torch.full((2, 3), 2.0)
@@ -247,17 +217,22 @@ class Net(torch.nn.Module):
         ({"_calling_back": True}, True),
     ],
 )
-def test_networks_answer_blanks_while_the_solver_is_followed(members: dict[str, Any], real: bool) -> None:
+def test_networks_answer_what_they_have_said_while_the_solver_is_followed(members: dict[str, Any], real: bool) -> None:
     net = Net()
     part = part_of(**{"_step": 1} | members)
-    outputs = [X.T + 5, "flag"]
-    references = part._capture.recorder.references
-    references[form_of_call(net, {}, [X])] = Reference([X], outputs, tree_flatten((1, 2))[1])
+    key, called = form_of_call(net, {}, [X]), []
+    part._until = lambda steps: called.append(steps) or X
+    part._capture.programs = [SimpleNamespace(calls=lambda form: form == key)] * 3
+    part._capture.recorder.references[key] = Reference([X], [X.T + 5, "flag"], tree_flatten((1, 2))[1])
+    part._denoiser.answers[part._step] = [("other", []), (key, [X.T * 7, "flag"]), (key, [X.T * 8, "flag"])]
     got, flag = part.network(net, net.forward, (X,), {})
     assert flag == "flag"
-    assert torch.equal(got, X + 1 if real else torch.zeros(3, 2))
+    assert torch.equal(got, X + 1 if real else X.T * 7)
     if not real:
-        assert part.network(net, net.forward, (X + 1,), {})[0] is got  # nobody looks at it
+        assert called == [part._step + 1]
+        assert part._target == (part._step, X)
+        assert torch.equal(part.network(net, net.forward, (X,), {})[0], X.T * 8)
+        assert torch.equal(part.network(net, net.forward, (X,), {})[0], 0 * X.T)  # it was not evaluated
         other, _ = part.network(net, net.forward, (torch.ones(5),), {})  # of another kind
         assert torch.equal(other, torch.full((5,), 2.0))
 

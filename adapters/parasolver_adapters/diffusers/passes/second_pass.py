@@ -60,7 +60,7 @@ class Replay(Listener):
         self._step, self._plain, self._calling_back = 0, False, False
         self.called_back = False  # too late to begin again
         self._shared = self._denoiser if isinstance(self._denoiser, SharedDenoiser) else None
-        self._blanks: dict[tuple[Any, ...], Any] = {}
+        self._target: tuple[int, torch.Tensor] = -1, capture.start  # a step, and what it leads to
         self._prelude = Prelude(capture.prelude)
         capture.prelude.clear()
         self._history: list[RoundRecord] = []
@@ -68,7 +68,7 @@ class Replay(Listener):
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._plain or self._calling_back or self._step == len(self._capture.timesteps):
             return forward(*args, **kwargs)
-        return self._blank(module, forward, args, kwargs)
+        return self._answer(module, forward, args, kwargs)
 
     def step(self, scheduler: Any, step: Callable[..., Any], given: dict[str, Any]) -> Any:
         if self._calling_back:
@@ -90,9 +90,10 @@ class Replay(Listener):
                 "two calls of the pipeline start from different latents; pass generator=..., and no function that "
                 "draws random numbers of its own"
             )
-        target = self._until(i + 1)
+        target = self._reach(i)
         if i == 0 and not self._over():
             self._round()  # the first batch: a pipeline that is refused for it is refused before its first callback
+        self._denoiser.answers.pop(i, None)
         known = i in self._denoiser.outputs
         given["model_output"] = self._denoiser.outputs.pop(i) if known else self._expected(i, given)
         output = step(**given)
@@ -157,17 +158,23 @@ class Replay(Listener):
             causes += "; the loop changes the state between them, which a scheduler of one step allows (DDIM, Euler)"
         return f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; {causes}"
 
-    def _blank(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Zeros in the form of the network's output, as nobody will look at it; calls of other kinds are made."""
-        if self._step == 0:
+    def _answer(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the network has said at this step, as the loop may keep it; zeros at a node that was not evaluated.
+
+        Calls that no step of the scheduler reads are made.
+        """
+        i = self._step
+        if i == 0:
             return self._prelude.answer(module, forward, args, kwargs)
         key = form_of_call(module, kwargs, tree_leaves((args, kwargs)))
-        if key not in self._blanks:
-            reference = self._capture.recorder.references.get(key)
-            if reference is None:
-                return forward(*args, **kwargs)
-            self._blanks[key] = tree_unflatten([zeros(output) for output in reference.outputs], reference.spec)
-        return self._blanks[key]
+        reference = self._capture.recorder.references.get(key)
+        if reference is None or not self._capture.programs[i - 1].calls(key):
+            return forward(*args, **kwargs)
+        self._reach(i)
+        answers = self._denoiser.answers.get(i, [])
+        at = next((at for at, (known, _) in enumerate(answers) if known == key), None)
+        outputs = [zeros(output) for output in reference.outputs] if at is None else answers.pop(at)[1]
+        return tree_unflatten(outputs, reference.spec)
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with callbacks that tell us when they change what the pipeline goes on with."""
@@ -221,6 +228,12 @@ class Replay(Listener):
             return batch_of(self._solver.result(self._state), self._run.stats)
         except Exception:  # the estimate is made from what the exception has interrupted
             return self._run.so_far(status)
+
+    def _reach(self, i: int) -> torch.Tensor:
+        """What step i leads to; rounds are made when its networks are called, or at the step itself."""
+        if self._target[0] != i:
+            self._target = i, self._until(i + 1)
+        return self._target[1]
 
     def _until(self, steps: int) -> torch.Tensor:
         """Rounds until so many steps are final; the state after them, ``(batch, *event)``."""

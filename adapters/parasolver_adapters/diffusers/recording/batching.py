@@ -147,6 +147,7 @@ class RecordedDenoiser:
         self._programs, self._first, self._networks, self._correct = programs, first, networks, correct
         self._steps = Together(programs)
         self.outputs: dict[int, torch.Tensor] = {}  # of each node, as the pipeline would give it to its scheduler
+        self.answers: dict[int, list[tuple[Any, list[Any]]]] = {}  # its network calls, in order: their form and outputs
 
     def __call__(self, x: torch.Tensor, nodes: torch.Tensor, rows: Rows | None = None, /) -> torch.Tensor:
         numbers = nodes.tolist() if rows is None else rows.steps.tolist()
@@ -167,6 +168,7 @@ class RecordedDenoiser:
 
     def _run(self, groups: dict[Any, list[int]], numbers: list[int], x: torch.Tensor) -> dict[Any, tuple[Any, Any]]:
         """``(x, m)`` of the rows of each group; their network calls are made together."""
+        self.answers.update({node: [] for node in numbers})
         runs = {
             kind: self._steps.run([numbers[row] - 1 for row in group], _chosen(x, group))
             for kind, group in groups.items()
@@ -185,6 +187,9 @@ class RecordedDenoiser:
                 self._networks.together([request for requested in requests.values() for request in requested])
             )
             waiting = {kind: [next(outputs) for _ in requested] for kind, requested in requests.items()}
+            for kind, requested in requests.items():
+                for row, (call, _), output in zip(groups[kind], requested, waiting[kind], strict=True):
+                    self.answers[numbers[row]].append((call.signature[0], output))
         return results
 
 

@@ -116,6 +116,10 @@ class Program:
             perform(operation, values)
         return values[self.x] if self.x else None, values[self.m]
 
+    def calls(self, form: Any) -> bool:
+        """Whether the step calls a network in this form."""
+        return any(isinstance(operation, Call) and operation.signature[0] == form for operation in self.operations)
+
     def sample(self, state: torch.Tensor) -> torch.Tensor | None:
         """The ``x`` that the step makes of a state without its networks; None if it depends on what they say."""
         values: list[Any] = [None] * self.size
