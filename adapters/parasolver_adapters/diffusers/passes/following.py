@@ -20,7 +20,7 @@ _SINGLE = 1e-6  # tables of schedulers are float32
 
 
 def refuse_what_is_not_followed(capture: Capture) -> None:
-    """Run the scheduler and its table side by side, with the loop's changes and random outputs of the network."""
+    """Run the scheduler and its table side by side, with the loop's changes and a network of about the right slope."""
     table, programs = capture.rule.table, capture.programs
     if capture.unchanged or table.memory == 1:
         return
@@ -41,8 +41,8 @@ def refuse_what_is_not_followed(capture: Capture) -> None:
     stream = torch.Generator().manual_seed(0)
     start = capture.start.to("cpu", torch.float64)
 
-    def network(node: Node) -> torch.Tensor:
-        return torch.randn(start.shape, generator=stream, dtype=torch.float64)
+    def network(node: Node) -> torch.Tensor:  # states stay in the range of half precision
+        return node.x * float(table.slope[node.index]) + torch.randn(start.shape, generator=stream, dtype=start.dtype)
 
     states, outputs, given = [start], [], start
     limit = max(torch.finfo(capture.first.dtype).eps ** 0.5, torch.finfo(capture.start.dtype).eps ** 0.5, _SINGLE)
