@@ -1,7 +1,7 @@
 """Random fields, integrated in parallel and by the plain loop: ``python -m tests.fuzz.odeint --seed 0 --count 1000``.
 
-An answer that is further from the plain loop's than ``LIMITS`` allow, and was not announced, is a failure. Every
-problem follows from its seed alone, and each failure is printed with the command that repeats it.
+An answer or a gradient that is further from the plain loop's than ``LIMITS`` allow, and was not announced, is a
+failure. Every problem follows from its seed alone, and each failure is printed with the command that repeats it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat.numpy
-import array_api_compat.torch
 import numpy as np
 import torch
 
@@ -22,249 +19,95 @@ from parasolver_adapters.vector_field import SequentialFallbackWarning, integrat
 from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS
 from parasolver_core.arrays import to_host
 from parasolver_core.errors import NonFiniteError
+from tests.fuzz import couplings, extremes, fields, wide
+from tests.fuzz.fields import Draw, Field
 
 # Of the local scale: what docs/odeint.md promises, a little more than rounding may show without a word.
 LIMITS = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 3e-5}
 # Of the largest element of the state: below, what an element is follows from the rounding of others, by the loop too.
 LEAST = {np.dtype(np.float64): 1e-3, np.dtype(np.float32): 1.0}
-Field = Callable[[Any, Any], Any]
+FAMILIES = (*fields.FAMILIES, *wide.FAMILIES, *couplings.FAMILIES, *extremes.FAMILIES)
+RUNGE_KUTTA = [name for name in METHODS if not name.startswith("ab")]
+SAME_FOR_THE_LOOP = ("method", "linear", "substeps")
 
 
 @dataclass
-class Draw:
-    """One random problem, from its seed.
+class Drawn:
+    """A problem.
 
     Args:
-        seed: gives the same problem each time.
+        draw: its words and library.
+        f, y0, t, options: arguments of ``integrate``.
+        gradients: whether these are compared.
     """
 
-    seed: int
-    words: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rng = np.random.default_rng(self.seed)
-        self.torch = bool(self.rng.random() < 0.5)
-        self.xp: Any = array_api_compat.torch if self.torch else array_api_compat.numpy
-        self.dtype = np.dtype(np.float32 if self.rng.random() < 0.2 else np.float64)
-        self.words += ["torch" if self.torch else "numpy", str(self.dtype)]
-
-    def pick(self, *choices: Any) -> Any:
-        """One of them."""
-        return choices[int(self.rng.integers(len(choices)))]
-
-    def real(self, lo: float, hi: float) -> float:
-        """Uniform."""
-        return float(self.rng.uniform(lo, hi))
-
-    def log(self, lo: float, hi: float) -> float:
-        """Uniform in the logarithm."""
-        return float(np.exp(self.rng.uniform(np.log(lo), np.log(hi))))
-
-    def array(self, values: Any) -> Any:
-        """In the library and dtype of the problem."""
-        host = np.array(values, dtype=self.dtype)
-        return torch.from_numpy(host) if self.torch else host
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Any:
-        """Gaussian."""
-        return self.array(scale * self.rng.standard_normal(shape))
+    draw: Draw
+    f: Field
+    y0: Any
+    t: np.ndarray
+    options: dict[str, Any]
+    gradients: bool
 
 
-def problem(seed: int) -> tuple[Draw, Field, Any, np.ndarray, dict[str, Any]]:
-    """Field, first state, times and options of the problem with that seed."""
+def problem(seed: int) -> Drawn:
+    """The problem with that seed."""
     draw = Draw(seed)
+    few = draw.rng.random() < 0.08
+    if few:
+        draw.n = int(draw.log(8, 64))
     family = draw.pick(*FAMILIES)
     draw.words.append(family.__name__.strip("_"))
     f, shape, end = family(draw)
     y0 = draw.normal(*shape, scale=draw.pick(0.1, 1.0, 1.0, 3.0))
-    n = int(draw.log(64, 1500))
-    t = np.linspace(0.0, end, n + 1)
-    if draw.rng.random() < 0.3:
-        t = end * np.cumsum(np.append(0.0, draw.rng.uniform(0.3, 1.0, n)))
+    if draw.rng.random() < 0.06:
+        y0 = y0 * draw.pick(*((1e-200, 1e-30, 1e30, 1e150) if draw.dtype.itemsize == 8 else (1e-30, 1e-12, 1e12)))
+        draw.words.append(f"y0 up to {np.max(np.abs(to_host(y0))):.1g}")
+    if draw.rng.random() < 0.05:
+        y0 = y0 * draw.array(10.0 ** draw.rng.uniform(-12, 3, shape))
+        draw.words.append("y0 of all sizes")
+    t, options = times(draw, end), choices(draw, shape, few)
+    words = [f"state {tuple(shape)}", f"{len(t) - 1} steps to {t[-1]:.3g}", *(f"{k}={v}" for k, v in options.items())]
+    gradients = draw.torch and draw.rng.random() < 0.3
+    draw.words += words + ["gradients"] * gradients
+    return Drawn(draw, f, y0, t, options, gradients)
+
+
+def times(draw: Draw, end: float) -> np.ndarray:
+    """Of equal or unequal steps, forwards, backwards or below zero."""
+    n, t = draw.n, np.linspace(0.0, end, draw.n + 1)
+    kind = draw.rng.random()
+    if kind < 0.3:
+        widths = draw.rng.uniform(0.3, 1.0, n)
+        if kind < 0.1:
+            widths = np.exp(draw.rng.uniform(np.log(1e-4), 0, n)) if kind < 0.05 else np.geomspace(1e-4, 1, n)
+        t = np.cumsum(np.append(0.0, widths))
         t = t * (end / t[-1])
     if draw.rng.random() < 0.4:
         t = t[::-1].copy() if draw.rng.random() < 0.5 else -t
-    method = draw.pick(*METHODS, *EXPONENTIAL)
+    return t
+
+
+def choices(draw: Draw, shape: tuple[int, ...], few: bool) -> dict[str, Any]:
+    """Options of ``integrate``."""
+    method = draw.pick(*RUNGE_KUTTA) if few else draw.pick(*METHODS, *EXPONENTIAL)
     options: dict[str, Any] = {"method": method}
+    if few:
+        options["few_steps"] = "parallel"
     if method in EXPONENTIAL:
         options["linear"] = draw.pick(-0.5, -3.0, 0.3) if draw.rng.random() < 0.7 or not shape else -draw.log(0.1, 30)
     if draw.rng.random() < 0.3:
         options["linearization"] = draw.pick("full", "diagonal", "secant", "identity")
     if draw.rng.random() < 0.2:
-        options["window"] = int(draw.log(64, 1000))
+        options["window"] = int(draw.log(1, 70) if few else draw.log(64, 1000))
     if draw.rng.random() < 0.2:
-        options["coarse_steps"] = draw.pick(5, 10, 80)
+        options["coarse_steps"] = draw.pick(1, 5, 10, 80)
     if draw.rng.random() < 0.1:
         options["tolerance"] = draw.pick(1e-9, 1e-12)
-    draw.words += [f"state {tuple(shape)}", f"{n} steps to {t[-1]:.3g}", *(f"{k}={v}" for k, v in options.items())]
-    return draw, f, y0, t, options
-
-
-def _linear(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    d = draw.pick(1, 2, 3, 5, 16, 40)
-    A = draw.normal(d, d, scale=draw.log(0.1, 30) / np.sqrt(d))
-    xp, w = draw.xp, draw.log(0.1, 10)
-    return lambda t, y: y @ A + xp.sin(w * t), draw.pick((d,), (3, d)), draw.log(0.2, 10)
-
-
-def _stiff_scalar(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    rate, w, xp = draw.log(1, 1000), draw.log(0.1, 10), draw.xp
-    return lambda t, y: -rate * (y - xp.sin(w * t)), draw.pick((), (1,), (4,)), draw.log(0.2, 10)
-
-
-def _stiff_van_der_pol(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    mu, xp = draw.log(0.3, 100), draw.xp
-    return _pair(xp, lambda t, x, v: (v, mu * (1 - x * x) * v - x)), (2,), draw.log(1, 40)
-
-
-def _lorenz(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, rho = draw.xp, draw.real(5, 60)
-
-    def f(t: Any, y: Any) -> Any:
-        x, v, z = y[..., 0], y[..., 1], y[..., 2]
-        return xp.stack([10 * (v - x), x * (rho - z) - v, x * v - z * (8 / 3)], axis=-1)
-
-    return f, draw.pick((3,), (2, 3)), draw.log(0.3, 30)
-
-
-def _lorenz_96(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, force = draw.xp, draw.real(2, 12)
-
-    def f(t: Any, y: Any) -> Any:
-        r = lambda k: xp.roll(y, k, axis=-1)  # noqa: E731
-        return (r(-1) - r(2)) * r(1) - y + force
-
-    return f, (draw.pick(5, 40),), draw.log(0.3, 20)
-
-
-def _duffing(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, a, w, c = draw.xp, draw.real(0, 8), draw.real(0.5, 2), draw.real(0, 0.3)
-    return _pair(xp, lambda t, x, v: (v, x - x**3 - c * v + a * xp.cos(w * t))), (2,), draw.log(1, 60)
-
-
-def _regrowth(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    """Decays to nothing, and grows again."""
-    xp, end = draw.xp, draw.log(1, 20)
-    a, middle = draw.log(1, 250) * 4 / end**2, end * draw.real(0.3, 0.6)
-    g = draw.pick(xp.tanh, xp.sin, lambda y: y * (1 - y), lambda y: y / (1 + y * y), lambda y: y)
-    other = draw.rng.random() < 0.5
-    if not other:
-        return lambda t, y: a * (t - middle) * g(y), draw.pick((), (1,), (3,)), end
-
-    def f(t: Any, y: Any) -> Any:
-        return xp.stack([a * (t - middle) * g(y[..., 0]), xp.cos(t + y[..., 1])], axis=-1)
-
-    return f if draw.rng.random() < 0.5 else _pair(xp, lambda t, x, v: (a * (t - middle) * g(x), -v + x)), (2,), end
-
-
-def _oscillating_rate(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, a, w = draw.xp, draw.log(1, 300), draw.log(0.3, 6)
-    forced = draw.pick(0.0, 1e-6, 1.0)
-    return lambda t, y: a * xp.cos(w * t) * y + forced * xp.sin(t), draw.pick((), (2,)), draw.log(1, 15)
-
-
-def _discontinuous(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, k, w, level = draw.xp, draw.log(0.3, 30), draw.log(0.3, 10), draw.real(-1, 1)
-    kind = draw.pick("sign", "sign of time", "step", "floor", "friction")
-    draw.words.append(kind)
-    if kind == "sign":
-        return lambda t, y: -k * xp.sign(y - level) + xp.cos(w * t), draw.pick((), (3,)), draw.log(0.5, 10)
-    if kind == "sign of time":
-        return lambda t, y: xp.sign(xp.sin(w * t)) - 0.3 * y, draw.pick((1,), (3,)), draw.log(0.5, 20)
-    if kind == "step":
-        return lambda t, y: xp.where(y > level, -k * y, 1.0 + 0 * y), draw.pick((1,), (3,)), draw.log(0.5, 10)
-    if kind == "floor":
-        return lambda t, y: xp.floor(4 * y) / 4 - y + xp.sin(w * t), draw.pick((1,), (3,)), draw.log(0.5, 10)
-    return _pair(xp, lambda t, x, v: (v, -x - xp.sign(v) * 0.2 + 0.5 * xp.cos(w * t))), (2,), draw.log(1, 30)
-
-
-def _clipped_by_norm(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    """By the norm of all that is given: wrong for a batch over times, once that is large enough."""
-    xp, d, limit = draw.xp, draw.pick(2, 3), draw.log(0.5, 100)
-    A = draw.normal(d, d, scale=2.0)
-    own = draw.rng.random() < 0.5
-    draw.words.append("of each state" if own else "of all")
-
-    def f(t: Any, y: Any) -> Any:
-        norm = xp.sqrt(xp.sum(y * y, axis=-1, keepdims=True)) if own else xp.sqrt(xp.sum(y * y))
-        return (y @ A) / xp.where(norm > limit, norm, limit + 0 * norm)
-
-    return f, (d,), draw.log(0.3, 10)
-
-
-def _coupled_through_statistics(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    """A largest value or a mean over all that is given, which matters only beyond a threshold."""
-    xp, a = draw.xp, draw.log(0.5, 20)
-    over = draw.pick(xp.max, xp.min, xp.mean)
-    return lambda t, y: xp.sin(t) - y + xp.where(over(y) > a, over(y), 0 * over(y)), (draw.pick(1, 3),), draw.log(1, 20)
-
-
-def _blow_up(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, p, a = draw.xp, draw.pick(2, 3, 4, 5), draw.log(0.01, 1)
-    sign = draw.pick(1.0, -1.0)
-    return lambda t, y: sign * a * y**p + 0.1 * xp.sin(t), draw.pick((), (1,), (4,)), draw.log(0.3, 10)
-
-
-def _network(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, d, h = draw.xp, draw.pick(2, 8, 40), draw.pick(4, 32)
-    A, B = (
-        draw.normal(d, h, scale=draw.log(0.3, 3) / np.sqrt(d)),
-        draw.normal(h, d, scale=draw.log(0.3, 10) / np.sqrt(h)),
-    )
-    c = draw.normal(h)
-    return lambda t, y: xp.tanh(y @ A + c * xp.sin(t)) @ B, draw.pick((d,), (2, d), (2, 2, d)), draw.log(0.3, 10)
-
-
-def _two_bodies(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    xp, soft = draw.xp, draw.pick(0.0, 0.1)
-
-    def f(t: Any, y: Any) -> Any:
-        cubed = (y[0] ** 2 + y[1] ** 2 + soft) ** 1.5
-        return xp.stack([y[2], y[3], -y[0] / cubed, -y[1] / cubed])
-
-    return f, (4,), draw.log(1, 30)
-
-
-def _scales_apart(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    """Elements of very different size, coupled or not."""
-    xp, small, rate = draw.xp, draw.log(1e-12, 1e-3), draw.real(-8, 8)
-    back = draw.pick(0.0, 1.0)
-    pair = _pair(xp, lambda t, x, v: (xp.cos(t) - x + back * v, rate * xp.cos(t) * v + small * x * draw_coupling))
-    draw_coupling = draw.pick(0.0, 1.0)
-    return pair, (2,), draw.log(1, 20)
-
-
-def _saddle(draw: Draw) -> tuple[Field, tuple[int, ...], float]:
-    """Grows in one direction and shrinks in the other, seen from turned axes."""
-    xp, a, b, angle = draw.xp, draw.log(0.3, 12), draw.log(0.3, 30), draw.real(0, 3)
-    c, s = np.cos(angle), np.sin(angle)
-    A = draw.array(np.array([[c, -s], [s, c]]) @ np.diag([a, -b]) @ np.array([[c, s], [-s, c]]))
-    w = draw.log(0.3, 5)
-    return lambda t, y: (y @ A) * xp.cos(w * t), draw.pick((2,), (3, 2)), draw.log(0.5, 10)
-
-
-def _pair(xp: Any, f: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Field:
-    return lambda t, y: xp.stack(list(f(t, y[0], y[1])))
-
-
-FAMILIES = (
-    _linear,
-    _stiff_scalar,
-    _stiff_van_der_pol,
-    _lorenz,
-    _lorenz_96,
-    _duffing,
-    _regrowth,
-    _oscillating_rate,
-    _discontinuous,
-    _clipped_by_norm,
-    _coupled_through_statistics,
-    _blow_up,
-    _network,
-    _two_bodies,
-    _scales_apart,
-    _saddle,
-)
+    if draw.rng.random() < 0.08:
+        options["substeps"] = draw.pick(2, 3)
+    if draw.rng.random() < 0.08:
+        options["batch_dims"] = int(draw.rng.integers(len(shape) + 1))  # right or not
+    return options
 
 
 def local_scale(states: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
@@ -279,26 +122,37 @@ def local_scale(states: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return np.maximum(np.maximum(around, LEAST[dtype] * whole), np.finfo(dtype).tiny)
 
 
+def solved(drawn: Drawn, options: dict[str, Any]) -> tuple[Any, list[Any], str]:
+    """The solution, the gradients of a sum of it with random weights, and what was warned of."""
+    factor: Any = torch.tensor(1.0, dtype=torch.float64).requires_grad_() if drawn.gradients else 1
+    y0 = drawn.y0.clone().requires_grad_() if drawn.gradients else drawn.y0
+    f = (lambda t, y: drawn.f(t, y) * factor.to(y.dtype)) if drawn.gradients else drawn.f
+    gradients: list[Any] = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        solution = integrate(f, y0, drawn.t, throw=False, **options)
+        if drawn.gradients and solution.success:
+            weights = np.random.default_rng(0).standard_normal(tuple(solution.states.shape))
+            weights = torch.from_numpy(weights).to(y0.dtype) / solution.states.detach().abs().amax().clamp(min=1e-300)
+            (solution.states * weights).sum().backward()
+            gradients = [y0.grad, factor.grad]
+    told = [str(w.message) for w in seen if issubclass(w.category, SequentialFallbackWarning)]
+    return solution, gradients, "; ".join(told)
+
+
 def run(seed: int) -> tuple[str, str]:
     """``("", what)`` where all is well, and what is wrong otherwise; with the problem in words."""
-    draw, f, y0, t, options = problem(seed)
-    plain = {key: options[key] for key in ("method", "linear") if key in options}
-    told = ""
+    drawn, told, got = problem(seed), "", None
+    plain = {key: drawn.options[key] for key in SAME_FOR_THE_LOOP if key in drawn.options}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            want = integrate(f, y0, t, linearization="sequential", throw=False, **plain)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            got = integrate(f, y0, t, throw=False, **options)
-        told = "; ".join(str(w.message) for w in seen if issubclass(w.category, SequentialFallbackWarning))
-        wrong = compare(got, want, draw, options.get("tolerance", 0.0))
+        want, wanted, _ = solved(drawn, {**plain, "linearization": "sequential"})
+        got, gradients, told = solved(drawn, drawn.options)
+        wrong = compare(got, want, drawn.draw, drawn.options.get("tolerance", 0.0)) or astray(gradients, wanted)
     except NonFiniteError:
         raise
     except Exception as error:
         wrong = f"{type(error).__name__}: {error}"
-        got = None
-    words = ", ".join(draw.words)
+    words = ", ".join(drawn.draw.words)
     if got is not None:
         words += f" [{got.linearization}, {got.batching}, {got.windows} windows, {got.rounds} rounds"
         words += f", {got.sequential_steps} in turn, {got.calls} calls]"
@@ -318,6 +172,19 @@ def compare(got: Any, want: Any, draw: Draw, tolerance: float) -> str:
     limit = max(LIMITS[draw.dtype], 1e3 * tolerance)  # which is of the largest element of a state
     if not far[worst] <= limit:
         return f"off by {far[worst]:.2g} at node {worst}: {a[worst]!r} for {b[worst]!r}"
+    return ""
+
+
+def astray(got: list[Any], want: list[Any]) -> str:
+    """Why the gradients are not the plain loop's: of the largest element of each."""
+    for name, a, b in zip(("y0", "a factor of f"), got, want, strict=False):
+        a, b = to_host(a).astype(np.float64), to_host(b).astype(np.float64)
+        if not np.isfinite(b).all():
+            continue
+        limit = LIMITS[np.dtype(str(got[0].dtype).split(".")[1])] * 10
+        far = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-300))
+        if not far <= limit:
+            return f"the gradient of {name} is off by {far:.2g} of {np.max(np.abs(b)):.2g}"
     return ""
 
 
