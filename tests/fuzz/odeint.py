@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate
+from parasolver_adapters.vector_field.jacobian import LARGEST_DENSE
 from parasolver_adapters.vector_field.methods import EXPONENTIAL, METHODS
 from parasolver_core.arrays import to_host
 from parasolver_core.errors import NonFiniteError
@@ -147,7 +148,10 @@ def run(seed: int) -> tuple[str, str]:
     try:
         want, wanted, _ = solved(drawn, {**plain, "linearization": "sequential"})
         got, gradients, told = solved(drawn, drawn.options)
-        wrong = compare(got, want, drawn.draw, drawn.options.get("tolerance", 0.0)) or astray(gradients, wanted)
+        wrong = compare(got, want, drawn.draw, drawn.options.get("tolerance", 0.0))
+        wrong = wrong or astray(gradients, wanted)
+        if wrong and (wrong.startswith("the gradient") or unseen(drawn)):
+            wrong = "" if rounding_decides(drawn, plain, want, wanted) else wrong
     except NonFiniteError:
         raise
     except Exception as error:
@@ -186,6 +190,21 @@ def astray(got: list[Any], want: list[Any]) -> str:
         if not far <= limit:
             return f"the gradient of {name} is off by {far:.2g} of {np.max(np.abs(b)):.2g}"
     return ""
+
+
+def unseen(drawn: Drawn) -> bool:
+    """Whether docs/odeint.md says that growth is not looked at: in few steps of a wide state."""
+    return "few_steps" in drawn.options and int(np.prod(drawn.y0.shape)) > LARGEST_DENSE
+
+
+def rounding_decides(drawn: Drawn, plain: dict[str, Any], want: Any, wanted: list[Any]) -> bool:
+    """Whether the loop's own answer is another from a state that a few roundings have changed.
+
+    Where it is, a warning tells so, but the gradients are still those of another trajectory.
+    """
+    moved = replace(drawn, y0=drawn.y0 * (1 + 4 * float(np.finfo(drawn.draw.dtype).eps)))
+    other, gradients, _ = solved(moved, {**plain, "linearization": "sequential"})
+    return astray(gradients, wanted) != "" or compare(other, want, drawn.draw, 0.0) != ""
 
 
 def main(argv: list[str] | None = None) -> int:

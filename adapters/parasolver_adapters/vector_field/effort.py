@@ -41,7 +41,7 @@ class Samples:
         self.ends.append((first, middle, last))
         for call in calls:
             y = call[1]  # a multistep method starts with calls for its first steps alone
-            for measure, (size, n) in _largest(y[: min(len(steps), y.shape[0]), ...]).items():
+            for measure, (size, n) in largest(y[: min(len(steps), y.shape[0]), ...]).items():
                 if measure not in self.extremes or size > self.extremes[measure][0]:
                     self.extremes[measure] = size, _row(call, n, lengths)
 
@@ -57,7 +57,7 @@ def _row(call: Call, n: int, lengths: NDArray[np.float64]) -> Row:
     return t[n : n + 1], y[n : n + 1, ...], f[n : n + 1, ...], float(lengths[n])
 
 
-def _largest(y: Array) -> dict[str, tuple[float, int]]:
+def largest(y: Array) -> dict[str, tuple[float, int]]:
     """How large the row is that is the largest by each measure, and where it is."""
     xp: Any = array_namespace(y)
     rows = xp.reshape(y, (y.shape[0], -1))

@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parasolver_adapters.vector_field.effort import Effort
+from parasolver_adapters.vector_field.effort import Effort, Row, largest
 from parasolver_adapters.vector_field.methods import RungeKutta
 from parasolver_adapters.vector_field.problem import Problem
+from parasolver_adapters.vector_field.verification import companions_matter, too_sensitive
 from parasolver_core import ParallelIntegralSolver
-from parasolver_core.arrays import Array
+from parasolver_core.arrays import Array, to_host
 
 FewSteps = Literal["sequential", "parallel"]
 
@@ -48,13 +49,36 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     table = replace(table, slope=np.zeros(len(table)), held=np.tile([0.0, 1.0], (len(table), 1)))
     rule = FixedRule(table)
 
+    last: dict[float, Row] = {}
+
     def denoiser(x: Array, t: Array) -> Array:
-        return problem.field(problem.xp.astype(t, grid.dtype), x)
+        t = problem.xp.astype(t, grid.dtype)
+        f = problem.field(t, x)
+        for k, time in enumerate(to_host(t).tolist()):
+            step = abs(grid.h[np.argmin(np.abs(grid.t[:-1] - time))])
+            last[time] = t[k : k + 1], x[k : k + 1, ...], f[k : k + 1, ...], float(step)
+        return f
 
     solver = ParallelIntegralSolver(rule, window, tolerance=tolerance, check=False)
     solution = solver.solve(denoiser, effort.reached[0], rule.timesteps, save="trajectory", throw=False)
     if not solution.success or solution.trajectory is None:
         effort.note = f"rounds did not end well ({solution.status.value})"
         return None
+    states = solution.trajectory[:: method.stages, 0, ...]
+    effort.note = companions_matter(problem, _halves(problem.xp, [last[time] for time in sorted(last)], window))
+    effort.note = effort.note or too_sensitive(problem, states, effort, tolerance)
+    if effort.note:
+        return None
     effort.rounds, effort.windows = solution.stats.rounds, 1
-    return solution.trajectory[:: method.stages, 0, ...]
+    return states
+
+
+def _halves(xp: Any, rows: list[Row], window: int) -> list[list[Row]]:
+    """Rows of all times and those that are the largest in some way, in two groups that no round had: every other one.
+
+    Rows that act on each other differ among others, whichever they are. A group is hardly larger than a round.
+    """
+    extremes = largest(xp.concat([y for _, y, _, _ in rows], axis=0))
+    chosen = {*np.linspace(0, len(rows) - 1, 2 * window).astype(int).tolist(), *(n for _, n in extremes.values())}
+    ordered = [rows[n] for n in sorted(chosen)]
+    return [half for half in (ordered[::2], ordered[1::2]) if half]

@@ -21,19 +21,33 @@ _HOPELESS = 0.1  # of the local size: nobody wants a trajectory that rounding ha
 _ALONE = 1e2  # roundings of the state, in a step, and what the field makes of them: what a row alone may differ by
 _ALONE_OUTPUT = 1e3  # roundings of the output
 _JITTER = 4.0  # roundings of the state
+_UNKNOWN = 1 / 32  # of what rounding may come to: where nothing is known of defects, which may be larger
 
 
 def rows_differ(problem: Problem, samples: Samples) -> str:
     """How a row of a batch differs from the field called alone; empty if it does not."""
-    eps, rows = float(problem.xp.finfo(problem.grid.dtype).eps), samples.chosen()
-    for (t, y, batched, h), answer in zip(rows, _answers(problem, rows, eps), strict=True):
-        alone, row = to_host(problem.field(t, y)), to_host(batched)
-        difference = float(np.max(np.abs(alone - row)))
-        of_state = _ALONE * min(answer, eps * float(np.max(np.abs(to_host(y)))) / h)
-        if not difference <= max(of_state, _ALONE_OUTPUT * eps * np.max(np.abs(alone))):
+    return companions_matter(problem, [[row] for row in samples.chosen()])
+
+
+def companions_matter(problem: Problem, groups: list[list[Row]]) -> str:
+    """How a row differs from what the field gives for it among its group only; empty if none does."""
+    eps, xp = float(problem.xp.finfo(problem.grid.dtype).eps), problem.xp
+    suspects: list[tuple[Row, float, float]] = []
+    for rows in groups:
+        t, y, known = (xp.concat([row[k] for row in rows], axis=0) for k in (0, 1, 2))
+        again = to_host(problem.field(t, y)).reshape(len(rows), -1)
+        difference = np.max(np.abs(again - to_host(known).reshape(len(rows), -1)), axis=1)
+        size = np.max(np.abs(again), axis=1)
+        fine = difference <= _ALONE_OUTPUT * eps * size
+        suspects += [(rows[k], float(difference[k]), float(size[k])) for k in np.flatnonzero(~fine)]
+    if not suspects:
+        return ""
+    answers = _answers(problem, [row for row, _, _ in suspects], eps)
+    for ((t, y, _, h), difference, size), answer in zip(suspects, answers, strict=True):
+        if not difference <= _ALONE * min(answer, eps * float(np.max(np.abs(to_host(y)))) / h):
             return (
                 f"f gave something else for t = {float(t[0]):.6g} among other times than alone, by {difference:.2g} of "
-                f"{np.max(np.abs(alone)):.2g}: it acts on all that it is given at once, as a norm, a mean or a largest "
+                f"{size:.2g}: it acts on all that it is given at once, as a norm, a mean or a largest "
                 "value over the whole batch does; reduce over the state's own axes, or give batching='vmap'"
             )
     return ""
@@ -60,8 +74,8 @@ def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
     size = xp.maximum(xp.abs(flat[:-1, ...]), xp.abs(flat[1:, ...]))
     signs = np.random.default_rng(1).choice([-1.0, 1.0], size=tuple(size.shape))
     rho = size * xp.asarray(signs * (float(info.eps) / 2), dtype=size.dtype, device=device(size))
-    known = xp.concat(defects, axis=0)
-    rho = rho + xp.concat([known, xp.zeros_like(rho[known.shape[0] :, ...])], axis=0)
+    known = sum(piece.shape[0] for piece in defects)
+    rho = rho + xp.concat([*defects, xp.zeros_like(rho[known:, ...])], axis=0)
     grown = StepJacobian(problem).propagate(rho, states)
     return relative(xp, grown, local_scale(xp, flat, reach(n))[1:, ...])
 
@@ -74,6 +88,11 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
         return "the trajectory that was found in parallel is not finite"
     if why := rows_differ(problem, effort.samples):
         return why
+    return too_sensitive(problem, states, effort, tolerance)
+
+
+def too_sensitive(problem: Problem, states: Array, effort: Effort, tolerance: float) -> str:
+    """Why rounding may decide what the states are; empty if it does not."""
     limit = max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance)
     grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit)
     if not grown <= limit:
@@ -88,7 +107,7 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
 def _grown(problem: Problem, states: Array, effort: Effort, limit: float) -> float:
     """The sensitivity, by defects that are guessed at if these are good enough, and else measured."""
     grown = sensitivity(problem, states, effort.defects)
-    if grown <= limit:
+    if grown <= (limit if effort.defects else limit * _UNKNOWN):
         return grown
     ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
     return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])])
