@@ -29,8 +29,13 @@ def _over_first_axis(draw: Draw) -> Made:
 def _over_all(draw: Draw) -> Made:
     """Statistics of all that is given, beyond a threshold or from a time on; or of a state's own axes, with axes kept."""
     xp, a, level = draw.xp, draw.log(0.01, 3), draw.real(0.3, 3)
-    over = draw.pick(xp.mean, xp.max, xp.std, xp.sum, lambda y: xp.sort(xp.reshape(y, (-1,)))[(y.size if not
-             draw.torch else y.numel()) // 2])
+    over = draw.pick(
+        xp.mean,
+        xp.max,
+        xp.std,
+        xp.sum,
+        lambda y: xp.sort(xp.reshape(y, (-1,)))[(y.size if not draw.torch else y.numel()) // 2],
+    )
     end = draw.log(1, 20)
     kind = draw.pick("always", "where large", "from a time on", "beyond its own size", "of the state")
     draw.words.append(kind)

@@ -19,13 +19,18 @@ from torch import Tensor
 
 from parasolver_adapters.vector_field.newton import ParallelIntegrator, basin, settled
 from parasolver_adapters.vector_field.problem import Problem, integrate_sequentially
-from parasolver_adapters.vector_field.rounding import is_rounding
+from parasolver_adapters.vector_field.rounding import is_rounding, local_scale, reach, relative
 
 _MOST_ROUNDS = 40  # backward passes through one batched step; then the plain loop is differentiated
+_MISSED = 16.0  # tolerances, of a node's size, by which the step to it may end elsewhere
 
 
-def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states: Tensor) -> Tensor:
-    """The trajectory ``(N + 1, *state)`` as a function of ``y0`` and of all that the field uses."""
+def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states: Tensor) -> Tensor | None:
+    """The trajectory ``(N + 1, *state)`` as a function of ``y0`` and of all that the field uses.
+
+    None where one batch of all steps does not end at its nodes: rows act on each other, maybe in steps that were made
+    one after another, and what is differentiated would be another field.
+    """
     grid, n = problem.grid, len(problem.grid)
     nodes = [0, n // 2, n]
     needed = y0.requires_grad or problem.field(grid.asarray(grid.t[nodes]), states[nodes]).requires_grad
@@ -33,6 +38,11 @@ def attach(problem: Problem, integrator: ParallelIntegrator, y0: Tensor, states:
         return states
     start = states[:-1].requires_grad_()
     ends, _past = problem.method.advance(problem.field, grid, 0, n, start, None)
+    with torch.no_grad():
+        scale = local_scale(problem.xp, problem.flat(states), reach(n))[1:]
+        missed = relative(problem.xp, problem.flat(ends - states[1:]), scale)
+    if not missed <= _MISSED * max(integrator.tolerance, 64 * torch.finfo(states.dtype).eps):
+        return None
     return _Trajectory.apply(y0, ends, _Adjoint(problem, integrator, y0, start, ends, states.detach()))
 
 

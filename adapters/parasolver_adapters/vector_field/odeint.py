@@ -298,16 +298,18 @@ def _states(
             states = integrator.integrate(problem, effort)
             why = doubt(problem, states, effort, integrator.tolerance) if effort.windows else ""
         effort.note = why or effort.note
+    if integrator is not None and not why and _records_gradients(y0):
+        from parasolver_adapters.vector_field.adjoint import attach
+
+        states = attach(problem, integrator, y0, states)
+        why = "" if states is not None else "all steps in one batch do not end where they do one after another"
+        effort.note = why or effort.note
     if integrator is None or why:
         effort.sequential_steps = n
         effort.reached = [y0[None, ...]]
         integrate_sequentially(problem, 0, n, effort.reached)
         return xp.concat(effort.reached, axis=0)
-    if not _records_gradients(y0):
-        return states
-    from parasolver_adapters.vector_field.adjoint import attach
-
-    return attach(problem, integrator, y0, states)
+    return states
 
 
 def _check_state(y0: Any) -> None:
