@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -135,3 +136,46 @@ def test_a_field_that_overflows_ends_as_the_plain_loop_does() -> None:
 def test_bad_choices(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         odeint(speech, Y0, torch.linspace(0, 1, 17), **options)
+
+
+def by_hand(f: Any, y: Any, t: Any) -> Any:
+    """Euler's method."""
+    states = [y]
+    for a, b in itertools.pairwise(t):
+        states.append(states[-1] + (b - a) * f(a, states[-1]))
+    return np.stack(states)
+
+
+@pytest.mark.parametrize("of", [np.mean, np.max, np.min])
+@pytest.mark.parametrize("window", [4, 16, 100])
+@pytest.mark.parametrize("kind", ["between", "where large"])
+def test_rows_that_act_on_each_other_in_some_steps_only_are_noticed(of: Any, window: int, kind: str) -> None:
+    def field(t: Any, y: Any) -> Any:
+        on = (t > 3.8) & (t < 4.9) if kind == "between" else np.abs(of(y)) > 4
+        return 1.0 + 0.1 * y + np.where(on, np.sin(of(y)), 0.0)
+
+    y0, t = np.array([1.0, 0.3, 1.5]), np.linspace(0, 5, 41)
+    with pytest.warns(SequentialFallbackWarning, match="gave something else.*acts on all that it is given"):
+        found = integrate(field, y0, t, method="euler", few_steps="parallel", window=window)
+    assert found.sequential_steps == 40
+    np.testing.assert_allclose(found.states, by_hand(field, y0, t), rtol=1e-14)
+
+
+@pytest.mark.parametrize("start", [0.3, 0.7])
+def test_steps_that_double_rounding_are_told_of(start: float) -> None:
+    """Each step of one makes 4 x (1 - x) of x, and doubles a difference on average: 1e17 in 57 steps."""
+    y0, t = np.array([start, 0.5 * start]), np.arange(58.0)
+    with pytest.warns(SequentialFallbackWarning, match="rounding may grow to"):
+        found = integrate(lambda t, y: 3 * y - 4 * y * y, y0, t, method="euler", few_steps="parallel")
+    assert found.sequential_steps == 57
+    np.testing.assert_allclose(found.states, by_hand(lambda t, y: 3 * y - 4 * y * y, y0, t), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("size", "checks"), [(32, 3), (33, 2)])
+def test_the_checks_are_two_calls_or_three(size: int, checks: int) -> None:
+    """Beside those of the three single times with which the field is tried out, two together, and one a round."""
+    y0, t = np.linspace(0.5, 1, size), np.linspace(0, 1, 41)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = integrate(lambda t, y: np.sin(t) - y, y0, t, method="euler", few_steps="parallel")
+    assert found.calls == found.rounds + 5 + checks

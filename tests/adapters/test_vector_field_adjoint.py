@@ -164,3 +164,12 @@ def test_a_field_may_ask_for_gradients_at_the_first_the_middle_or_the_last_node(
     one = problem(field)
     states = trajectory(one)
     assert attach(one, ParallelIntegrator("full", 1e-12, None, 40), Y0, states).requires_grad
+
+
+def test_nothing_is_attached_where_a_batch_of_all_steps_ends_elsewhere() -> None:
+    """The mean of all that is given, of which the step makes more than rounding, or less."""
+    for share, attached in ((1e-9, False), (1e-17, True)):
+        one = problem(lambda t, y, share=share: -y + share * y.mean() * torch.ones_like(y))
+        states = trajectory(one)
+        found = attach(one, ParallelIntegrator("full", 1e-14, None, 40), Y0.clone().requires_grad_(), states)
+        assert (found is not None) is attached

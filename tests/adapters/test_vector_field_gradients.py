@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint, solve_ivp
+from parasolver_adapters.vector_field.newton import ParallelIntegrator
 from parasolver_core.solution import Status
 
 torch = pytest.importorskip("torch")
@@ -302,3 +303,17 @@ def test_gradient_with_respect_to_the_linear_part_is_refused() -> None:
     linear = torch.tensor(-1.0, dtype=DTYPE, requires_grad=True)
     with pytest.raises(ValueError, match="linear: gradients with respect to it"):
         integrate(lambda t, y: 0 * y, torch.ones(1, dtype=DTYPE), times(), method="etd1", linear=linear)
+
+
+def test_gradients_of_steps_that_the_loop_made_are_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows act on each other beyond a size; Newton's method did not come so far as to let that be seen."""
+
+    def field(t: Any, y: Any) -> Any:
+        return torch.sin(t) + 0.3 * y + torch.where(y.mean() > 2, y.mean(), 0.0) * torch.ones_like(y)
+
+    y0 = torch.tensor([1.0, 0.5], dtype=DTYPE, requires_grad=True)
+    (want,) = gradients(field, y0, times(), [y0], linearization="sequential")
+    monkeypatch.setattr(ParallelIntegrator, "_window", lambda self, problem, lo, hi, y, effort: (y[-1][:0], False))
+    with pytest.warns(SequentialFallbackWarning, match="do not end where they do one after another"):
+        (found,) = gradients(field, y0, times(), [y0])
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)

@@ -27,7 +27,7 @@ def _over_first_axis(draw: Draw) -> Made:
 
 
 def _over_all(draw: Draw) -> Made:
-    """Statistics of all that is given, beyond a threshold or from a time on; or of a state's own axes, with axes kept."""
+    """Statistics of all that is given, beyond a threshold or from a time on; or of the state alone."""
     xp, a, level = draw.xp, draw.log(0.01, 3), draw.real(0.3, 3)
     over = draw.pick(
         xp.mean,
@@ -76,13 +76,13 @@ def _slip(draw: Draw) -> Made:
     name = draw.pick("first", "transposed", "dot", "mean", "outer", "time", "last", "length")
     draw.words.append(name)
     table: dict[str, Callable[[Any, Any], Any]] = {
-        "first": lambda t, y: xp.sin(y[0]) - a * y,
+        "first": lambda t, y: xp.sin(y[0, ...]) - a * y,
         "transposed": lambda t, y: A @ y,
         "dot": lambda t, y: -a * y * xp.sum(y * y),
         "mean": lambda t, y: a * (xp.mean(y) - y),
-        "outer": lambda t, y: xp.cos(t) - y * y[0] * a,
+        "outer": lambda t, y: xp.cos(t) - y * y[0, ...] * a,
         "time": lambda t, y: xp.sin(a * t) * y[..., 0:1] - y,
-        "last": lambda t, y: xp.tanh(y[-1]) - a * y,
+        "last": lambda t, y: xp.tanh(y[-1, ...]) - a * y,
         "length": lambda t, y: -y / xp.sqrt(1 + xp.sum(y * y)),
     }
     return table[name], draw.pick((d,), (d,), (d, d)), draw.log(0.5, 10)

@@ -1,4 +1,4 @@
-"""Random fields with kinks, sudden changes, fast times and numbers at both ends of their range; and hardly any field."""
+"""Random fields with kinks, sudden changes, fast times numbers at both ends of their range, hardly any field."""
 
 from __future__ import annotations
 

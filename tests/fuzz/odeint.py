@@ -68,7 +68,7 @@ def problem(seed: int) -> Drawn:
         draw.words.append("y0 of all sizes")
     t, options = times(draw, end), choices(draw, shape, few)
     words = [f"state {tuple(shape)}", f"{len(t) - 1} steps to {t[-1]:.3g}", *(f"{k}={v}" for k, v in options.items())]
-    gradients = draw.torch and draw.rng.random() < 0.3
+    gradients = draw.torch and draw.rng.random() < 0.3 and "one array" not in draw.words
     draw.words += words + ["gradients"] * gradients
     return Drawn(draw, f, y0, t, options, gradients)
 

@@ -65,7 +65,7 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
         effort.note = f"rounds did not end well ({solution.status.value})"
         return None
     states = solution.trajectory[:: method.stages, 0, ...]
-    effort.note = companions_matter(problem, _halves(problem.xp, [last[time] for time in sorted(last)], window))
+    effort.note = companions_matter(problem, _groups(problem.xp, [last[time] for time in sorted(last)], window))
     effort.note = effort.note or too_sensitive(problem, states, effort, tolerance)
     if effort.note:
         return None
@@ -73,12 +73,12 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     return states
 
 
-def _halves(xp: Any, rows: list[Row], window: int) -> list[list[Row]]:
-    """Rows of all times and those that are the largest in some way, in two groups that no round had: every other one.
+def _groups(xp: Any, rows: list[Row], window: int) -> list[list[Row]]:
+    """The largest row alone, and rows of all times without those that are the largest in some way; as many as a round.
 
-    Rows that act on each other differ among others, whichever they are. A group is hardly larger than a round.
+    Rows that act on each other differ so: without the largest if those act on others, and alone if all do together.
     """
-    extremes = largest(xp.concat([y for _, y, _, _ in rows], axis=0))
-    chosen = {*np.linspace(0, len(rows) - 1, 2 * window).astype(int).tolist(), *(n for _, n in extremes.values())}
-    ordered = [rows[n] for n in sorted(chosen)]
-    return [half for half in (ordered[::2], ordered[1::2]) if half]
+    extremes = {measure: n for measure, (_, n) in largest(xp.concat([y for _, y, _, _ in rows], axis=0)).items()}
+    others = [row for n, row in enumerate(rows) if n not in extremes.values()]
+    chosen = np.unique(np.linspace(0, len(others) - 1, min(window, -(-len(others) // 2))).astype(int))
+    return [group for group in ([rows[extremes["square"]]], [others[n] for n in chosen]) if group]

@@ -135,6 +135,12 @@ class StepJacobian(FieldJacobian):
         before = xp.concat([xp.zeros_like(r)] * self.memory, axis=-1) if self.memory else r[..., :0]
         return self._at(y).propagate(xp.concat([r, before], axis=-1))[..., :d]
 
+    def _middle(self, y: Array, edges: np.ndarray) -> tuple[Array, Array]:
+        """Where the field is called in a step by itself; a coarse step's middle may have another Jacobian."""
+        if self.length > 1 or self.problem.method.stages > 1:
+            return super()._middle(y, edges)
+        return self.problem.grid.times(0, len(self.problem.grid), 0.0), y[:-1, ...]
+
     def _increment(self, J: Array, mean: np.ndarray) -> Array:
         xp, method = self.problem.xp, self.problem.method
         if isinstance(method, ExponentialRungeKutta):
