@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import array_api_compat
 import numpy as np
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_field_that_works_in_place(xp: Any, linearization: Any, way: str) -> Non
 
     def field(t: Any, y: Any) -> Any:
         f = -0.5 * y
-        if way == "same array":
+        if way == "same array" and not array_api_compat.is_jax_array(y):  # whose arrays nobody writes into
             out = kept.setdefault(tuple(y.shape), xp.empty_like(y))
             out[...] = f
             return out
