@@ -55,8 +55,7 @@ class SampleWindow(SampleRun):
         whole_moves = shared.fill == "evaluated"
         self._correction = SweepCorrection(recurrence, self._noise, width, start, whole_moves)
         self._slope = initial_slopes(shared) if slope is None else finite_slopes(shared, slope)
-        self._evaluated = np.zeros(n, dtype=bool)
-        self._measured = np.zeros(n, dtype=bool)  # whether a slope is more than a guess
+        self._evaluated, self._measured = np.zeros((2, n), dtype=bool)  # the latter: whether a slope is no mere guess
         self._forecast = forecast
         if shared.warmup_steps == 0:
             self._open(start, min(width, n))
@@ -113,8 +112,8 @@ class SampleWindow(SampleRun):
         old = self._slope[at].copy()
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, unit)
         self._measured[at] |= slope != old
-        far = told.moved > WILD**2 * told.size  # a jump, whose slope says nothing of where it ended
-        still = np.where(self._measured[at] & ~far, 0.0, ROUNDING * unit)
+        jumped = told.moved > WILD**2 * told.size  # its slope says nothing of where it ended
+        still = np.where(self._measured[at] & ~jumped, 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.isfinite(move).all() else int(leading(finite_rows(self._xp, D)))
         if sound == 0:

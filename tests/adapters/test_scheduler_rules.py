@@ -109,8 +109,8 @@ def test_steps_that_need_more_than_a_loop_has(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_what_a_rule_predicts_is_a_name_that_is_known(configured: str | None, predicts: str | None) -> None:
     read = step_rule_from_scheduler(DDIMScheduler(clip_sample=False), 3)
-    loop = replace(read._loop, scheduler=scheduler_of({"prediction_type": configured}))
-    assert replace(read, _loop=loop).predicts == predicts
+    loop = replace(read.loop, scheduler=scheduler_of({"prediction_type": configured}))
+    assert replace(read, loop=loop).predicts == predicts
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

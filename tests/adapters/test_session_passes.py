@@ -14,6 +14,7 @@ import torch
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, pipelines
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
+from parasolver_adapters.diffusers.passes.changes import Kept
 from parasolver_adapters.diffusers.passes.first_pass import CaptureDone
 from parasolver_adapters.diffusers.pipelines import Session, _parallel_class
 from parasolver_adapters.diffusers.schedulers.rule import UnsupportedSchedulerError
@@ -30,7 +31,9 @@ class Scheduler:
 
 def session(call: Any = None, fallback: Any = "error", **members: Any) -> Session:
     pipe = SimpleNamespace(components={}, scheduler=Scheduler(), **members)
-    return Session(pipe, call or (lambda **given: given), Choices.checked(4, fallback=fallback), ParallelRun(), [])
+    made = Session(pipe, call or (lambda **given: given), Choices.checked(4, fallback=fallback), ParallelRun(), [])
+    made._scheduler = Kept(pipe.scheduler)
+    return made
 
 
 @pytest.mark.parametrize("kind", [PipelineNotParallelError, UnsupportedSchedulerError])
@@ -190,6 +193,7 @@ class Replaying:
 def parallel(replay: Replaying, call: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, list[str]]:
     one, order = session(call), list[str]()
     one._deadline = None  # type: ignore[assignment]
+    monkeypatch.setattr(pipelines, "refuse_what_is_not_followed", lambda capture: None)
     monkeypatch.setattr(pipelines, "Replay", lambda *given: replay)
     monkeypatch.setattr(Session, "_capture", lambda self, kwargs: order.append("capture"))
     monkeypatch.setattr(Session, "_look", lambda self, kwargs, capture, streams: order.append("look"))

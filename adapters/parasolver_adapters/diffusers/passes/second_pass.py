@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from parasolver_adapters.diffusers.options import ByNode, Choices, ParallelRun, batch_of
-from parasolver_adapters.diffusers.passes.changes import (
-    Settings,
-    Weights,
-    positions_of,
-    switches_of,
-    version_of,
-    was_written,
-    were_replaced,
-    what_moved,
-)
+from parasolver_adapters.diffusers.passes.callbacks import watched
 from parasolver_adapters.diffusers.passes.first_pass import Capture, Prelude
 from parasolver_adapters.diffusers.passes.following import worth
 from parasolver_adapters.diffusers.passes.listening import Listener, with_state
@@ -151,12 +143,7 @@ class Replay(Listener):
             read = [self._capture.programs[i].sample(state) for state in (reached, target)]
             reached, want = (state if x is None else x for state, x in zip((reached, target), read, strict=True))
         error = float((reached.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
-        if error <= limit:
-            return None
-        causes = "its steps depend on more than the state, the network's output and its noise"
-        if not self._capture.unchanged:
-            causes += "; the loop changes the state between them, which a scheduler of one step allows (DDIM, Euler)"
-        return f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; {causes}"
+        return None if error <= limit else _off(scheduler, i, error, self._capture.unchanged)
 
     def _answer(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What the network has said at this step, as the loop may keep it; zeros at a node that was not evaluated.
@@ -178,39 +165,19 @@ class Replay(Listener):
 
     def watched(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with callbacks that tell us when they change what the pipeline goes on with."""
-        inputs = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
-        if inputs is not None:
-            kwargs = kwargs | {"callback_on_step_end_tensor_inputs": inputs}
-        switches = switches_of(self._pipe)
-        callbacks = {name: kwargs[name] for name in ("callback_on_step_end", "callback") if kwargs.get(name)}
-        if not callbacks:
-            return kwargs
-        weights = Weights(self._pipe)
+        return watched(self._pipe, kwargs, self._called_back, self._changed)
 
-        def watch(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
-            def watching(*args: Any) -> Any:
-                given = args[-1] if isinstance(args[-1], dict) else {"latents": args[-1]}
-                versions = {key: (value, version_of(value)) for key, value in given.items()}
-                settings, positions, look = Settings(self._pipe, args[0]), positions_of(switches), weights.look()
-                self._calling_back = self.called_back = True
-                try:
-                    returned = callback(*args)
-                finally:
-                    self._calling_back = False
-                changed = isinstance(returned, dict) and were_replaced(versions, returned)
-                if not self._plain and (
-                    changed
-                    or any(was_written(value, version) for value, version in versions.values())
-                    or settings.differ()
-                    or what_moved(switches, positions)
-                    or weights.differ(look, weights.look())
-                ):
-                    self._give_up(f"{name} changed what the pipeline goes on with")
-                return returned
+    @contextmanager
+    def _called_back(self) -> Iterator[None]:
+        self._calling_back = self.called_back = True
+        try:
+            yield
+        finally:
+            self._calling_back = False
 
-            return watching
-
-        return kwargs | {name: watch(name, callback) for name, callback in callbacks.items()}
+    def _changed(self, name: str) -> None:
+        if not self._plain:
+            self._give_up(f"{name} changed what the pipeline goes on with")
 
     @property
     def status(self) -> Status | None:
@@ -283,6 +250,13 @@ class Replay(Listener):
             self._history.append(replace(record, evaluations=record.evaluations * batch))
         self._run.stats = replace(stats, evaluations=stats.evaluations * batch, history=self._history)
         self._run.error_estimate = float(self._state.errors()[0])
+
+
+def _off(scheduler: Any, i: int, error: float, unchanged: bool) -> str:
+    causes = "its steps depend on more than the state, the network's output and its noise"
+    if not unchanged:
+        causes += "; the loop changes the state between them, which a scheduler of one step allows (DDIM, Euler)"
+    return f"step {i} of {type(scheduler).__name__} is off its own table by {error:.2g}; {causes}"
 
 
 def _denoiser(capture: Capture, choices: Choices) -> RecordedDenoiser:
