@@ -70,7 +70,7 @@ def test_first_middle_and_last_of_all_windows_are_chosen() -> None:
 
 
 def test_the_largest_rows_of_all_calls_are_chosen() -> None:
-    """By the largest and the smallest element, by the squares, and by the largest and the smallest mean."""
+    """By their largest and their smallest elements, means and squares, each the largest and the least."""
     rest, late = [0.0, 0.0, 0.0], [9.0, -9.0, 9.0]
     highest, lowest, square = [3.0, -2.0, -2.0], [2.0, -3.0, 2.0], [2.9, -2.9, 2.9]
     mean, lowest_mean = [2.5, 1.0, 1.0], [-2.5, -1.0, -1.0]
@@ -79,7 +79,14 @@ def test_the_largest_rows_of_all_calls_are_chosen() -> None:
         [[rest, rest, rest, late], [mean], [rest, lowest_mean]],  # a multistep method starts with steps of its own
         [[rest, square, rest, late]],
     )
-    assert times_of(samples) == [0, 201, 502, 1, 102, 501, 300, 401]
+    assert times_of(samples) == [0, 201, 502, 1, 300, 501, 401, 102]
+
+
+def test_the_least_of_the_largest_elements_and_the_largest_of_the_least_are_chosen_too() -> None:
+    """And the smallest row: what acts on all rows as a threshold may do so below as well as above."""
+    rest = [2.0, -2.0, 0.0]
+    samples = kept([[rest, [1.0, 0.5, 1.5], rest, [-0.5, -1.0, -1.5], rest, [0.1, -0.1, 0.2], rest, rest, rest]])
+    assert sorted(times_of(samples)) == [0, 1, 3, 4, 5, 7]
 
 
 def grown_in_steps(factor: float, twin: Twin, y: Any, nodes: list[int], h: float = 0.25) -> Any:

@@ -23,8 +23,8 @@ Row = tuple[Array, Array, Array, float]  # one row of a call, and the length of 
 class Samples:
     """A few rows of the last round of each window, to be compared with the field called alone.
 
-    What couples rows is often silent until something is large: a norm that clips, a mean behind a threshold. So the
-    rows that are the largest by some measure are among them, wherever in a step they were asked for.
+    What couples rows is often silent until something is large or small: a norm that clips, a mean behind a threshold. So
+    the rows that are the largest or the least by some measure are among them, wherever in a step they were asked for.
 
     Attributes:
         ends: the first, the middle and the last beginning of a step, of each window.
@@ -61,14 +61,13 @@ def largest(y: Array) -> dict[str, tuple[float, int]]:
     """How large the row is that is the largest by each measure, and where it is."""
     xp: Any = array_namespace(y)
     rows = xp.reshape(y, (y.shape[0], -1))
-    mean = xp.mean(rows, axis=-1)
-    sizes = {
-        "highest": xp.max(rows, axis=-1),
-        "lowest": -xp.min(rows, axis=-1),
+    measures = {
+        "max": xp.max(rows, axis=-1),
+        "min": xp.min(rows, axis=-1),
+        "mean": xp.mean(rows, axis=-1),
         "square": xp.sum(rows * rows, axis=-1),
-        "mean": mean,
-        "lowest mean": -mean,
     }
+    sizes = measures | {f"least {name}": -values for name, values in measures.items()}
     found = {measure: int(xp.argmax(size)) for measure, size in sizes.items()}
     return {measure: (float(sizes[measure][n]), n) for measure, n in found.items()}
 
