@@ -198,13 +198,21 @@ def unseen(drawn: Drawn) -> bool:
 
 
 def rounding_decides(drawn: Drawn, plain: dict[str, Any], want: Any, wanted: list[Any]) -> bool:
-    """Whether the loop's own answer is another from a state that a few roundings have changed.
+    """Whether the loop's own answer is another from a state that a few roundings have changed, or in double precision.
 
     Where it is, a warning tells so, but the gradients are still those of another trajectory.
     """
     moved = replace(drawn, y0=drawn.y0 * (1 + 4 * float(np.finfo(drawn.draw.dtype).eps)))
     other, gradients, _ = solved(moved, {**plain, "linearization": "sequential"})
-    return astray(gradients, wanted) != "" or compare(other, want, drawn.draw, 0.0) != ""
+    if astray(gradients, wanted) != "" or compare(other, want, drawn.draw, 0.0) != "":
+        return True
+    if drawn.draw.dtype == np.float64 or not gradients:
+        return False
+    try:  # the rounding of all the steps
+        _, exact, _ = solved(replace(drawn, y0=drawn.y0.double()), {**plain, "linearization": "sequential"})
+    except (RuntimeError, TypeError):  # its matrices are of single precision
+        return False
+    return astray([gradient.float() for gradient in exact], wanted) != ""
 
 
 def main(argv: list[str] | None = None) -> int:
