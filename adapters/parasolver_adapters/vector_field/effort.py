@@ -23,8 +23,8 @@ Row = tuple[Array, Array, Array, float]  # one row of a call, and the length of 
 class Samples:
     """A few rows of the last round of each window, to be compared with the field called alone.
 
-    What couples rows is often silent until something is large or small: a norm that clips, a mean behind a threshold. So
-    the rows that are the largest or the least by some measure are among them, wherever in a step they were asked for.
+    What couples rows is often silent until something is large or small: a norm that clips, a mean behind a threshold.
+    So the rows that are the largest or the least by some measure are among them, in whichever stage of a step.
 
     Attributes:
         ends: the first, the middle and the last beginning of a step, of each window.
