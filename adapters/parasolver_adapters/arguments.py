@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,48 @@ def _tensor_picker(values: list[Tensor], batch: int, name: str) -> _Pick:
         f"{name}: it changes from call to call, so its first axis must be the batch of {batch}, got shape "
         f"{tuple(first.shape)}"
     )
+
+
+class Kept:
+    """Copies of what a loop gives its network, which it may change in place before the next call.
+
+    Dictionaries, lists and tuples are rebuilt; tensors and arrays are copied once for as long as they stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Any, Any]] = {}  # the thing itself, so that its id stays its own, and its copy
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            make = type(value)._make if hasattr(value, "_make") else type(value)  # type: ignore[attr-defined]
+            return make([self(entry) for entry in value])
+        if not isinstance(value, (Tensor, np.ndarray)):
+            return value
+        held = self._copies.get(id(value))
+        if held is None or not equal(held[1], value):
+            held = value, value.detach().clone() if isinstance(value, Tensor) else value.copy()
+            self._copies[id(value)] = held
+        return held[1]
+
+
+def equal(kept: Any, value: Any) -> bool:
+    """Whether the tensors, arrays, numbers and strings of two structures are equal; of anything else it says yes."""
+    if isinstance(kept, Mapping):
+        return (
+            isinstance(value, Mapping)
+            and kept.keys() == value.keys()
+            and all(equal(entry, value[key]) for key, entry in kept.items())
+        )
+    if isinstance(kept, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(kept) == len(value) and all(map(equal, kept, value))
+    if isinstance(kept, (Tensor, np.ndarray)):
+        like = type(kept) is type(value) and kept.shape == value.shape and kept.dtype == value.dtype
+        return like and bool(((kept == value) | ((kept != kept) & (value != value))).all())  # noqa: PLR0124 - of NaN
+    if isinstance(kept, (Number, str)):
+        return type(kept) is type(value) and same(kept, value)
+    return True
 
 
 def same(value: Any, other: Any) -> bool:

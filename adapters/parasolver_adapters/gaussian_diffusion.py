@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parasolver_adapters.arguments import StepArguments
+from parasolver_adapters.arguments import Kept, StepArguments, equal
 from parasolver_adapters.draws import Listener
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
@@ -150,6 +150,7 @@ class _Step:
         quiet: the same with functions of zeros in the place of networks.
         t: (batch,).
         draws: the normal draws made in it.
+        dtype: of the sample that it gives.
     """
 
     name: str
@@ -157,6 +158,7 @@ class _Step:
     quiet: dict[str, Any]
     t: Tensor
     draws: list[Tensor]
+    dtype: torch.dtype
 
 
 class _Stepped:
@@ -184,6 +186,7 @@ class Draft(_Stepped):
         super().__init__(diffusion)
         self.diffusion = diffusion
         self.steps: list[_Step] = []
+        self._kept = Kept()
         channels = 2 if "LEARNED" in str(getattr(diffusion, "model_var_type", "")) else 1
         self._silenced: dict[str, Callable[..., Tensor]] = {
             "model": lambda x, t, *args, **kwargs: torch.cat([x] * channels, dim=1) * 0,
@@ -192,6 +195,7 @@ class Draft(_Stepped):
         }
 
     def step(self, name: str, step: Callable[..., Any], x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
+        arguments, t = self._kept(arguments), self._kept(t)
         quiet = {key: self._silenced.get(key, value) if value is not None else None for key, value in arguments.items()}
         with Listener() as listener, torch.no_grad():
             out = step(x=torch.zeros_like(x), t=t, **quiet)
@@ -200,7 +204,7 @@ class Draft(_Stepped):
             raise UnsupportedDiffusionError(
                 f"diffusion: {name} draws noise of other shapes than its state's, {tuple(x.shape)}: {shapes}"
             )
-        self.steps.append(_Step(name, arguments, quiet, t, listener.draws))
+        self.steps.append(_Step(name, arguments, quiet, t, listener.draws, out["sample"].dtype))
         return out
 
     def check_rows(self, step: Callable[..., Any], x: Tensor) -> None:
@@ -262,14 +266,31 @@ class _Live(_Stepped):
         if self._run is None:
             self._draft.check_rows(step, x)
             self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [made.arguments for made in steps]), len(steps))
-            self._run = self._choices.begin(self._nodes, x, self._rule, self._timesteps, self._nodes.noise)
+            x_T = x.to(steps[-1].dtype)  # the object's own tables may be wider than the noise
+            self._run = self._choices.begin(self._nodes, x_T, self._rule, self._timesteps, self._nodes.noise)
+        self._check_call(i, x, arguments)
         for draw in steps[i].draws:  # leaves the random numbers where the step would have left them
             torch.randn_like(draw)
         self._count = i + 1
-        out = {"sample": self._run.after(i + 1).to(x), "pred_xstart": self._nodes.predicted(i).to(x)}
+        sample, clean = self._run.after(i + 1), self._nodes.predicted(i)
+        out = {"sample": sample.to(x.device, steps[i].dtype, copy=True), "pred_xstart": clean.to(x.device)}
         if self._count == len(steps):
             self._done(self._run.solution)
         return out
+
+    def _check_call(self, i: int, x: Tensor, arguments: dict[str, Any]) -> None:
+        """The loop has to go on from the state that it was given, with what the network's outputs do not change."""
+        assert self._run is not None
+        if i and not equal(self._run.after(i).to(x.device, self._draft.steps[i - 1].dtype), x):
+            raise UnsupportedDiffusionError(
+                f"diffusion: the loop changes the state before step {i}, as inpainting does between steps; sample "
+                "sequentially, or change it inside the step"
+            )
+        if not equal(self._draft.steps[i].arguments, arguments):
+            raise UnsupportedDiffusionError(
+                f"diffusion: step {i} is called with other arguments than when the loop was tried with outputs of zero, "
+                "so they depend on what the network says (as with self-conditioning); sample sequentially"
+            )
 
 
 class _RowStep:
@@ -323,13 +344,14 @@ class _StepDenoiser:
         self._predictions: list[dict[int, Tensor]] = [{} for _ in range(steps)]
 
     def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        out = self._rows(x, rows.steps, rows.samples)
-        for step, sample, predicted in zip(rows.steps, rows.samples, out["pred_xstart"], strict=True):
-            self._predictions[step][sample] = predicted
         table, kind = rows.recurrence, torch.promote_types(x.dtype, torch.float32)
         columns = np.stack([table.a[rows.steps, 0], table.b[rows.steps, 0], table.c[rows.steps]])
         a, b, c = torch.as_tensor(columns, dtype=kind, device=x.device).view(3, -1, *[1] * (x.ndim - 1))
-        change = out["sample"].to(kind) - a * x.to(kind)
+        moved = a * x.to(kind)  # before the step, as the network may write into x
+        out = self._rows(x, rows.steps, rows.samples)
+        for step, sample, predicted in zip(rows.steps, rows.samples, out["pred_xstart"], strict=True):
+            self._predictions[step][sample] = predicted
+        change = out["sample"].to(kind) - moved
         if table.stochastic:
             z = torch.stack([rows.noise(*at) for at in zip(rows.steps, rows.samples, strict=True)])
             change = change - c * z.to(change)

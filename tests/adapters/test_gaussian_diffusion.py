@@ -185,6 +185,79 @@ def test_what_cannot_be_sampled_in_parallel_is_refused(cls: Any, message: str) -
         parallel_gaussian_diffusion(diffusion(20, cls=cls), 8).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
 
 
+class Between(SpacedDiffusion):
+    """Does something between two steps."""
+
+    between = "known"
+
+    def _loop(self, step: Any, model: Any, shape: Any, model_kwargs: Any = None, **options: Any) -> Any:
+        x, clean, buffer = torch.randn(*shape), torch.zeros(*shape), torch.zeros(shape[0], 1, 1, 1)
+        for i in reversed(range(self.num_timesteps)):
+            buffer.fill_(0.1 * i)
+            if self.between == "known":
+                x[:, :, :2] = 0.5
+            shift = {"clean": clean, "buffer": buffer, "known": buffer * 0}[self.between]
+            t = torch.tensor([i] * shape[0])
+            out = step(model, x, t, model_kwargs=model_kwargs | {"shift": shift}, **options)
+            yield out
+            x, clean = out["sample"], out["pred_xstart"]
+
+
+class Shifted(Network):
+    def forward(self, x: Tensor, t: Tensor, y: dict[str, Any], shift: Tensor) -> Tensor:
+        return super().forward(x, t, y) + 0.3 * shift[:, :1]
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        ("known", "the loop changes the state before step 1, as inpainting does"),
+        ("clean", r"step 1 is called with other arguments than when .* zero, .*self-conditioning"),
+    ],
+)
+def test_loops_that_do_more_between_two_steps_are_refused(loop: str, between: str, message: str) -> None:
+    own = diffusion(20, cls=Between)
+    own.between = between
+    with torch.no_grad(), pytest.raises(UnsupportedDiffusionError, match=message):
+        getattr(parallel_gaussian_diffusion(own, 8), loop)(Shifted(6), SHAPE, model_kwargs=KWARGS)
+
+
+def test_arguments_that_the_loop_writes_anew_in_place_are_each_steps_own() -> None:
+    own = diffusion(20, cls=Between)
+    own.between = "buffer"
+    with torch.no_grad():
+        want, got, _ = both(own, "ddim_sample_loop", Shifted(6))
+    assert relative(got, want) < 3e-6
+
+
+class WritesIntoItsInput(Network):
+    def forward(self, x: Tensor, t: Tensor, y: dict[str, Any]) -> Tensor:
+        x *= 0.97
+        return super().forward(x, t, y)
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_a_step_goes_on_from_what_its_network_has_made_of_the_state(loop: str) -> None:
+    want, got, _ = both(diffusion(20), loop, WritesIntoItsInput(6))
+    assert relative(got, want) < 3e-6
+
+
+class InDtypeOfState(Network):
+    def forward(self, x: Tensor, t: Tensor, y: dict[str, Any]) -> Tensor:
+        return super().forward(x.float(), t, y).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_states_have_the_dtype_that_the_steps_give_them(dtype: torch.dtype) -> None:
+    """The tables of the object make float32 of noise in half precision, in the first step."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).to(dtype)
+    want, got, _ = both(diffusion(20), "p_sample_loop_progressive", InDtypeOfState(6), noise=noise)
+    assert [one["sample"].dtype for one in got] == [one["sample"].dtype for one in want]
+    assert [one["pred_xstart"].dtype for one in got] == [one["pred_xstart"].dtype for one in want]
+    assert relative(got[-1]["sample"], want[-1]["sample"]) < 1e-5
+
+
 def test_bad_arguments_and_networks() -> None:
     with pytest.raises(
         TypeError, match=r"diffusion: expected a GaussianDiffusion .* got Network without alphas_cumprod"

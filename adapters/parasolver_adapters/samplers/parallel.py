@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.arguments import StepArguments
+from parasolver_adapters.arguments import Kept, StepArguments, equal
 from parasolver_adapters.multi_device import MultiDeviceDenoiser
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, same_draws, time_of
 from parasolver_adapters.samplers.rules import Draft, SamplerRule, path_of, read
@@ -64,9 +65,12 @@ class ParallelSampler:
                 raise
             warnings.warn(f"sampled sequentially: {error}", stacklevel=2)
             return call.run(model, x)
-        live = _Live(self._choices, rule, denoiser, draft.noise)
+        live = _Live(self._choices, rule, denoiser, draft)
         drawn = iter(draft.drawn)
         replaced = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
+        callback = call.given("callback")
+        if callable(callback):
+            replaced["callback"] = _onlooking(callback)
         with torch.no_grad():
             returned = call.run(Stub(live, model), x, **replaced)
         self.solution = live.end()
@@ -91,14 +95,22 @@ class RowDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
         args, kwargs = self._arguments(rows, x.device)
-        return prediction_of(self._model(x, *args, **kwargs)).to(x.dtype)
+        before = x.clone()
+        output = prediction_of(self._model(x, *args, **kwargs)).to(x.dtype)
+        if not equal(before, x):
+            raise UnsupportedSamplerError(
+                "sampler: the network writes into the state that it is given, which changes the sampler's own; let it "
+                "work on a copy, such as x.clone()"
+            )
+        return output
 
 
 class _Live:
     """The replies to a sampler's calls: the output that takes its own step to the solver's next state."""
 
-    def __init__(self, choices: Choices, rule: SamplerRule, denoiser: DenoiserFn, noise: Tensor | None) -> None:
-        self._choices, self._rule, self._denoiser, self._noise = choices, rule, denoiser, noise
+    def __init__(self, choices: Choices, rule: SamplerRule, denoiser: DenoiserFn, draft: Draft) -> None:
+        self._choices, self._rule, self._denoiser = choices, rule, denoiser
+        self._arguments, self._noise = draft.arguments, draft.noise
         self._run: Stepwise | None = None
         self._xs: list[Tensor] = []
         self._ms: list[Tensor] = []
@@ -117,6 +129,11 @@ class _Live:
             raise UnsupportedSamplerError(
                 f"sampler: call {i} is at time {time:.6g}, and was at {rule.timesteps[i]:.6g} when the sampler was "
                 "read; its steps depend on more than its arguments"
+            )
+        if not equal(self._arguments[i], (args, kwargs)):
+            raise UnsupportedSamplerError(
+                f"sampler: call {i} gives the network other arguments than when the sampler was tried with outputs of "
+                "zero, so they depend on what the network says (as with self-conditioning); sample sequentially"
             )
         after, self._calls = self._run.after(i + 1), i + 1
         self._check(i, x, self._run.after(i))
@@ -204,6 +221,23 @@ def _check_outputs_are_read(rule: SamplerRule) -> None:
                 f"sampler: step {i} of {rule._call.name} does not read the network's output at its own state, but a "
                 "later one does; solve() with step_rule_from_sampler() takes it"
             )
+
+
+def _onlooking(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The callback, which may look at the run and not change it: its steps ahead are made already."""
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = Kept()(tensors)
+        returned = callback(*args, **kwargs)
+        if not equal(before, tensors):
+            raise UnsupportedSamplerError(
+                "callback: it writes into the tensors that it is told, which changes the steps that follow; let it "
+                "work on copies, or sample sequentially"
+            )
+        return returned
+
+    return told
 
 
 def _played(drawn: Iterator[Tensor]) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parasolver_adapters.arguments import Kept
 from parasolver_adapters.bands import (
     PROBES,
     Band,
@@ -96,10 +97,10 @@ class Draft:
         inputs: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         drawn: list[Tensor] = []
-        noisy, dtypes = rule.table.stochastic or rule.noisy_start, []
+        noisy, dtypes, kept = rule.table.stochastic or rule.noisy_start, [], Kept()
 
         def reply(i: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            arguments.append((args, kwargs))
+            arguments.append(kept((args, kwargs)))
             dtypes.append(state.dtype)
             if noisy:
                 inputs.append(state.clone())
