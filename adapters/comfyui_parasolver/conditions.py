@@ -66,10 +66,12 @@ class Conditions:
             any(getattr(control, "vae", None) is not None for control in controls),
         )
 
-    def groups(self, sigma: Tensor) -> Iterator[Tensor]:
+    def groups(self, sigma: Tensor, samples: Tensor) -> Iterator[Tensor]:
         """Places of the rows of each call, (rows,) long tensors."""
         if self.by_step:
-            keys = sigma[:, None]
+            alike = (sigma[:, None] == sigma) & (samples[:, None] == samples)
+            again = alike.tril(-1).sum(1)  # two calls of a sampler may be at one sigma
+            keys = torch.stack([sigma, again.to(sigma)], dim=1)
         elif not self.ranges:
             yield torch.arange(len(sigma), device=sigma.device)
             return
@@ -100,8 +102,9 @@ def _lengths(condition: Mapping[str, Any]) -> Iterator[int]:
     """For how many samples a condition has entries."""
     for entry in [condition.get("mask"), *condition.get("model_conds", {}).values()]:
         value = getattr(entry, "cond", entry)
-        if isinstance(value, Tensor) and value.ndim:
-            yield len(value)
+        for part in value if isinstance(value, (list, tuple)) else [value]:  # several pictures that a model refers to
+            if isinstance(part, Tensor) and part.ndim:
+                yield len(part)
 
 
 def _hints(control: Any) -> Iterator[int]:

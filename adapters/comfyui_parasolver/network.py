@@ -74,7 +74,7 @@ class Network:
         device = x.device if self._device is None else self._device
         x, sigma, samples, home = x.to(device), sigma.to(device), samples.to(device), x.device
         denoised = torch.empty_like(x)
-        for rows in self._conditions.groups(sigma):
+        for rows in self._conditions.groups(sigma, samples):
             self._interruption()
             chosen, of_rows, where = rows, samples[rows], torch.arange(len(rows), device=device)
             if self._conditions.per_sample:

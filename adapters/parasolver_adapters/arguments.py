@@ -124,7 +124,7 @@ def equal(kept: Any, value: Any) -> bool:
         return isinstance(value, (list, tuple)) and len(kept) == len(value) and all(map(equal, kept, value))
     if isinstance(kept, (Tensor, np.ndarray)):
         like = type(kept) is type(value) and kept.shape == value.shape and kept.dtype == value.dtype
-        return like and bool(((kept == value) | ((kept != kept) & (value != value))).all())  # noqa: PLR0124 - of NaN
+        return like and bool(((kept == value) | ((kept != kept) & (value != value))).all())  # NaN is equal to NaN
     if isinstance(kept, (Number, str)):
         return type(kept) is type(value) and same(kept, value)
     return True

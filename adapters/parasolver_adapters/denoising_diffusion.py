@@ -17,13 +17,14 @@ import contextlib
 import copy
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from parasolver_adapters.gaussian_diffusion import as_it_is_now
 from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
 from parasolver_core import NoiseSchedule
 
@@ -68,9 +69,9 @@ def parallel_denoising_diffusion(diffusion: Any, window: int | Literal["auto"] =
         options.setdefault("schedule", NoiseSchedule.from_alphas_cumprod(bar, default_prediction_type="sample"))
     drop_in = copy.copy(diffusion)
     drop_in.solution = None
-    for name, part in loops.items():
+    for name in loops:
         made = functools.partial(parallel, window=window, **options)
-        setattr(drop_in, name, _loop(diffusion, drop_in, name, part, made))
+        setattr(drop_in, name, _loop(diffusion, drop_in, name, loops, made))
     return drop_in
 
 
@@ -152,8 +153,8 @@ class _Preconditioned(_Part):
         return clean
 
 
-def _loop(diffusion: Any, drop_in: Any, name: str, part: _Part, made: Callable[..., Any]) -> Callable[..., Any]:
-    original = getattr(diffusion, name)
+def _loop(own: Any, drop_in: Any, name: str, loops: Iterable[str], made: Callable[..., Any]) -> Callable[..., Any]:
+    original = getattr(own, name)
 
     def sampler(model: Callable[..., Tensor], begin: Tensor, *args: Any, disable: bool = False, **kwargs: Any) -> Any:
         """The loop from ``begin``, to which it adds what it draws."""
@@ -163,7 +164,8 @@ def _loop(diffusion: Any, drop_in: Any, name: str, part: _Part, made: Callable[.
             t = t.flatten()[:1].expand(len(x)) if isinstance(t, Tensor) else t
             return part.returned(model(x, t, *rest, **named), x, t)
 
-        loop = copy.copy(diffusion)
+        diffusion = as_it_is_now(own, drop_in, loops)
+        part, loop = _parts(diffusion)[name], copy.copy(diffusion)
         setattr(loop, part.name, asked)
         with _Beginning(begin), contextlib.redirect_stderr(io.StringIO()) if disable else contextlib.nullcontext():
             return getattr(loop, name)(*args, **kwargs)
@@ -174,7 +176,9 @@ def _loop(diffusion: Any, drop_in: Any, name: str, part: _Part, made: Callable[.
     @functools.wraps(original)
     def loop(*args: Any, **kwargs: Any) -> Any:
         drop_in.solution = None
-        returned = sample(part.clean, _zeros(original, args, kwargs), *args, **kwargs)
+        diffusion = as_it_is_now(own, drop_in, loops)
+        begin = _zeros(getattr(diffusion, name), args, kwargs)
+        returned = sample(_parts(diffusion)[name].clean, begin, *args, **kwargs)
         drop_in.solution = sample.solution
         return returned
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,12 +98,21 @@ def _loop(diffusion: Any, drop_in: Any, name: str, choices: Choices) -> Callable
         def done(solution: Solution) -> None:
             drop_in.solution = solution
 
-        return _run(diffusion, name, choices, done, args, kwargs)
+        return _run(as_it_is_now(diffusion, drop_in, LOOPS), name, choices, done, args, kwargs)
 
     def progressive(*args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from loop(*args, **kwargs)
 
     return functools.wraps(original)(progressive) if inspect.isgeneratorfunction(original) else loop
+
+
+def as_it_is_now(own: Any, drop_in: Any, loops: Iterable[str]) -> Any:
+    """A copy of the drop-in, with what was set on it since it was made, and with its own loops."""
+    made = copy.copy(drop_in)
+    for name in loops:
+        vars(made).pop(name, None)
+    vars(made).update({name: vars(own)[name] for name in loops if name in vars(own)})
+    return made
 
 
 def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:
@@ -288,8 +297,8 @@ class _Live(_Stepped):
             )
         if not equal(self._draft.steps[i].arguments, arguments):
             raise UnsupportedDiffusionError(
-                f"diffusion: step {i} is called with other arguments than when the loop was tried with outputs of zero, "
-                "so they depend on what the network says (as with self-conditioning); sample sequentially"
+                f"diffusion: step {i} is called with other arguments than when the loop was tried with outputs of "
+                "zero, so they depend on what the network says (as with self-conditioning); sample sequentially"
             )
 
 

@@ -37,6 +37,16 @@ class Cond:
 
 
 @dataclass
+class ListCond:
+    """Several pictures that a model refers to, each repeated over the rows of a call."""
+
+    cond: list[Tensor]
+
+    def rows(self, count: int) -> Tensor:
+        return torch.stack([Cond(one).rows(count) for one in self.cond]).sum(0)
+
+
+@dataclass
 class Control:
     """A ControlNet: one picture a sample, between two sigmas."""
 
@@ -172,6 +182,20 @@ def sample_euler_cfg_pp(
         "sampler_post_cfg_function": [lambda one: seen.append(one["sigma"]) or one["denoised"]]
     }
     return sample_euler(model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_heun(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+) -> Tensor:
+    """Two calls a step; the second is at the sigma of the next step's first."""
+    ones = x.new_ones([len(x)])
+    for i in range(len(sigmas) - 1):
+        slope, width = (x - model(x, sigmas[i] * ones, **extra_args)) / sigmas[i], sigmas[i + 1] - sigmas[i]
+        if sigmas[i + 1] > 0:
+            end = x + slope * width
+            slope = (slope + (end - model(end, sigmas[i + 1] * ones, **extra_args)) / sigmas[i + 1]) / 2
+        x = x + slope * width
+    return x
 
 
 SAMPLERS = {"euler": sample_euler, "euler_cfg_pp": sample_euler_cfg_pp}

@@ -16,7 +16,19 @@ from comfyui_parasolver import NODE_CLASS_MAPPINGS
 from comfyui_parasolver.nodes import Options, ParaSolverSampler, in_parallel
 from comfyui_parasolver.replicas import replica
 from parasolver_adapters.samplers import UnsupportedSamplerError
-from tests.adapters.comfy_standins import CONST, KSAMPLER, CancelledError, Cond, Control, Guider, Inpaint, Model, comfy
+from tests.adapters.comfy_standins import (
+    CONST,
+    KSAMPLER,
+    CancelledError,
+    Cond,
+    Control,
+    Guider,
+    Inpaint,
+    ListCond,
+    Model,
+    comfy,
+    sample_heun,
+)
 from tests.adapters.weights import relative
 
 __all__ = ["comfy"]
@@ -71,6 +83,26 @@ def test_sample_is_the_sequential_one(comfy: ModuleType, case: str, s_noise: flo
     want = own.sample(Guider({"positive": conds}), SIGMAS, normal(3, 6, seed=7), **run)
     got = ours.sample(Guider({"positive": conds}), SIGMAS, normal(3, 6, seed=7), **run)
     assert relative(got, want) < 3e-6
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 5])
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+def test_two_calls_at_one_sigma_meet_the_prompts_of_their_samples(
+    comfy: ModuleType, prompts: int, tolerance: float
+) -> None:
+    """However many prompts there are for the three samples of the batch."""
+    guider, noise = Guider({"positive": [prompt(1, prompts)]}), normal(3, 6, seed=7)
+    want = KSAMPLER(sample_heun).sample(guider, SIGMAS, noise)
+    got = in_parallel(KSAMPLER(sample_heun), Options(tolerance=tolerance)).sample(guider, SIGMAS, noise)
+    assert relative(got, want) < max(3e-6, tolerance)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_pictures_in_a_list_meet_their_own_sample(comfy: ModuleType, samples: int) -> None:
+    pictures = ListCond([normal(1, 6, seed=1), normal(samples, 6, seed=2)])
+    guider, noise = Guider({"positive": [{"model_conds": {"ref_latents": pictures, "c": pictures}}]}), normal(3, 6)
+    want = sampler(window=1).sample(guider, SIGMAS, noise)
+    assert relative(sampler().sample(guider, SIGMAS, noise), want) < 3e-6
 
 
 @pytest.mark.parametrize(("conds", "most"), [([prompt(1)], 15), (HALVES, 22)])

@@ -92,6 +92,25 @@ def test_loops_give_the_sample_of_their_own(make: Any, loop: str, options: dict[
     assert not hasattr(diffusion, "solution")
 
 
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (gaussian, {"sampling_timesteps": 10, "ddim_sampling_eta": 1.0}),
+        (gaussian, {"objective": "pred_v"}),
+        (elucidated, {"num_sample_steps": 10}),
+    ],
+)
+def test_what_is_set_on_the_copy_is_what_its_loops_read(make: Any, changed: dict[str, Any]) -> None:
+    diffusion, own = make(), parallel_denoising_diffusion(make(), 8, tolerance=0)
+    samples = []
+    for one in (diffusion, own):
+        for name, value in changed.items():
+            setattr(one, name, value)
+        torch.manual_seed(3)
+        samples.append(one.sample(batch_size=2))
+    assert relative(samples[1], samples[0]) < 1e-5
+
+
 def test_a_window_of_one_leaves_the_loop_as_it_is() -> None:
     diffusion = gaussian()
     torch.manual_seed(3)

@@ -149,6 +149,16 @@ def test_the_object_stays_as_it_is_and_the_copy_is_of_its_class() -> None:
     assert network.rows == [2] * 20
 
 
+def test_what_is_set_on_the_copy_is_what_its_loops_read() -> None:
+    own = diffusion(20)
+    parallel, network, samples = parallel_gaussian_diffusion(own, 8, tolerance=0), Network(6), []
+    for one in (parallel, own):  # the copy first: what is set on it is its own
+        one.model_mean_type = ModelMeanType.START_X
+        torch.manual_seed(1)
+        samples.append(one.p_sample_loop(network, SHAPE, model_kwargs=KWARGS))
+    assert relative(*samples) < 3e-6
+
+
 def test_progress_shows_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
     parallel_gaussian_diffusion(diffusion(20), 8).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS, progress=True)
     assert capsys.readouterr().err.count(" 0/20 [") == 1

@@ -1,5 +1,6 @@
 """What changes while a sampler runs: what it gives its network, and who writes into its tensors."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def network(x: Tensor, sigma: Tensor, shift: Any = 0.0) -> Tensor:
 
 
 def euler(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None) -> Tensor:
-    for i, (here, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (here, after) in enumerate(pairwise(sigmas)):
         denoised = model(x, here.expand(len(x)))
         if callback is not None:
             callback({"x": x, "i": i, "denoised": denoised})
@@ -31,7 +32,7 @@ def euler(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None) -> Tensor
 def one_buffer(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
     """Writes each step's time, and an entry of a dictionary, where the last one was."""
     time, shift = torch.ones(len(x)), {"shift": torch.zeros(len(x), 1, 1)}
-    for here, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, after in pairwise(sigmas):
         time.fill_(here)
         shift["shift"] = torch.full_like(shift["shift"], float(here) / 15)
         x = x + (x - model(x, time, given=[shift])) / here * (after - here)
@@ -40,7 +41,7 @@ def one_buffer(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
 
 def self_conditioning(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
     clean = torch.zeros_like(x)
-    for here, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, after in pairwise(sigmas):
         clean = model(x, here.expand(len(x)), shift=clean)
         x = x + (x - clean) / here * (after - here)
     return x
