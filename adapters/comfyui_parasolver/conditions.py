@@ -108,9 +108,9 @@ def _lengths(condition: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _hints(control: Any) -> Iterator[int]:
-    value = getattr(control, "cond_hint_original", None)
-    if isinstance(value, Tensor) and value.ndim:
-        yield len(value)
+    for value in [getattr(control, "cond_hint_original", None), *getattr(control, "extra_concat_orig", ())]:
+        if isinstance(value, Tensor) and value.ndim:
+            yield len(value)
 
 
 def _patches(options: Mapping[str, Any]) -> list[str]:

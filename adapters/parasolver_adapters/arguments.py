@@ -53,8 +53,7 @@ def _picker(values: list[Any], batch: int, name: str) -> _Pick:
         if any(len(value) != len(first) for value in values):
             raise ValueError(f"{name}: expected the same length in every call of the network")
         items = [_picker([value[i] for value in values], batch, f"{name}[{i}]") for i in range(len(first))]
-        make = type(first)._make if hasattr(first, "_make") else type(first)  # type: ignore[attr-defined]
-        return lambda steps, samples: make([item(steps, samples) for item in items])
+        return lambda steps, samples: remade(first, [item(steps, samples) for item in items])
     if isinstance(first, Tensor):
         return _tensor_picker(values, batch, name)
     if all(same(first, value) for value in values):
@@ -101,8 +100,7 @@ class Kept:
         if isinstance(value, Mapping):
             return {key: self(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
-            make = type(value)._make if hasattr(value, "_make") else type(value)  # type: ignore[attr-defined]
-            return make([self(entry) for entry in value])
+            return remade(value, [self(entry) for entry in value])
         if not isinstance(value, (Tensor, np.ndarray)):
             return value
         held = self._copies.get(id(value))
@@ -128,6 +126,11 @@ def equal(kept: Any, value: Any) -> bool:
     if isinstance(kept, (Number, str)):
         return type(kept) is type(value) and same(kept, value)
     return True
+
+
+def remade(like: Any, entries: list[Any]) -> Any:
+    """A list, tuple or named tuple like the given one, of other entries."""
+    return type(like)._make(entries) if hasattr(like, "_make") else type(like)(entries)
 
 
 def same(value: Any, other: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from parasolver_adapters.arguments import same
 from parasolver_adapters.diffusers.passes.first_pass import Streams
 from parasolver_adapters.diffusers.schedulers.rule import read_scheduler
 from parasolver_adapters.wrapping import prediction_of
@@ -252,7 +253,7 @@ def parallel_policy(policy: Any, window: int | str = 16, *, warm_start: bool = F
                 f"policy: expected a diffusion policy of LeRobot, got {type(policy).__name__} without {name}; take "
                 "parasolver_adapters.diffusers.parallel_loop, or an ActionSampler of the network"
             )
-    config = model.config
+    config, read = model.config, _read_of(model)
     shift = config.n_action_steps if warm_start else None
     sampler = ActionSampler(
         model.unet, model.noise_scheduler, model.num_inference_steps, window, shift=shift, **options
@@ -265,6 +266,12 @@ def parallel_policy(policy: Any, window: int | str = 16, *, warm_start: bool = F
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
+        changed = [name for name, value in _read_of(model).items() if not same(value, read[name])]
+        if changed:
+            raise ValueError(
+                f"policy: its {changed[0]} has been changed since it was made parallel; call "
+                "del policy.diffusion.conditional_sample and parallel_policy once more"
+            )
         shape, like = (batch_size, config.horizon, config.action_feature.shape[0]), next(model.parameters())
         return sampler(shape, {"global_cond": global_cond}, generator, noise, like.dtype, like.device)
 
@@ -272,6 +279,12 @@ def parallel_policy(policy: Any, window: int | str = 16, *, warm_start: bool = F
     if model is not policy and hasattr(policy, "reset"):
         policy.reset = _also(policy.reset, sampler.reset)
     return sampler
+
+
+def _read_of(model: Any) -> dict[str, Any]:
+    """What its own loop reads at every chunk, and the sampler once."""
+    named = {name: getattr(model, name) for name in ("unet", "noise_scheduler", "num_inference_steps")}
+    return named | {"noise_scheduler.config": dict(model.noise_scheduler.config)}
 
 
 def _also(method: Any, then: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from parasolver_adapters.arguments import same
+from parasolver_adapters.arguments import remade, same
 from parasolver_adapters.epsilon_models import NEEDS_ROWS, check_scale, guided
 from parasolver_core import NoiseSchedule, Rows
 from parasolver_core.arrays import DeviceTable, uploaded
@@ -198,7 +198,7 @@ def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
         return {key: _of_rows(entry, samples, rows, f"{name}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         parts = [_of_rows(entry, samples, rows, f"{name}[{i}]") for i, entry in enumerate(value)]
-        return type(value)(parts)
+        return remade(value, parts)
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if len(value) == 1:
@@ -220,7 +220,7 @@ def _joined(given: Any, null: Any, name: str) -> Any:
     if isinstance(given, Mapping) and isinstance(null, Mapping):
         return {key: _joined(condition, null.get(key, condition), name) for key, condition in given.items()}
     if isinstance(given, (list, tuple)) and isinstance(null, (list, tuple)) and len(given) == len(null):
-        return type(given)([_joined(condition, other, name) for condition, other in zip(given, null, strict=True)])
+        return remade(given, [_joined(condition, other, name) for condition, other in zip(given, null, strict=True)])
     if isinstance(given, Tensor) and isinstance(null, Tensor) and given.shape == null.shape:
         return torch.cat([given, null]) if given.ndim else given
     if not isinstance(given, Tensor) and not isinstance(null, Tensor) and same(given, null):

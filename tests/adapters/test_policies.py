@@ -259,6 +259,23 @@ def test_a_policy_of_lerobot_is_used_as_before(warm_start: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("num_inference_steps", lambda model: setattr(model, "num_inference_steps", 10)),
+        ("noise_scheduler", lambda model: setattr(model, "noise_scheduler", DDIMScheduler(100, **TRAINED))),
+        ("noise_scheduler.config", lambda model: model.noise_scheduler.register_to_config(clip_sample=False)),
+        ("unet", lambda model: setattr(model, "unet", load_policy())),
+    ],
+)
+def test_a_policy_that_was_changed_since_is_not_sampled_as_it_was(name: str, change: Any) -> None:
+    policy = Policy(DDPMScheduler(100, **TRAINED)).eval()
+    parallel_policy(policy)
+    change(policy.diffusion)
+    with pytest.raises(ValueError, match=rf"policy: its {name} has been changed since it was made parallel; call del"):
+        policy.predict(OBSTACLES)
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: ActionSampler(1, DDIMScheduler(), 5), TypeError, "network: expected network"),

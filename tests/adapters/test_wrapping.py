@@ -3,7 +3,7 @@
 import inspect
 import math
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +30,29 @@ def at_a_point(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
     """eps of data that sits at a mean of each row, (rows, 1)."""
     alpha, sigma = (torch.as_tensor(level[:-1])[:, None] for level in LINEAR.levels(t.numpy()))
     return (x - alpha * mean) / sigma
+
+
+class Style(NamedTuple):
+    mean: Tensor
+    more: Tensor
+
+
+def test_conditions_in_a_named_tuple_keep_their_names() -> None:
+    style = Style(MEANS[:, None], torch.zeros(1, 1, dtype=torch.float64))
+    denoiser = ModelDenoiser(
+        lambda x, t, style: at_a_point(x, t, style.mean + style.more),
+        LINEAR,
+        "epsilon",
+        conditions={"style": style},
+        null_conditions={"style": Style(-style.mean, style.more)},
+        guidance_scale=1.5,
+    )
+    x_T, timesteps, rule = normal(3, 4), LINEAR.timesteps(10), DDIM(LINEAR)
+    got = solve(denoiser, x_T, timesteps, rule, window=4, tolerance=0).sample
+    want = solve_sequential(
+        lambda x, t: at_a_point(x, t, 2 * MEANS[:, None].repeat(len(x) // 3, 1)), x_T, timesteps, rule
+    ).sample
+    assert relative(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("prediction_type", [one for one in get_args(PredictionType) if one != "flow"])
