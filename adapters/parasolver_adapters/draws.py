@@ -102,3 +102,30 @@ class Listener(TorchFunctionMode):
         """The same draws once more, in float64 and on the CPU."""
         draws = (drawn.cpu() for drawn in self.draws)
         return Float64(lambda function, args, kwargs: next(draws))
+
+
+class Played(TorchFunctionMode):
+    """While active, on this thread only: normal draws are those at hand, in their order."""
+
+    def __init__(self, draws: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._draws = iter(draws)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn or func is torch.randn_like:
+            return next(self._draws)
+        return func(*args, **(kwargs or {}))
+
+
+class Unheard:
+    """A network that is called as if nobody listened to the functions that it calls."""
+
+    def __init__(self, network: Callable[..., Any]) -> None:
+        self._network = network
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)

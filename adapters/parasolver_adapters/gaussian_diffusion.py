@@ -28,10 +28,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from parasolver_adapters.arguments import Kept, StepArguments, equal
-from parasolver_adapters.draws import Listener
+from parasolver_adapters.draws import Listener, Played, Unheard
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, StepRule
@@ -331,11 +330,11 @@ class _RowStep:
         arguments = self._arguments(rows, x.device)
         draws = [torch.stack(row_draws).to(x) for row_draws in zip(*map(self.draws_of, steps, samples), strict=True)]
         if callable(arguments.get("model")):
-            arguments["model"] = _Unheard(arguments["model"])
+            arguments["model"] = Unheard(arguments["model"])
         if callable(arguments.get("cond_fn")):
-            arguments["cond_fn"] = _Unheard(arguments["cond_fn"])
+            arguments["cond_fn"] = Unheard(arguments["cond_fn"])
         t = self._t.to(x.device)[torch.as_tensor(steps, device=x.device), torch.as_tensor(samples, device=x.device)]
-        with _Played(draws):
+        with Played(draws):
             return self._step(x=x, t=t, **arguments)
 
     def draws_of(self, step: int, sample: int) -> list[Tensor]:
@@ -384,33 +383,6 @@ class _StepDenoiser:
         after = next((j for j in range(i, len(self._predictions)) if sample in self._predictions[j]), None)
         before = self._predictions[i - 1][sample]
         return before if after is None else torch.lerp(before, self._predictions[after][sample], 1 / (after - i + 1))
-
-
-class _Played(TorchFunctionMode):
-    """While active, on this thread only: normal draws are those at hand, in their order."""
-
-    def __init__(self, draws: list[Tensor]) -> None:
-        super().__init__()
-        self._draws = iter(draws)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.randn or func is torch.randn_like:
-            return next(self._draws)
-        return func(*args, **(kwargs or {}))
-
-
-class _Unheard:
-    """A network that is called as if nobody listened to the functions that it calls."""
-
-    def __init__(self, network: Callable[..., Any]) -> None:
-        self._network = network
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return self._network(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
 
 
 def _no_noise(step: int, sample: int) -> Tensor:

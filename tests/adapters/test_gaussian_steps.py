@@ -10,14 +10,13 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor
 
+from parasolver_adapters.draws import Played, Unheard
 from parasolver_adapters.gaussian_diffusion import (
     Draft,
     UnsupportedDiffusionError,
     _device,
     _named,
-    _Played,
     _StepDenoiser,
-    _Unheard,
     parallel_gaussian_diffusion,
 )
 from parasolver_core import DDIM, DDPM
@@ -146,13 +145,13 @@ def test_the_device_of_a_network() -> None:
 
 def test_draws_are_played_in_their_order_and_the_networks_own_are_not() -> None:
     draws = [torch.full((2,), float(k)) for k in range(2)]
-    network = _Unheard(SimpleNamespace(size=7, __call__=None))
+    network = Unheard(SimpleNamespace(size=7, __call__=None))
     assert network.size == 7
     torch.manual_seed(0)
     own = torch.randn(2)
     torch.manual_seed(0)
-    with _Played(draws):
-        assert torch.equal(_Unheard(lambda: torch.randn(2))(), own)
+    with Played(draws):
+        assert torch.equal(Unheard(lambda: torch.randn(2))(), own)
         assert torch.equal(torch.randn(2), draws[0])
         assert torch.equal(torch.zeros(2), torch.tensor([0.0, 0.0]))
         assert torch.equal(torch.randn_like(own), draws[1])

@@ -75,3 +75,37 @@ def test_callbacks_that_write_into_the_run_are_refused(name: str, change: float,
 def test_networks_that_write_into_the_samplers_state_are_refused() -> None:
     with pytest.raises(UnsupportedSamplerError, match="the network writes into the state that it is given"):
         parallel(euler, 8)(lambda x, sigma: network(x.mul_(0.98), sigma), X.clone(), SIGMAS)
+
+
+def test_steps_that_a_callback_changes_a_little_are_refused() -> None:
+    scale = [1.0]
+
+    def scaled(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None) -> Tensor:
+        for here, after in pairwise(sigmas):
+            x = scale[0] * (x + (x - model(x, here.expand(len(x)))) / here * (after - here))
+            if callback is not None:
+                callback(x)
+        return x
+
+    with pytest.raises(UnsupportedSamplerError, match=r"step 1 is off its own table by 0\.0005;"):
+        parallel(scaled, 8)(network, X, SIGMAS, callback=lambda x: scale.__setitem__(0, 1.0005))
+
+
+def as_k_diffusion(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Times are in the dtype of the first state; later states are in that of the levels."""
+    ones = x.new_ones([len(x)])
+    for here, after in pairwise(sigmas):
+        x = x + (x - model(x, here * ones)) / here.reshape(1, 1, 1) * (after - here)
+    return x
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tolerance", "limit"), [(0.0, 1e-6), (1e-2, 1e-2)])
+def test_noise_in_half_precision_and_levels_in_float32(kind: torch.dtype, tolerance: float, limit: float) -> None:
+    def model(x: Tensor, sigma: Tensor) -> Tensor:
+        return network(x.float(), sigma.float())
+
+    want = as_k_diffusion(model, X.to(kind), SIGMAS)
+    got = parallel(as_k_diffusion, 8, tolerance=tolerance)(model, X.to(kind), SIGMAS)
+    assert got.dtype == want.dtype == torch.float32
+    assert relative(got, want) < limit

@@ -22,7 +22,8 @@ from parasolver_core import Rows, Solution
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType
 
-_ROUNDING = 1e-6  # of a time that a sampler works out from the state's dtype; it was read in float64
+_OFF = 1e-4  # of a state in float32 or float64 that a sampler works out; k-diffusion's are off by 1e-5 at most
+_ROUNDING = 1e-6  # of a time that a sampler works out from its tables; it was read in float64
 
 
 class ParallelSampler:
@@ -110,7 +111,7 @@ class _Live:
 
     def __init__(self, choices: Choices, rule: SamplerRule, denoiser: DenoiserFn, draft: Draft) -> None:
         self._choices, self._rule, self._denoiser = choices, rule, denoiser
-        self._arguments, self._noise = draft.arguments, draft.noise
+        self._arguments, self._noise, self._dtype = draft.arguments, draft.noise, draft.dtype
         self._run: Stepwise | None = None
         self._xs: list[Tensor] = []
         self._ms: list[Tensor] = []
@@ -119,13 +120,13 @@ class _Live:
     def __call__(self, i: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         rule, table = self._rule, self._rule.table
         if self._run is None:
-            self._run = self._choices.begin(self._denoiser, x, rule, rule.timesteps, self._noise)
+            self._run = self._choices.begin(self._denoiser, x.to(self._dtype), rule, rule.timesteps, self._noise)
         elif i == len(table):
             raise UnsupportedSamplerError(
                 f"sampler: it calls its network more often than the {len(table)} times when it was read"
             )
-        time = time_of(args, kwargs, i)
-        if not math.isclose(time, rule.timesteps[i], rel_tol=_ROUNDING, abs_tol=_ROUNDING * abs(rule.timesteps[0])):
+        time, rounding = time_of(args, kwargs, i), _rounding(args, kwargs)
+        if not math.isclose(time, rule.timesteps[i], rel_tol=rounding, abs_tol=_ROUNDING * abs(rule.timesteps[0])):
             raise UnsupportedSamplerError(
                 f"sampler: call {i} is at time {time:.6g}, and was at {rule.timesteps[i]:.6g} when the sampler was "
                 "read; its steps depend on more than its arguments"
@@ -142,7 +143,7 @@ class _Live:
         z = None if self._noise is None else self._noise[i].to(after.dtype)
         m = table.implied_output(torch, i, after.to(x.device), self._xs, self._ms, z)
         self._ms = [m, *self._ms[: memory - 1]]
-        return m.to(x.dtype)
+        return m.to(self._dtype)
 
     def end(self) -> Solution:
         """How the run ended."""
@@ -154,10 +155,13 @@ class _Live:
 
     def _check(self, i: int, x: Tensor, known: Tensor) -> None:
         """The sampler has to have come where the table came."""
-        want = known.to(x.device)
-        limit = max(torch.finfo(x.dtype).eps ** 0.5, 1e-3)
-        error = float((x.to(want.dtype) - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
-        if not error <= limit:
+        want, eps = known.to(x.device), torch.finfo(x.dtype).eps
+        limit = eps**0.5 if eps > _ROUNDING else _OFF
+        size = float(want.norm())
+        off = float((x.to(want.dtype) - want).norm())
+        lost = 10 * eps * float(self._xs[0].norm()) if self._xs else 0.0  # where a step makes the state far smaller
+        if not off <= limit * size + lost:
+            error = off / max(size, torch.finfo(want.dtype).tiny)
             raise UnsupportedSamplerError(
                 f"sampler: step {i - 1} is off its own table by {error:.2g}; its steps depend on more than states, the "
                 "network's outputs and noise. Take a sampler of fixed steps, or sample sequentially"
@@ -221,6 +225,13 @@ def _check_outputs_are_read(rule: SamplerRule) -> None:
                 f"sampler: step {i} of {rule._call.name} does not read the network's output at its own state, but a "
                 "later one does; solve() with step_rule_from_sampler() takes it"
             )
+
+
+def _rounding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The same, of a time that the network is given in the dtype of the state."""
+    time = next(iter([*args, *kwargs.values()]), None)
+    known = isinstance(time, Tensor) and time.is_floating_point()
+    return max(_ROUNDING, torch.finfo(time.dtype).eps) if known else _ROUNDING
 
 
 def _onlooking(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,7 +81,7 @@ class Draft:
         rule: of the sampler.
         inputs: what the network was given, N tensors, then what came out; empty where only the calls were wanted.
         arguments: N pairs of args and kwargs.
-        dtype: of the network's input.
+        dtype: of the network's last input: a sampler's tables may be wider than what it begins with.
         drawn: what a ``noise_sampler`` of the user gave, in order.
     """
 
@@ -124,7 +124,7 @@ class Draft:
         if noisy:
             last = _state_in(end, inputs[0])
             inputs.append(torch.zeros_like(inputs[0]) if last is None else last)
-        return cls(rule, inputs, arguments, dtypes[0], drawn)
+        return cls(rule, inputs, arguments, dtypes[-1], drawn)
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The first state for ``x``, and the noise of all steps."""
