@@ -91,6 +91,23 @@ def test_steps_that_a_callback_changes_a_little_are_refused() -> None:
         parallel(scaled, 8)(network, X, SIGMAS, callback=lambda x: scale.__setitem__(0, 1.0005))
 
 
+def writes_into_its_own(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(2M) of outputs that are scaled where they are, in one state."""
+    x, last = x.clone(), None
+    for here, after in pairwise(sigmas):
+        denoised = model(x, here.expand(len(x))).mul_(0.95)
+        mixed = denoised if last is None or after == 0 else 1.5 * denoised - 0.5 * last
+        x.add_((x - mixed) / here * (after - here))
+        last = denoised
+    return x
+
+
+@pytest.mark.parametrize(("tolerance", "limit"), [(0.0, 3e-6), (1e-2, 1e-2)])
+def test_a_sampler_may_write_into_its_states_and_outputs(tolerance: float, limit: float) -> None:
+    got = parallel(writes_into_its_own, 8, tolerance=tolerance)(network, X, SIGMAS)
+    assert relative(got, writes_into_its_own(network, X, SIGMAS)) < limit
+
+
 def as_k_diffusion(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
     """Times are in the dtype of the first state; later states are in that of the levels."""
     ones = x.new_ones([len(x)])

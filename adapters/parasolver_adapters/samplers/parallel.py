@@ -139,11 +139,11 @@ class _Live:
         after, self._calls = self._run.after(i + 1), i + 1
         self._check(i, x, self._run.after(i))
         memory = table.memory
-        self._xs = [x.to(after.dtype), *self._xs[: memory - 1]]
+        self._xs = [x.to(after.dtype, copy=True), *self._xs[: memory - 1]]
         z = None if self._noise is None else self._noise[i].to(after.dtype)
         m = table.implied_output(torch, i, after.to(x.device), self._xs, self._ms, z)
         self._ms = [m, *self._ms[: memory - 1]]
-        return m.to(self._dtype)
+        return m.to(self._dtype, copy=True)  # states and outputs are the sampler's, which may write into them
 
     def end(self) -> Solution:
         """How the run ended."""
