@@ -230,8 +230,9 @@ def _check_outputs_are_read(rule: SamplerRule) -> None:
 def _rounding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """The same, of a time that the network is given in the dtype of the state."""
     time = next(iter([*args, *kwargs.values()]), None)
-    known = isinstance(time, Tensor) and time.is_floating_point()
-    return max(_ROUNDING, torch.finfo(time.dtype).eps) if known else _ROUNDING
+    if not isinstance(time, Tensor) or not time.is_floating_point():
+        return _ROUNDING
+    return max(_ROUNDING, torch.finfo(time.dtype).eps)
 
 
 def _onlooking(callback: Callable[..., Any]) -> Callable[..., Any]:
