@@ -21,10 +21,13 @@ class Draw:
 
     Args:
         seed: gives the same problem each time.
+        words: what it is.
+        one_sample: whether the first axis of the state counts no samples.
     """
 
     seed: int
     words: list[str] = field(default_factory=list)
+    one_sample: bool = False
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)

@@ -57,6 +57,7 @@ def problem(seed: int) -> Drawn:
     if few:
         draw.n = int(draw.log(8, 64))
     family = draw.pick(*FAMILIES)
+    draw.one_sample = family in couplings.FAMILIES
     draw.words.append(family.__name__.strip("_"))
     f, shape, end = family(draw)
     y0 = draw.normal(*shape, scale=draw.pick(0.1, 1.0, 1.0, 3.0))
@@ -111,16 +112,17 @@ def choices(draw: Draw, shape: tuple[int, ...], few: bool) -> dict[str, Any]:
     return options
 
 
-def local_scale(states: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def local_scale(states: np.ndarray, draw: Draw) -> np.ndarray:
     """What a difference is held against: the largest value of each element within a fiftieth of the nodes around.
 
-    But at least ``LEAST`` of the largest element of its sample there, which the last axis holds.
+    But at least ``LEAST`` of the largest element of its sample there, which the last axis holds, or the whole state.
     """
     size, n = np.abs(states), len(states)
     reach = max(n // 50, 1)
     around = np.stack([np.max(size[max(k - reach, 0) : k + reach + 1], axis=0) for k in range(n)])
-    whole = np.max(around, axis=-1, keepdims=True) if size.ndim > 1 else around
-    return np.maximum(np.maximum(around, LEAST[dtype] * whole), np.finfo(dtype).tiny)
+    axes = tuple(range(1, size.ndim)) if draw.one_sample else tuple({size.ndim - 1} - {0})
+    whole = np.max(around, axis=axes, keepdims=True)
+    return np.maximum(np.maximum(around, LEAST[draw.dtype] * whole), np.finfo(draw.dtype).tiny)
 
 
 def solved(drawn: Drawn, options: dict[str, Any]) -> tuple[Any, list[Any], str]:
@@ -171,7 +173,7 @@ def compare(got: Any, want: Any, draw: Draw, tolerance: float) -> str:
     finite: Any = np.isfinite(b).reshape(len(b), -1).all(axis=1) & np.isfinite(a).reshape(len(a), -1).all(axis=1)
     last = len(finite) if finite.all() else int(np.argmin(finite))
     with np.errstate(all="ignore"):
-        far = np.abs(a[:last] - b[:last]) / local_scale(b[:last], draw.dtype)
+        far = np.abs(a[:last] - b[:last]) / local_scale(b[:last], draw)
     worst = np.unravel_index(int(np.argmax(far)), far.shape)
     limit = max(LIMITS[draw.dtype], 1e3 * tolerance)  # which is of the largest element of a state
     if not far[worst] <= limit:
