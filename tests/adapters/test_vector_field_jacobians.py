@@ -11,7 +11,7 @@ import torch
 from parasolver_adapters.vector_field.field import Batching, Field
 from parasolver_adapters.vector_field.grid import Grid
 from parasolver_adapters.vector_field.jacobian import FieldJacobian, StepJacobian
-from parasolver_adapters.vector_field.methods import METHODS, ExponentialRungeKutta, StepMethod
+from parasolver_adapters.vector_field.methods import METHODS, ExponentialRungeKutta, StepMethod, adams_weights
 from parasolver_adapters.vector_field.problem import Problem
 
 UNEVEN = np.cumsum([0.0, 0.1, 0.2, 0.05, 0.25, 0.1, 0.15, 0.2, 0.1, 0.3, 0.1, 0.05, 0.2])
@@ -348,3 +348,19 @@ def test_blocks_of_a_method_that_remembers_have_equal_steps(name: str) -> None:
         surrogate.length = 4
         found.append(surrogate.propagate(r, np.ones((13, 3))))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ab2", "ab3"])
+def test_a_long_step_enlarges_what_those_before_it_have_said(name: str) -> None:
+    """A step fifty times the one before weighs remembered outputs with 25 and more: rounding of 1e-8 became 6e-5."""
+    t = np.cumsum([0.0, *[0.1] * 5, 1e-3, 0.05, *[0.1] * 4])
+    one = problem(lambda t, y: y @ MATRIX.T, np.zeros(3), t, name)
+    order = one.method.memory + 1
+    weights, r = adams_weights(t, order), numbers(len(t) - 1, 1, 3)
+    assert np.abs(weights[6] / one.grid.h[6]).max() > 20
+    d = [np.zeros(3)]
+    for n in range(len(t) - 1):
+        past = sum(weights[n, k] * d[n - k] for k in range(order)) if n >= order - 1 else one.grid.h[n] * d[n]
+        d.append(d[n] + MATRIX @ past + r[n, 0])
+    found = StepJacobian(one).propagate(r, np.ones((len(t), 3)))[:, 0]
+    np.testing.assert_allclose(found, d[1:], rtol=1e-6, atol=1e-8)

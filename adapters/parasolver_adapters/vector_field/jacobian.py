@@ -23,6 +23,7 @@ from parasolver_core.arrays import Array
 LARGEST_DENSE = 32  # elements of a sample's state up to which a matrix for each node pays
 _BLOCKS = 200  # about as many Jacobians a window at first; fewer of large matrices, whose products cost more
 _BLOCK_ELEMENTS = 800
+_FEW = 2**22  # elements of all steps' matrices, each by itself
 _DIRECTIONS = 8  # that estimate a diagonal
 _STALE = 1e-3  # Jacobians at states that were this far off are taken again
 _FAST, _SLOW = 0.1, 0.5  # contractions: better than the first, Jacobians are kept; worse than the second, blocks halved
@@ -129,6 +130,12 @@ class StepJacobian(FieldJacobian):
     def __init__(self, problem: Problem) -> None:
         super().__init__(replace(problem, jacobian=None), 0, len(problem.grid), dense=True)
         self.memory = problem.method.memory
+        self._weights = np.empty((0, self.memory + 1))
+        h, elements = problem.grid.h, len(problem.grid) * ((self.memory + 1) * problem.size) ** 2
+        if isinstance(problem.method, AdamsBashforth) and np.ptp(h) > 1e-6 * np.max(np.abs(h)) and elements <= _FEW:
+            self.length = 1  # a step of its own weights, which are large where it is long beside those before it
+            self._weights = adams_weights(problem.grid.t, self.memory + 1) / h[:, None]
+            self._weights[: self.memory, 0] = 1.0  # the first steps are Runge-Kutta steps
 
     def propagate(self, r: Array, y: Array) -> Array:
         xp, d = self.problem.xp, r.shape[-1]
@@ -150,8 +157,11 @@ class StepJacobian(FieldJacobian):
             return _runge_kutta(xp, method, scaled)
         if not isinstance(method, AdamsBashforth):
             return super()._increment(J, mean)
-        weights = adams_weights(np.arange(order + 1.0), order)[-1]
-        top = xp.concat([scaled * float(w) for w in weights], axis=-1)
+        weights = self._weights
+        if self.length > 1 or not len(weights):
+            weights = np.broadcast_to(adams_weights(np.arange(order + 1.0), order)[-1], (len(mean), order))
+        columns = self.problem.grid.asarray(weights.T.reshape(order, -1, *(1,) * (scaled.ndim - 1)))
+        top = xp.concat([scaled * columns[k, ...] for k in range(order)], axis=-1)
         shift = np.eye(self.memory * d, order * d) - np.eye(self.memory * d, order * d, d)
         rows = xp.concat([xp.zeros_like(top[..., :1, :])] * (self.memory * d), axis=-2)
         return xp.concat([top, rows + self.problem.grid.asarray(shift)], axis=-2)
