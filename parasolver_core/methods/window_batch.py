@@ -96,11 +96,14 @@ class WindowBatch(Run):
         lo, after = windows.lo, windows.lo + decision.accepted
         # where a state may run out of range, the last one that is good is still wanted
         risky = bool((after == self._form.steps).any()) or not found.length.max() <= self._large
+        before = self._buffers.first_copy() if risky else None
         passed = self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1), risky)
-        if passed is not None and risky:
+        if before is not None:
             for row in np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist():
-                good = int(leading(finite_rows(self._xp, passed[row, : decision.accepted[row], :]))) - 1
-                failed.setdefault(row, (Status.NONFINITE_SOLVER, int(lo[row]) + good, passed[row, good, :]))
+                fine = to_host(self._xp.all(self._xp.isfinite(passed[row, ...]), axis=1))
+                good = int(leading(fine[: max(int(decision.accepted[row]) - 1, 0)]))
+                state = passed[row, good - 1, :] if good else before[row, :]
+                failed.setdefault(row, (Status.NONFINITE_SOLVER, int(lo[row]) + good, state))
                 records.accepted[row] = good
         self._leave(failed)
         return records
@@ -144,11 +147,11 @@ class WindowBatch(Run):
         told = decision.accepted, decision.move, decision.defect, windows.error
         return SampleRecords(self.samples, windows.n, windows.nodes, *told)
 
-    def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array | None:
+    def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array:
         """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes.
 
         Returns:
-            The states of the nodes that become final, (B, most, size), if they are kept or may be wanted.
+            The states that windows pass by, (B, most, size); none are made where nobody wants them.
         """
         form, windows, buffers = self._form, self._windows, self._buffers
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
@@ -157,7 +160,7 @@ class WindowBatch(Run):
         count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, windows.slope_held)
         again = buffers.made_again(decision, first, self._draw)
-        passed = self._passed(decision, again) if risky or self._kept is not None else None
+        passed = self._passed(decision, again, wanted=risky or self._kept is not None)
         rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
@@ -166,20 +169,19 @@ class WindowBatch(Run):
         made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
         buffers.write(made_of, further, again)
         windows.slide(lo, hi, last)
-        if self._kept is not None and passed is not None:
+        if self._kept is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():
-                states = [passed[row, j, :] for j in range(1, int(decision.accepted[row]))]
+                states = [passed[row, j, :] for j in range(int(decision.accepted[row]) - 1)]
                 self._kept[int(self.samples[row])] += map(self._shared.given, [*states, start[row, :]])
         return passed
 
-    def _passed(self, decision: Decision, again: Array | None) -> Array:
-        """The states of the nodes that become final, (B, most, size), as they will be when the round has moved them."""
-        first, most = self._buffers.first_copy()[:, None, :], int(decision.accepted.max()) - 1
-        if most < 1:
-            return first
-        behind = self._buffers.moved_states(decision, most) if again is None else again[:, :most, :]
-        return self._xp.concat([first, behind], axis=1)
+    def _passed(self, decision: Decision, again: Array | None, wanted: bool) -> Array:
+        """The states that windows pass by, (B, most, size), as they will be when the round has moved them."""
+        most = int(decision.accepted.max()) - 1
+        if not wanted or most < 1:
+            return self._buffers.first[:, None, :][:, :0, :]
+        return self._buffers.moved_states(decision, most) if again is None else again[:, :most, :]
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
         """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parasolver_adapters.vector_field.effort import Effort, Row, largest
+from parasolver_adapters.vector_field.effort import Call, Effort, Row, largest
 from parasolver_adapters.vector_field.methods import RungeKutta
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.verification import companions_matter, too_sensitive
@@ -49,15 +49,18 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     table = replace(table, slope=np.zeros(len(table)), held=np.tile([0.0, 1.0], (len(table), 1)))
     rule = FixedRule(table)
 
-    last: dict[float, Row] = {}
+    last: dict[float, Call] = {}
 
     def denoiser(x: Array, t: Array) -> Array:
         t = problem.xp.astype(t, grid.dtype)
         f = problem.field(t, x)
         for k, time in enumerate(to_host(t).tolist()):
-            step = abs(grid.h[np.argmin(np.abs(grid.t[:-1] - time))])
-            last[time] = t[k : k + 1], x[k : k + 1, ...], f[k : k + 1, ...], float(step)
+            last[time] = t[k : k + 1], x[k : k + 1, ...], f[k : k + 1, ...]
         return f
+
+    def rows() -> list[Row]:
+        nearest = {time: np.argmin(np.abs(grid.t[:-1] - time)) for time in sorted(last)}
+        return [(*last[time], float(abs(grid.h[n]))) for time, n in nearest.items()]
 
     solver = ParallelIntegralSolver(rule, window, tolerance=tolerance, check=False)
     solution = solver.solve(denoiser, effort.reached[0], rule.timesteps, save="trajectory", throw=False)
@@ -65,7 +68,7 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
         effort.note = f"rounds did not end well ({solution.status.value})"
         return None
     states = solution.trajectory[:: method.stages, 0, ...]
-    effort.note = companions_matter(problem, _groups(problem.xp, [last[time] for time in sorted(last)], window))
+    effort.note = companions_matter(problem, _groups(problem.xp, rows(), window))
     effort.note = effort.note or too_sensitive(problem, states, effort, tolerance)
     if effort.note:
         return None
