@@ -98,7 +98,7 @@ class WindowBatch(Run):
         risky = bool((after == self._form.steps).any()) or not found.length.max() <= self._large
         before = self._buffers.first_copy() if risky else None
         passed = self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1), risky)
-        if before is not None:
+        if before is not None and passed is not None:
             for row in np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist():
                 fine = to_host(self._xp.all(self._xp.isfinite(passed[row, ...]), axis=1))
                 good = int(leading(fine[: max(int(decision.accepted[row]) - 1, 0)]))
@@ -147,11 +147,11 @@ class WindowBatch(Run):
         told = decision.accepted, decision.move, decision.defect, windows.error
         return SampleRecords(self.samples, windows.n, windows.nodes, *told)
 
-    def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array:
+    def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array | None:
         """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes.
 
         Returns:
-            The states that windows pass by, (B, most, size); none are made where nobody wants them.
+            The states that windows pass by, (B, most, size); None where nobody wants them.
         """
         form, windows, buffers = self._form, self._windows, self._buffers
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
@@ -160,7 +160,7 @@ class WindowBatch(Run):
         count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, windows.slope_held)
         again = buffers.made_again(decision, first, self._draw)
-        passed = self._passed(decision, again, wanted=risky or self._kept is not None)
+        passed = self._passed(decision, again) if risky or self._kept is not None else None
         rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
@@ -169,18 +169,16 @@ class WindowBatch(Run):
         made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
         buffers.write(made_of, further, again)
         windows.slide(lo, hi, last)
-        if self._kept is not None:
+        if self._kept is not None and passed is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():
                 states = [passed[row, j, :] for j in range(int(decision.accepted[row]) - 1)]
                 self._kept[int(self.samples[row])] += map(self._shared.given, [*states, start[row, :]])
         return passed
 
-    def _passed(self, decision: Decision, again: Array | None, wanted: bool) -> Array:
+    def _passed(self, decision: Decision, again: Array | None) -> Array:
         """The states that windows pass by, (B, most, size), as they will be when the round has moved them."""
-        most = int(decision.accepted.max()) - 1
-        if not wanted or most < 1:
-            return self._buffers.first[:, None, :][:, :0, :]
+        most = max(int(decision.accepted.max()) - 1, 0)
         return self._buffers.moved_states(decision, most) if again is None else again[:, :most, :]
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
