@@ -179,3 +179,15 @@ def test_the_checks_are_two_calls_or_three(size: int, checks: int) -> None:
         warnings.simplefilter("error")
         found = integrate(lambda t, y: np.sin(t) - y, y0, t, method="euler", few_steps="parallel")
     assert found.calls == found.rounds + 5 + checks
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-9])
+def test_a_small_element_that_is_thrown_far_is_told_of(tolerance: float | None) -> None:
+    """Its last state before the throw, -0.02, was right by 6e-6 only: rounding of the other, of 35. It came to 3e-4."""
+    field = lambda t, y: 0.0183045242120451 / y**2 + np.cos(t)  # noqa: E731
+    y0, t = np.array([-35.355343, -0.5237594], np.float32), np.linspace(0, 2.7620431735375486, 63)
+    with pytest.warns(SequentialFallbackWarning, match="rounding may grow to"):
+        found = integrate(field, y0, t, method="heun3", few_steps="parallel", tolerance=tolerance)
+    assert found.sequential_steps == 62
+    assert found.states[8, 1] == pytest.approx(-0.0229, abs=1e-4)
+    assert found.states[9, 1] == pytest.approx(13.37, abs=0.01)

@@ -364,3 +364,27 @@ def test_a_long_step_enlarges_what_those_before_it_have_said(name: str) -> None:
         d.append(d[n] + MATRIX @ past + r[n, 0])
     found = StepJacobian(one).propagate(r, np.ones((len(t), 3)))[:, 0]
     np.testing.assert_allclose(found, d[1:], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["euler", "midpoint", "heun3", "rk4"])
+def test_where_the_stages_are_known_they_have_jacobians_of_their_own(name: str) -> None:
+    """Of steps that are long for a field of the third power, whose Jacobian is another in each stage."""
+    one = problem(lambda t, y: MATRIX.T @ y[..., None] @ np.ones(1) - 0.3 * y**3, np.full(3, 1.5), EVEN, name)
+    calls: list[np.ndarray] = []
+
+    def field(t: Any, y: Any) -> Any:
+        calls.append(np.array(y))
+        return one.field(t, y)
+
+    r = 1e-7 * numbers(12, 1, 3)
+    y, moved = [np.full((1, 3), 1.5)], [np.full((1, 3), 1.5)]
+    for n in range(12):
+        y.append(one.method.advance(field, one.grid, n, n + 1, y[n], None)[0])
+        moved.append(one.method.advance(one.field, one.grid, n, n + 1, moved[n], None)[0] + r[n])
+    stages = np.reshape(calls, (12, one.method.stages, 3))
+    expected = np.array(moved[1:]) - np.array(y[1:])
+    found = StepJacobian(one, stages).propagate(r, np.concatenate(y))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    if name != "euler":
+        in_the_middle = StepJacobian(one).propagate(r, np.concatenate(y))
+        assert np.abs(in_the_middle - expected).max() > 1e-3 * np.abs(expected).max()

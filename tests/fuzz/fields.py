@@ -22,12 +22,12 @@ class Draw:
     Args:
         seed: gives the same problem each time.
         words: what it is.
-        one_sample: whether the first axis of the state counts no samples.
+        sample_axes: how many of the state's last axes are of one sample.
     """
 
     seed: int
     words: list[str] = field(default_factory=list)
-    one_sample: bool = False
+    sample_axes: int = 1
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)

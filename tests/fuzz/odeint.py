@@ -57,9 +57,9 @@ def problem(seed: int) -> Drawn:
     if few:
         draw.n = int(draw.log(8, 64))
     family = draw.pick(*FAMILIES)
-    draw.one_sample = family in couplings.FAMILIES
     draw.words.append(family.__name__.strip("_"))
     f, shape, end = family(draw)
+    draw.sample_axes = len(shape) if family in couplings.FAMILIES else min(draw.sample_axes, len(shape))
     y0 = draw.normal(*shape, scale=draw.pick(0.1, 1.0, 1.0, 3.0))
     if draw.rng.random() < 0.06:
         y0 = y0 * draw.pick(*((1e-200, 1e-30, 1e30, 1e150) if draw.dtype.itemsize == 8 else (1e-30, 1e-12, 1e12)))
@@ -115,12 +115,12 @@ def choices(draw: Draw, shape: tuple[int, ...], few: bool) -> dict[str, Any]:
 def local_scale(states: np.ndarray, draw: Draw) -> np.ndarray:
     """What a difference is held against: the largest value of each element within a fiftieth of the nodes around.
 
-    But at least ``LEAST`` of the largest element of its sample there, which the last axis holds, or the whole state.
+    But at least ``LEAST`` of the largest element of its sample there.
     """
     size, n = np.abs(states), len(states)
     reach = max(n // 50, 1)
     around = np.stack([np.max(size[max(k - reach, 0) : k + reach + 1], axis=0) for k in range(n)])
-    axes = tuple(range(1, size.ndim)) if draw.one_sample else tuple({size.ndim - 1} - {0})
+    axes = tuple(range(size.ndim - draw.sample_axes, size.ndim))
     whole = np.max(around, axis=axes, keepdims=True)
     return np.maximum(np.maximum(around, LEAST[draw.dtype] * whole), np.finfo(draw.dtype).tiny)
 

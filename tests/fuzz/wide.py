@@ -13,6 +13,7 @@ def _axes(draw: Draw, low: int = 33, high: int = 200) -> tuple[tuple[int, ...], 
     """Axes of the samples, and of one of them."""
     d = int(draw.log(low, high))
     rest = draw.pick((d,), (d,), (int(draw.pick(3, 6)), max(d // 6, 3)))
+    draw.sample_axes = len(rest)
     return draw.pick((), (), (2,), (5,), (2, 2)), rest
 
 
@@ -87,7 +88,7 @@ def _at_the_edge(draw: Draw) -> Made:
 def _graph(draw: Draw) -> Made:
     """A few bodies in the plane that attract each other: axes of bodies and coordinates."""
     xp, n, soft = draw.xp, draw.pick(3, 5, 9, 17), draw.log(1e-3, 0.3)
-    batch = draw.pick((), (2,))
+    batch, draw.sample_axes = draw.pick((), (2,)), 2
 
     def f(t: Any, y: Any) -> Any:
         x, v = y[..., :2], y[..., 2:]
@@ -102,7 +103,7 @@ def _activator(draw: Draw) -> Made:
     """Two species on a ring, which react: growth of patterns from nearly nothing, wide."""
     xp, d, end = draw.xp, int(draw.log(20, 100)), draw.log(1, 30)
     share = draw.real(0.02, 0.4) * draw.n / end
-    a, slow = draw.real(0.5, 4), draw.log(0.01, 1)
+    a, slow, draw.sample_axes = draw.real(0.5, 4), draw.log(0.01, 1), 2
 
     def f(t: Any, y: Any) -> Any:
         u, v = y[..., 0, :], y[..., 1, :]

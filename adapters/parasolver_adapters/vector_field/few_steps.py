@@ -67,9 +67,11 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     if not solution.success or solution.trajectory is None:
         effort.note = f"rounds did not end well ({solution.status.value})"
         return None
-    states = solution.trajectory[:: method.stages, 0, ...]
+    nodes = solution.trajectory[:, 0, ...]
+    states = nodes[:: method.stages, ...]
+    stages = problem.xp.reshape(nodes[:-1, ...], (len(grid), method.stages, *nodes.shape[1:]))
     effort.note = companions_matter(problem, _groups(problem.xp, rows(), window))
-    effort.note = effort.note or too_sensitive(problem, states, effort, tolerance)
+    effort.note = effort.note or too_sensitive(problem, states, effort, tolerance, stages)
     if effort.note:
         return None
     effort.rounds, effort.windows = solution.stats.rounds, 1

@@ -125,10 +125,16 @@ class StepJacobian(FieldJacobian):
     """Jacobians of the method's own steps, with the nodes before that they read: how far an error really grows.
 
     Matrices act on the last ``memory + 1`` nodes at once. They are larger than what corrections need, and made once.
+
+    Args:
+        problem: the problem.
+        stages: states at which a Runge-Kutta method calls the field, (N, stages, *state), where steps are few and these
+            known; by default the middle of a step stands for all of it.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, stages: Array | None = None) -> None:
         super().__init__(replace(problem, jacobian=None), 0, len(problem.grid), dense=True)
+        self._stages = stages
         self.memory = problem.method.memory
         self._weights = np.empty((0, self.memory + 1))
         h, elements = problem.grid.h, len(problem.grid) * ((self.memory + 1) * problem.size) ** 2
@@ -144,6 +150,10 @@ class StepJacobian(FieldJacobian):
 
     def _middle(self, y: Array, edges: np.ndarray) -> tuple[Array, Array]:
         """Where the field is called in a step by itself; a coarse step's middle may have another Jacobian."""
+        xp, method = self.problem.xp, self.problem.method
+        if self._stages is not None and isinstance(method, RungeKutta):
+            t = [self.problem.grid.times(0, len(self.problem.grid), sum(row)) for row in method.a]
+            return xp.reshape(xp.stack(t, axis=1), (-1,)), xp.reshape(self._stages, (-1, *self._stages.shape[2:]))
         if self.length > 1 or self.problem.method.stages > 1:
             return super()._middle(y, edges)
         return self.problem.grid.times(0, len(self.problem.grid), 0.0), y[:-1, ...]
@@ -152,9 +162,11 @@ class StepJacobian(FieldJacobian):
         xp, method = self.problem.xp, self.problem.method
         if isinstance(method, ExponentialRungeKutta):
             return self._exponential(method, J, mean)
-        scaled, d, order = self._times(J, mean), J.shape[-1], self.memory + 1
         if isinstance(method, RungeKutta):
-            return _runge_kutta(xp, method, scaled)
+            each = xp.reshape(J, (len(mean), -1, *J.shape[1:]))  # one for all stages, or for each
+            scaled = [self._times(each[:, k, ...], mean) for k in range(each.shape[1])]
+            return _runge_kutta(xp, method, scaled * (method.stages // len(scaled)))
+        scaled, d, order = self._times(J, mean), J.shape[-1], self.memory + 1
         if not isinstance(method, AdamsBashforth):
             return super()._increment(J, mean)
         weights = self._weights
@@ -182,14 +194,16 @@ class StepJacobian(FieldJacobian):
         return euler + xp.matmul(problem.grid.asarray(phi_2), xp.matmul(J, euler))
 
 
-def _runge_kutta(xp: Any, method: RungeKutta, scaled: Array) -> Array:
-    """A step's Jacobian less 1, where that of the field times the step's length is ``scaled``."""
+def _runge_kutta(xp: Any, method: RungeKutta, scaled: list[Array]) -> Array:
+    """A step's Jacobian less 1, where those of the field at its stages times the step's length are ``scaled``."""
     stages: list[Array] = []
-    total = xp.zeros_like(scaled)
-    for row in (*method.a, method.b):
-        total = sum((K * w for w, K in zip(row, stages, strict=True)), xp.zeros_like(scaled))
-        stages.append(scaled + xp.matmul(scaled, total))
-    return total
+    for row, J in zip(method.a, scaled, strict=True):
+        stages.append(J + xp.matmul(J, _weighted(xp, row, stages, J)))
+    return _weighted(xp, method.b, stages, scaled[0])
+
+
+def _weighted(xp: Any, weights: tuple[float, ...], stages: list[Array], like: Array) -> Array:
+    return sum((K * w for w, K in zip(weights, stages, strict=True)), xp.zeros_like(like))
 
 
 def _prefer_autograd(y: Array) -> bool:

@@ -21,7 +21,7 @@ _HOPELESS = 0.1  # of the local size: nobody wants a trajectory that rounding ha
 _ALONE = 1e2  # roundings of the state, in a step, and what the field makes of them: what a row alone may differ by
 _ALONE_OUTPUT = 1e3  # roundings of the output
 _JITTER = 4.0  # roundings of the state
-_UNKNOWN = 1 / 32  # of what rounding may come to: where nothing is known of defects, which may be larger
+_LEFT = 4.0  # roundings of the largest element of a sample: what rounds may leave in each step of any element
 
 
 def rows_differ(problem: Problem, samples: Samples) -> str:
@@ -67,17 +67,27 @@ def _answers(problem: Problem, rows: list[Row], eps: float) -> list[float]:
     return [float(largest) / _JITTER for largest in np.max(answer, axis=1)]
 
 
-def sensitivity(problem: Problem, states: Array, defects: list[Array]) -> float:
-    """What rounding and the defects left in each step may have grown into somewhere, of the local size."""
+def sensitivity(problem: Problem, states: Array, defects: list[Array], stages: Array | None = None) -> float:
+    """What rounding and the defects left in each step may have grown into somewhere, of the local size.
+
+    Args:
+        problem: the problem.
+        states: all nodes, ``(N + 1, *state)``.
+        defects: of the first steps, in pieces (n, samples, size); those of further steps are 0.
+        stages: as :class:`~parasolver_adapters.vector_field.jacobian.StepJacobian` takes them.
+    """
     xp, n, flat = problem.xp, len(problem.grid), problem.flat(states)
-    info = xp.finfo(states.dtype)
     size = xp.maximum(xp.abs(flat[:-1, ...]), xp.abs(flat[1:, ...]))
-    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=tuple(size.shape))
-    rho = size * xp.asarray(signs * (float(info.eps) / 2), dtype=size.dtype, device=device(size))
+    rho = size * _signs(problem, size) * (float(xp.finfo(states.dtype).eps) / 2)
     known = sum(piece.shape[0] for piece in defects)
     rho = rho + xp.concat([*defects, xp.zeros_like(rho[known:, ...])], axis=0)
-    grown = StepJacobian(problem).propagate(rho, states)
+    grown = StepJacobian(problem, stages).propagate(rho, states)
     return relative(xp, grown, local_scale(xp, flat, reach(n))[1:, ...])
+
+
+def _signs(problem: Problem, like: Array) -> Array:
+    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=tuple(like.shape))
+    return problem.xp.asarray(signs, dtype=like.dtype, device=device(like))
 
 
 def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> str:
@@ -91,10 +101,12 @@ def doubt(problem: Problem, states: Array, effort: Effort, tolerance: float) -> 
     return too_sensitive(problem, states, effort, tolerance)
 
 
-def too_sensitive(problem: Problem, states: Array, effort: Effort, tolerance: float) -> str:
+def too_sensitive(
+    problem: Problem, states: Array, effort: Effort, tolerance: float, stages: Array | None = None
+) -> str:
     """Why rounding may decide what the states are; empty if it does not."""
     limit = max(_SENSITIVE[problem.xp.finfo(states.dtype).bits], 2 * tolerance)
-    grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit)
+    grown = effort.twin.grown if problem.size > LARGEST_DENSE else _grown(problem, states, effort, limit, stages)
     if not grown <= limit:
         allowed = f"; tolerance={grown:.1g} allows it" if grown < _HOPELESS else ""
         return (
@@ -104,10 +116,16 @@ def too_sensitive(problem: Problem, states: Array, effort: Effort, tolerance: fl
     return ""
 
 
-def _grown(problem: Problem, states: Array, effort: Effort, limit: float) -> float:
-    """The sensitivity, by defects that are guessed at if these are good enough, and else measured."""
-    grown = sensitivity(problem, states, effort.defects)
-    if grown <= (limit if effort.defects else limit * _UNKNOWN):
+def _grown(problem: Problem, states: Array, effort: Effort, limit: float, stages: Array | None) -> float:
+    """The sensitivity, by defects that are known, or the largest that rounds may leave; by measured ones if too large.
+
+    Rounds end when what is left is small beside the whole sample, which is large for an element that is small.
+    """
+    xp, flat = problem.xp, problem.flat(states)
+    largest = xp.max(xp.abs(flat[1:, ...]), axis=-1, keepdims=True) + xp.zeros_like(flat[1:, ...])
+    left = largest * _signs(problem, largest) * (_LEFT * float(xp.finfo(states.dtype).eps))
+    grown = sensitivity(problem, states, effort.defects or [left], stages)
+    if grown <= limit:
         return grown
     ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
-    return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])])
+    return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])], stages)
