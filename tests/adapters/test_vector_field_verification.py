@@ -104,6 +104,32 @@ def test_defects_that_are_known_grow_with_the_steps_behind_them(rate: float) -> 
     assert sensitivity(one, scaled, pieces) == pytest.approx(100 * expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("left", [0.0, 0.5])
+def test_what_a_correction_by_another_jacobian_leaves_is_reckoned(left: float) -> None:
+    """Two windows of a growing field, corrected once by sums of their defects: the rest grows through both."""
+    rate, factor, effort = 0.4, 1.1, Effort()
+    one = problem(lambda t, y: rate * y, 1, steps=30)
+    exact = factor ** np.arange(31.0)
+    states: list[Any] = [1.0]
+    added = np.zeros(31)
+    for lo, hi in ((0, 12), (12, 30)):
+        guess = states[lo] * (1 + 1e-5 * np.sin(np.arange(hi - lo + 1))) * factor ** np.arange(hi - lo + 1)
+        guess[0] = states[lo]
+        defects = factor * guess[:-1] - guess[1:]
+        correction = np.cumsum(defects)
+        effort.note_left(np, defects[:, None, None], correction[:, None, None], left)
+        states += list(guess[1:] + correction)
+        added[lo + 1 : hi + 1] = left * defects
+    guessed = np.zeros(31)
+    for n in range(30):
+        guessed[n + 1] = factor * guessed[n] + added[n + 1]
+    wrong = exact - states + guessed
+    expected = np.max(np.abs(wrong[1:]) / states[1:])
+    found = sensitivity(one, np.array(states)[:, None], effort.defects, effort.corrections)
+    assert expected > 1e-6
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def run(size: int = 2, defect: float = 0.0, states: Any = None, **noted_too: Any) -> tuple[Problem, Any, Effort]:
     """Steps that change nothing, with a defect in the last one of a state of ones."""
     one, effort = problem(lambda t, y: 0 * y, size), Effort(windows=1, **noted_too)

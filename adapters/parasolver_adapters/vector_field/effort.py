@@ -142,7 +142,9 @@ class Effort:
         reached: the trajectory so far, in pieces ``(n, *state)``.
         twin: how rounding grew along coarse solutions of wide states.
         samples: rows of batches, to be compared with the field called alone.
-        defects: of the steps made in parallel, in pieces, as far as is known: what the last correction left of them.
+        defects: of the steps made in parallel, in pieces ``(n, samples, size)``, as far as is known; see
+            :meth:`note_left`.
+        corrections: what the states have been moved by since these defects were found, in the same pieces.
     """
 
     rounds: int = 0
@@ -153,3 +155,21 @@ class Effort:
     twin: Twin = field(default_factory=Twin)
     samples: Samples = field(default_factory=Samples)
     defects: list[Array] = field(default_factory=list)
+    corrections: list[Array] = field(default_factory=list)
+
+    def note_left(self, xp: Any, defects: Array, correction: Array, left: float) -> None:
+        r"""Keep what is wrong with steps that are accepted.
+
+        The last correction d of defects r leaves an error e of the states, :math:`e_{n+1} + d_{n+1} = A_n (e_n + d_n) +
+        r_n` where A is the Jacobian of a step, which d was not made with. The steps behind begin with e alone.
+
+        Args:
+            xp: array namespace.
+            defects: of the states before the last correction, (n, samples, size).
+            correction: the last, zero if none was made.
+            left: guess of the share of the defects that is left after it, as the nonlinear part leaves some.
+        """
+        self.defects.append(
+            xp.concat([defects[:-1, ...], defects[-1:, ...] - correction[-1:, ...]], axis=0) + defects * left
+        )
+        self.corrections.append(xp.concat([correction[:-1, ...], xp.zeros_like(correction[-1:, ...])], axis=0))

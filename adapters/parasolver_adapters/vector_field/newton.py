@@ -136,14 +136,16 @@ class ParallelIntegrator:
         xp, n, final = problem.xp, hi - lo, tolerance == 0.0
         tolerance = max(tolerance, self.tolerance)
         surrogate, eps = self.surrogate(problem, lo, hi), float(xp.finfo(y.dtype).eps)
-        defects, limit = problem.flat(y[1:, ...]), problem.field.spent + problem.sequential_cost(n) / 2
+        defects = made = problem.flat(y[1:, ...])
+        left, limit = 0.0, problem.field.spent + problem.sequential_cost(n) / 2
         before = before_travelled = best = np.inf
         newton = self.linearization == "full" or (self.linearization == "diagonal" and problem.size == 1)
         moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
             field.calls.clear()
             ends, _past = problem.method.advance(field, problem.grid, lo, hi, y[:-1, ...], past)
-            defects = problem.flat(ends - y[1:, ...])
+            defects, left = problem.flat(ends - y[1:, ...]), 0.0
+            made = xp.zeros_like(defects)
             d = surrogate.propagate(defects, y)
             effort.rounds += 1
             corrected = xp.concat([y[:1, ...], y[1:, ...] + problem.unflat(d)], axis=0)
@@ -159,9 +161,9 @@ class ParallelIntegrator:
                     moved[:] = 0  # these are as good as what a further correction makes of them, and known
                     break
                 done = (newton or size <= near) and scatter(xp, defects, _SMALL * eps * scale)
-            y = corrected
+            y, made, left = corrected, d, 1.0
             if done:
-                moved[:], defects = 0, defects * min(max(size / before, _DOUBT), 1.0)
+                moved[:], left = 0, min(max(size / before, _DOUBT), 1.0)
                 break
             # Beside what it was: where digits cancel, most of a trajectory goes in each round, and that is progress.
             travelled = float(xp.max(xp.abs(d) / old))
@@ -174,7 +176,7 @@ class ParallelIntegrator:
         if final and accepted:
             effort.samples.keep(field.calls, problem.grid.h[lo : lo + accepted])
             effort.twin.accept(lo + accepted, tolerance)
-            effort.defects.append(defects[:accepted, ...])
+            effort.note_left(xp, defects[:accepted, ...], made[:accepted, ...], left)
         return y, accepted
 
     def _rests(

@@ -7,6 +7,8 @@ field gives the same alone, nor what becomes of what is left in each step:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from array_api_compat import device
 
@@ -67,13 +69,20 @@ def _answers(problem: Problem, rows: list[Row], eps: float) -> list[float]:
     return [float(largest) / _JITTER for largest in np.max(answer, axis=1)]
 
 
-def sensitivity(problem: Problem, states: Array, defects: list[Array], stages: Array | None = None) -> float:
+def sensitivity(
+    problem: Problem,
+    states: Array,
+    defects: list[Array],
+    corrections: Sequence[Array] = (),
+    stages: Array | None = None,
+) -> float:
     """What rounding and the defects left in each step may have grown into somewhere, of the local size.
 
     Args:
         problem: the problem.
         states: all nodes, ``(N + 1, *state)``.
         defects: of the first steps, in pieces (n, samples, size); those of further steps are 0.
+        corrections: made since, in the same pieces; by default none.
         stages: as :class:`~parasolver_adapters.vector_field.jacobian.StepJacobian` takes them.
     """
     xp, n, flat = problem.xp, len(problem.grid), problem.flat(states)
@@ -82,6 +91,8 @@ def sensitivity(problem: Problem, states: Array, defects: list[Array], stages: A
     known = sum(piece.shape[0] for piece in defects)
     rho = rho + xp.concat([*defects, xp.zeros_like(rho[known:, ...])], axis=0)
     grown = StepJacobian(problem, stages).propagate(rho, states)
+    if corrections:
+        grown = grown - xp.concat([*corrections, xp.zeros_like(rho[known:, ...])], axis=0)
     return relative(xp, grown, local_scale(xp, flat, reach(n))[1:, ...])
 
 
@@ -124,8 +135,8 @@ def _grown(problem: Problem, states: Array, effort: Effort, limit: float, stages
     xp, flat = problem.xp, problem.flat(states)
     largest = xp.max(xp.abs(flat[1:, ...]), axis=-1, keepdims=True) + xp.zeros_like(flat[1:, ...])
     left = largest * _signs(problem, largest) * (_LEFT * float(xp.finfo(states.dtype).eps))
-    grown = sensitivity(problem, states, effort.defects or [left], stages)
+    grown = sensitivity(problem, states, effort.defects or [left], effort.corrections, stages)
     if grown <= limit:
         return grown
     ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
-    return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])], stages)
+    return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])], (), stages)
