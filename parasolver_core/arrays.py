@@ -137,6 +137,13 @@ def lengths(xp: Any, rows: Array) -> Array:
     return np.sqrt(np.vecdot(rows, rows)) if isinstance(rows, np.ndarray) else xp.linalg.vector_norm(rows, axis=-1)
 
 
+def gram(xp: Any, rows: Array) -> Array:
+    """Inner products of the rows (.., n, size) with each other, (.., n, n)."""
+    # of a matrix with itself NumPy makes another product, which takes twice the time where matrices are small
+    other = rows.copy() if isinstance(rows, np.ndarray) else rows
+    return matmul(xp, rows, xp.matrix_transpose(other))
+
+
 def plus_product(total: Array, a: Array, b: Array) -> Array:
     """``total + a * b``, where arrays are mutable in the memory of the first; for PyTorch one operation."""
     if array_api_compat.is_torch_array(total):

@@ -156,16 +156,16 @@ class WindowBatch(Run):
         form, windows, buffers = self._form, self._windows, self._buffers
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
         hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
-        node = np.minimum(lo[:, None] - form.past + np.arange(form.past + (hi - lo).max()), hi[:, None] - 1)
-        count = max(int((node - last[:, None]).max()), 1)  # of nodes behind the last kept
-        entering = self._fill.entering(last, count, windows.slope_held)
+        count = max(int((hi - 1 - last).max()), 1)  # of nodes behind the last kept
+        entering = self._fill.entering(last, count, lambda: windows.slope_held)
         again = buffers.made_again(decision, first, self._draw)
         passed = self._passed(decision, again) if risky or self._kept is not None else None
         rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
         further = [] if rows is None else [rows]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))
-        place = node - first[:, None]
+        place = (lo - first - form.past)[:, None] + np.arange(form.past + (hi - lo).max())
+        place = np.minimum(place, (hi - 1 - first)[:, None])
         made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
         buffers.write(made_of, further, again)
         windows.slide(lo, hi, last)
@@ -212,18 +212,20 @@ class WindowBatch(Run):
         """Samples that are final, and those that failed, leave."""
         windows, first = self._windows, self._buffers.first
         done = np.flatnonzero(windows.lo == self._form.steps)
-        leaving = {row: (Status.CONVERGED, self._form.steps, first[row, :]) for row in done.tolist()} | failed
-        if not leaving:
+        if not (len(done) or failed):
             return
-        if len(done) and self._form.cancels:
+        leaving: Failures = {}
+        if len(done):
             final = take_rows(first, done)
-            length = to_host(lengths(self._xp, final)).astype(np.float64)
-            windows.end(done, at_least(length, self._xp, final))
-        for row, (status, step, state) in leaving.items():
-            sample, given = int(self.samples[row]), self._shared.given(copied(self._xp, state))
+            leaving = {row: (Status.CONVERGED, self._form.steps, final[k, :]) for k, row in enumerate(done.tolist())}
+            if self._form.cancels:
+                length = to_host(lengths(self._xp, final)).astype(np.float64)
+                windows.end(done, at_least(length, self._xp, final))
+        for row, (status, step, state) in (leaving | failed).items():
+            sample, given = int(self.samples[row]), self._shared.given(state)
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(windows.error[row]), given, self.kept(sample), node)
-        stay = np.array([row for row in range(len(self.samples)) if row not in leaving], dtype=np.int64)
+        stay = np.delete(np.arange(len(self.samples)), [*leaving, *failed])
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._buffers.stay(stay)

@@ -53,7 +53,7 @@ class RoundView:
         if effect.ndim == 1:
             return count, effect[:count].max()
         beyond = np.arange(effect.shape[1]) >= count[:, None]
-        return count, np.max(np.where(beyond, -np.inf, effect), axis=1)
+        return count, np.where(beyond, -np.inf, effect).max(axis=1)
 
 
 def leading(flags: NDArray[np.bool_]) -> Any:
@@ -66,7 +66,7 @@ def leading(flags: NDArray[np.bool_]) -> Any:
 def shares(lengths: Float64, of: Float64) -> Float64:
     """``lengths / of``; 0 is 0 of anything, also of the state 0, where many differential equations start."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.divide(lengths, of, where=lengths != 0, out=np.zeros_like(lengths))
+        return np.where(lengths != 0, lengths / of, 0.0)
 
 
 class Acceptance(ABC):

@@ -108,6 +108,7 @@ class Windows:
         self.sizes = Sizes(shared.form, count, columns, shared.tolerance, eps)
         self.error = np.zeros(count)
         self.begun = False  # whether the network has been asked
+        self._held = np.ascontiguousarray(shared.form.held.T)
         self._place(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1)
 
     def _place(self, lo: Indices, n: Indices, longest: int) -> None:
@@ -117,6 +118,7 @@ class Windows:
         nodes = lo[:, None] + columns
         self.inside = columns < n[:, None]  # (B, longest), which columns are nodes of the windows
         self.nodes = np.minimum(nodes, self._form.steps - 1)  # (B, longest); beyond N the last node
+        self.held = self._held.take(self.nodes, axis=1)  # (2, B, longest), the weights of what is held at the nodes
         self._at = nodes + np.arange(0, self._slope.size, self._slope.shape[1])[:, None]  # their places in the tables
 
     @property
@@ -136,11 +138,11 @@ class Windows:
 
     def decide(self, sums: Sums, usable: Indices) -> Decision:
         """Slopes, T and what is final, where the first ``usable`` nodes, (B,), have told something."""
-        columns, (p, q) = np.arange(self.longest), self._form.held.T[:, self.nodes]
+        columns, (p, q) = np.arange(self.longest), self.held
         inside = columns < usable[:, None]
         slope = p + q * self._new_slopes(sums, q, inside)
         T, norms = self._form.propagation(self.lo, slope, sums.gram)
-        length, move = sums.length, np.sqrt(norms)
+        length, move, defects = sums.length, np.sqrt(norms), np.sqrt(sums.defects)
         relative = shares(move, length)
         worthless = ~self._measured.take(self._at) | (np.abs(slope - p) * length > _STEEP * sums.held)
         still = (relative <= ROUNDING * sums.unit) & worthless
@@ -150,17 +152,17 @@ class Windows:
         kept = columns < sound[:, None]
         write(self._moved, self._at[inside], norms[inside])
         final = columns < accepted[:, None]
-        added = np.vecdot(np.abs(T), np.sqrt(sums.defects)[:, None, :])  # the move's parts, which may cancel
+        added = (np.abs(T) @ defects[..., None])[..., 0]  # the move's parts, which may cancel
         grown, left = self.sizes.note((self.nodes, self._at), inside, kept, length, move, added)
         self.error = np.maximum(self.error, np.where(final, left, 0.0).max(axis=1))
         self.begun = True
-        defects = np.sqrt(sums.defects / self._size) / np.abs(q)
+        defects /= np.abs(q) * np.sqrt(self._size)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
 
     def _new_slopes(self, sums: Sums, q: Float64, inside: NDArray[np.bool_]) -> Float64:
         """dm/dx at the nodes, (B, n), by the linearization."""
         old, moved = self._slope.take(self._at), self._moved.take(self._at)
-        moved[~(moved > (ROUNDING * sums.unit * sums.length) ** 2)] = 0.0
+        moved = np.where(moved > (ROUNDING * sums.unit * sums.length) ** 2, moved, 0.0)
         # <dX, r> of the held quantity is q times that of the output
         before, at = old[inside], self._at[inside]
         new = new_slopes(self._shared, before, moved[inside], (sums.cross / q)[inside], sums.unit)

@@ -20,6 +20,7 @@ from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 from parasolver_core.samplers.recurrence import Recurrence
 
 Behind = Callable[[], tuple[Array, Array]]  # the states and beliefs of the last nodes kept, each (B, size)
+Slopes = Callable[[], Float64]  # dh/dx, (B, N)
 
 _KEPT = 2**20  # entries of a table of answers that is kept for all of a sampler's nodes
 
@@ -32,25 +33,23 @@ class Entering:
     ``h_last`` as the network gave it), the fill's further rows, and the noise ``z_last, z_{last+1}, ..``.
 
     Args:
-        x, h: (K, count + 1, >= columns), of states and beliefs: 0, and then of each node behind node ``last``. Entries
-            of nodes beyond N have no meaning.
+        table: (2, K, count + 1, >= columns), of states and beliefs: 0, and then of each node behind node ``last``.
+            Entries of nodes beyond N have no meaning.
         which: (B,), the one of the K that is each sample's.
         columns: how many there are.
         noise: how many of them are noise, the last ones.
     """
 
-    x: Float64
-    h: Float64
+    table: Float64
     which: Indices
     columns: int
     noise: int
 
-    def rows(self, behind: Indices) -> tuple[Float64, Float64]:
-        """Of states and of beliefs, (B, k, columns), so far behind the last node; 0 where that is 0."""
-        at = self.which[:, None] * self.x.shape[1] + behind
-        flat = (table.reshape(-1, table.shape[2]) for table in (self.x, self.h))
-        x, h = (table.take(at, axis=0)[..., : self.columns] for table in flat)
-        return x, h
+    def rows(self, behind: Indices) -> Float64:
+        """Of states and of beliefs, (2, B, k, columns), so far behind the last node; 0 where that is 0."""
+        _, K, nodes, columns = self.table.shape
+        at = self.which[:, None] * nodes + behind
+        return self.table.reshape(2, K * nodes, columns).take(at, axis=1)[..., : self.columns]
 
 
 class Fill(ABC):
@@ -73,8 +72,8 @@ class Fill(ABC):
         return array_namespace(x).zeros_like(x)
 
     @abstractmethod
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
-        """The ``count`` nodes behind nodes ``last``, (B,); slope (B, N) is dh/dx."""
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
+        """The ``count`` nodes behind nodes ``last``, (B,)."""
 
     def rows(self, samples: Indices, last: Indices, count: int, behind: Behind) -> Array | None:
         """The further rows of these samples, (B, rows, size); ``behind()`` tells of nodes ``last``."""
@@ -97,16 +96,16 @@ class Fill(ABC):
         noise = count if form.noisy else 0
         unit = np.eye(base + extra + noise)
         xs, hs = list(unit[: form.reads[0]]), list(unit[form.reads[0] : form.base])
-        x, h = np.zeros((2, len(last), count + 1, len(unit)))
+        table = np.zeros((2, len(last), count + 1, len(unit)))
         for ahead in range(count):
             i = np.minimum(last + ahead, form.steps - 1)
             state = form.after(i, xs, hs)
             if noise:
                 state[:, base + extra + ahead] += form.c[i]
             belief = believe(ahead, np.minimum(i + 1, form.steps - 1), state)
-            x[:, ahead + 1], h[:, ahead + 1] = state, belief
-            xs, hs = [state, *xs[:-1]], [h[:, ahead + 1], *hs[:-1]]
-        return Entering(x, h, np.arange(len(last)), len(unit), noise)
+            table[0, :, ahead + 1], table[1, :, ahead + 1] = state, belief
+            xs, hs = [state, *xs[:-1]], [table[1, :, ahead + 1], *hs[:-1]]
+        return Entering(table, np.arange(len(last)), len(unit), noise)
 
 
 class Held(Fill):
@@ -132,11 +131,11 @@ class Held(Fill):
         """A predicted sample of 0; or, before the network has said anything, an output of 0."""
         return x * float(self._form.held[0, 0]) if self.uncorrected else super().first(x, slope)
 
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
-        if self._all is None or count >= self._all.x.shape[1]:
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
+        if self._all is None or count >= self._all.table.shape[2]:
             return self._behind(last, count)
         noise = count if self._form.noisy else 0
-        return Entering(self._all.x, self._all.h, last, self._form.base + self.uncorrected + noise, noise)
+        return Entering(self._all.table, last, self._form.base + self.uncorrected + noise, noise)
 
     def _behind(self, last: Indices, count: int) -> Entering:
         def held(ahead: int, i: Indices, x: Float64) -> Float64:
@@ -163,8 +162,8 @@ class Along(Fill):
         g = uploaded(xp, slope[:, :1], device(x), x.dtype)
         return self._predictions[:, 0, :] + g * (x - self._states[:, 0, :])
 
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
-        base, every = self._form.base, np.arange(len(last))
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
+        base, every, slope = self._form.base, np.arange(len(last)), slopes()
 
         def expected(ahead: int, i: Indices, x: Float64) -> Float64:
             g = slope[every, i]
@@ -201,7 +200,7 @@ class Interpolated(Fill):
     def first(self, x: Array, slope: Float64) -> Array:
         return self._predictions[:, 0, :]
 
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
         base, nodes = self._form.base, self._weights.shape[1]
 
         def expected(ahead: int, i: Indices, x: Float64) -> Float64:
@@ -235,14 +234,14 @@ class Copies(Fill):
         z = xp.stack([self._noise(0, sample) for sample in range(x.shape[0])])
         return stay - z * float(form.c[0] / form.b[0, 0])
 
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
         form, noise = self._form, count + 1 if self._form.noisy else 0
         unit = np.eye(form.base + noise)
         xs, hs = list(unit[: form.reads[0]]), list(unit[form.reads[0] : form.base])
         state = form.after(last, xs, hs)
         if noise:
             state[:, form.base] += form.c[last]
-        x, h = np.zeros((2, len(last), count + 1, len(unit)))
+        table = np.zeros((2, len(last), count + 1, len(unit)))
         for ahead in range(count):
             i = np.minimum(last + ahead + 1, form.steps - 1)
             xs, hs = [state, *xs[:-1]], [np.zeros_like(state), *hs[:-1]]
@@ -252,6 +251,6 @@ class Copies(Fill):
             gain = form.b[i, 0, None]
             nothing = state * form.held[i, 0, None]  # an output of 0 where the step reads none
             hs[0] = np.where(gain != 0, left / np.where(gain != 0, gain, 1.0), nothing)
-            x[:, ahead + 1], h[:, ahead + 1] = state, hs[0]
+            table[0, :, ahead + 1], table[1, :, ahead + 1] = state, hs[0]
             state = np.where(gain != 0, state, state - left)  # a step that reads no output is as it is
-        return Entering(x, h, np.arange(len(last)), len(unit), noise)
+        return Entering(table, np.arange(len(last)), len(unit), noise)

@@ -23,6 +23,7 @@ from parasolver_core.arrays import (
     coarse,
     copied,
     finite_rows,
+    gram,
     lengths,
     matmul,
     plus_product,
@@ -100,14 +101,14 @@ class Buffers:
         first_row = D[0, :]
         D = rectangular(D, windows.n, n)
         X, beliefs = self._S[:, past : self._half, :], (slice(None), slice(self._half + past, 2 * self._half), ...)
-        held = self._put(np.moveaxis(self._form.held[windows.nodes], 2, 0)[..., None])
+        held = self._put(windows.held[..., None])
         said = plus_product(held[1, ...] * xp.reshape(D, (count, n, self.size)), held[0, ...], X)
         self._r = r = said - self._S[beliefs]
         self._S = assign(self._S, beliefs, said)  # not H + r, which has the rounding of what was believed
         del said  # memory
-        gram = xp.reshape(matmul(xp, r, xp.matrix_transpose(r)), (count, -1))
+        products = xp.reshape(gram(xp, r), (count, -1))
         cross = vecdot(xp, self._dX[:, past:, :], r)
-        sums = xp.reshape(xp.concat([gram, cross, lengths(xp, self._S)], axis=1), (-1,))
+        sums = xp.reshape(xp.concat([products, cross, lengths(xp, self._S)], axis=1), (-1,))
         self._dX = None  # memory: not read any more
         return sums if self.dtype.itemsize < 8 else xp.concat([sums, coarse(xp, first_row)])
 
@@ -117,12 +118,12 @@ class Buffers:
         if self.dtype.itemsize == 8:
             unit, sums = max(unit, float(sums[-1])), sums[:-1]
         finite, sums = bool(np.isfinite(sums).all()), sums.reshape(count, -1)
-        gram, cross = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n : n * n + n]
+        pairs, cross = sums[:, : n * n].reshape(-1, n, n), sums[:, n * n : n * n + n]
         sizes = sums[:, n * n + n : -1].reshape(count, 2, -1)[:, :, self._form.past :]  # of X and H
-        diagonal = np.einsum("bii->bi", gram)  # a view
+        diagonal = sums[:, : n * n : n + 1]  # a view
         diagonal[...] = at_most(diagonal, self._xp, self._r)
         length = at_least(sizes[:, 0], self._xp, self._S[:, self._form.past : self._half, :])
-        return Sums(gram, cross, length, sizes[:, 1], unit, finite)
+        return Sums(pairs, cross, length, sizes[:, 1], unit, finite)
 
     def well(self, D: Array, windows: Windows) -> tuple[Any, Any]:
         """Of each sample, whether the state and the defect of its first node are finite, and the network's output."""

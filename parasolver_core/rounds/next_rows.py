@@ -63,21 +63,21 @@ class NextRows:
         if uncorrected:
             base_T[:, -1] = 0.0
         T, g = _moves(decision, np.where(behind > 0, 0, kept))
-        C = np.empty((count, 2 * rows + 1, n + entering.columns), dtype=dtype)
-        C[:, -1] = 0.0
+        moves = np.empty((2, *T.shape))  # of states, and of beliefs
+        moves[0] = T
+        np.multiply(T, g[..., None], out=moves[1])
         entered = behind.any(axis=0)
         new = int(entered.argmax()) if entered.any() else rows  # no row before it is new
-        x, h = entering.rows(behind[:, new:])
-        for first, answer in ((0, x), (rows, h)):
-            if first:
-                T *= g[..., None]
-            C[:, first : first + rows, :n], C[:, first : first + new, n:] = T, 0.0
-            C[:, first + new : first + rows, n:] = answer
-            C[:, first + new : first + rows, :n] += answer[..., : base.shape[1]] @ base_T
+        answers = entering.rows(behind[:, new:])
+        moves[:, :, new:] += answers[..., : base.shape[1]] @ base_T
+        C = np.empty((count, 2 * rows + 1, n + entering.columns), dtype=dtype)
+        C[:, -1] = 0.0
+        both = C[:, :-1].reshape(count, 2, rows, -1).swapaxes(0, 1)  # a view, as the moves
+        both[..., :n], both[:, :, :new, n:], both[:, :, new:, n:] = moves, 0.0, answers
 
         source = np.full((count, 2 * rows + 1), 2 * half)  # the row of zeros, at the end
-        for part, first in ((0, 0), (half, rows)):
-            np.copyto(source[:, first : first + rows], kept + (form.past + part), where=behind == 0)
+        of_both = source[:, :-1].reshape(count, 2, rows).swapaxes(0, 1)
+        np.copyto(of_both, kept + form.past + np.array([0, half])[:, None, None], where=behind == 0)
         return cls(source, C, base + form.past + believed * half, again)
 
 

@@ -10,7 +10,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, matmul, take_rows
-from parasolver_core.rounds.fill import Behind, Entering, Fill
+from parasolver_core.rounds.fill import Behind, Entering, Fill, Slopes
 from parasolver_core.rounds.forecast import Forecast
 from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
@@ -105,7 +105,7 @@ class Recalled(Fill):
     def first(self, x: Array, slope: Float64) -> Array:
         return self._recall.first(x)
 
-    def entering(self, last: Indices, count: int, slope: Float64) -> Entering:
+    def entering(self, last: Indices, count: int, slopes: Slopes) -> Entering:
         base = self._form.base
 
         def expected(ahead: int, i: Indices, x: Float64) -> Float64:

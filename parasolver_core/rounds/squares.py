@@ -57,7 +57,13 @@ def at_least(lengths: Float64, xp: Any, rows: Array) -> Float64:
 
 
 def _lost(sums: Float64, xp: Any, rows: Array) -> NDArray[np.bool_]:
-    return sums < lowest(rows.shape[-1], f"f{xp.finfo(rows.dtype).bits // 8}")
+    return sums < _lowest_of(xp, rows.shape[-1], rows.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _lowest_of(xp: Any, size: int, dtype: Any) -> float:
+    """:func:`lowest`, for a dtype of the library."""
+    return lowest(size, f"f{xp.finfo(dtype).bits // 8}")
 
 
 def _largest(xp: Any, rows: Array) -> Float64:

@@ -156,7 +156,7 @@ class SweepCorrection:
             squares += self._sweep(D, columns, noise, g, still_squares, lo, base)
         self.base, self._moved_from, self._moved_to = base, lo, lo + n
         if self._whole:
-            last, squares = squares[-1], sums_of_squares(self._dX[:n, 0])
+            last, squares[1:] = squares[-1], sums_of_squares(self._dX[1:n, 0])  # the first node does not move
             squares[-1] = last if math.isnan(last) else squares[-1]
         moved = squares if self._whole else _inner(self._dX[:n], self._dX[:n])
         self._moved[lo : lo + n] = moved / self._dX[0].size

@@ -211,12 +211,12 @@ def test_the_tables_of_a_sample_are_those_that_it_has_alone(grown: bool, monkeyp
     place = np.array([[0, 1, 2, 3], [1, 2, 3, 3], [0, 1, 2, 3]])
     x, h = normal((3, 4, 6), seed=5), normal((3, 4, 6), seed=6)
     x[:, 0] = h[:, 0] = 0.0
-    both = NextRows.of(FORM, told, place, False, Entering(x, h, np.arange(3), 6, 0), np.float64)
+    both = NextRows.of(FORM, told, place, False, Entering(np.stack([x, h]), np.arange(3), 6, 0), np.float64)
     assert np.isfinite(both.C).all()
     for row in range(3):
         one = slice(row, row + 1)
         own = decision(T[one], slope[one], told.accepted[one], told.sound[one], grown)
-        alone = NextRows.of(FORM, own, place[one], False, Entering(x, h, np.array([row]), 6, 0), np.float64)
+        alone = NextRows.of(FORM, own, place[one], False, Entering(np.stack([x, h]), np.array([row]), 6, 0), np.float64)
         np.testing.assert_array_equal(both.source[one], alone.source)
         np.testing.assert_array_equal(both.base[one], alone.base)
         np.testing.assert_allclose(both.C[one], alone.C, rtol=1e-12)

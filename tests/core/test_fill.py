@@ -77,13 +77,13 @@ def test_the_prediction_is_held(
     known = Known(any_table(N, states, outputs, noisy), noisy)
     held = Held(known.form, COUNT + 1)
     assert (held._all is None) == (kept == 0)
-    slope, corrected = np.zeros((3, N)), lambda i, row, x: known.H[row, last[row]]
-    known.check(held.entering(last, COUNT, slope), last, nothing, corrected)
-    known.check(Held(known.form, COUNT - 1).entering(last, COUNT, slope), last, nothing, corrected)  # a longer one
+    slopes, corrected = lambda: np.zeros((3, N)), lambda i, row, x: known.H[row, last[row]]
+    known.check(held.entering(last, COUNT, slopes), last, nothing, corrected)
+    known.check(Held(known.form, COUNT - 1).entering(last, COUNT, slopes), last, nothing, corrected)  # a longer one
 
     own = Held(known.form, COUNT, uncorrected=True)
     said = normal((3, SIZE), seed=5)  # as the network gave it
-    entering = own.entering(last, COUNT, slope)
+    entering = own.entering(last, COUNT, slopes)
     known.check(entering, last, lambda row, node: [said[row]], lambda i, row, x: said[row])
 
 
@@ -119,10 +119,10 @@ def test_predictions_along_a_trajectory(xp: Any, states: int, outputs: int, nois
     def expect(i: int, row: int, x: Any) -> Any:
         return said[samples[row], i] + slope[row, i] * (x - near[samples[row], i])
 
-    known.check(along.entering(LAST, COUNT, slope), LAST, lambda row, last: rows[row], expect)
+    known.check(along.entering(LAST, COUNT, lambda: slope), LAST, lambda row, last: rows[row], expect)
     beyond = np.array([7, 8, 6])
     rows = to_numpy(along.rows(samples, beyond, COUNT, lambda: (None, None)))
-    known.check(along.entering(beyond, COUNT, slope), beyond, lambda row, last: rows[row], expect)
+    known.check(along.entering(beyond, COUNT, lambda: slope), beyond, lambda row, last: rows[row], expect)
     every, x = normal((4, N), seed=9), normal((4, SIZE), seed=4)
     first = along.first(from_numpy(x, xp), every)
     np.testing.assert_allclose(to_numpy(first), said[:, 0] + every[:, :1] * (x - near[:, 0]), rtol=1e-13)
@@ -137,7 +137,7 @@ def test_predictions_between_nodes(states: int, outputs: int, noisy: bool) -> No
     rows = between.rows(samples, LAST, COUNT, lambda: (None, None))
     np.testing.assert_array_equal(rows, said[samples])
     assert between.rows(np.arange(4), LAST, COUNT, lambda: (None, None)) is said
-    entering = between.entering(LAST, COUNT, np.zeros((3, N)))
+    entering = between.entering(LAST, COUNT, lambda: np.zeros((3, N)))
     known.check(entering, LAST, lambda row, last: rows[row], lambda i, row, x: weights[i] @ said[samples[row]])
     np.testing.assert_array_equal(between.first(normal((4, SIZE)), np.zeros((4, N))), said[:, 0])
 
@@ -153,7 +153,9 @@ def test_copies_of_a_state(states: int, outputs: int, noisy: bool, blank: int | 
     table = any_table(N, states, outputs, noisy, b=b, held=np.tile([0.0, 1.0], (N, 1)))
     known = Known(table, noisy)
     for last in (LAST, np.array([7, 6, 5])):
-        entering = Copies(known.form, lambda i, sample: known.z[sample, i]).entering(last, COUNT, np.zeros((3, N)))
+        entering = Copies(known.form, lambda i, sample: known.z[sample, i]).entering(
+            last, COUNT, lambda: np.zeros((3, N))
+        )
         x, h = entering.rows(np.tile(np.arange(1, COUNT + 1), (3, 1)))
         assert entering.noise == noisy * (COUNT + 1)
         for row, node in enumerate(last.tolist()):
@@ -211,7 +213,7 @@ def test_rows_of_what_is_made_anew_are_those_asked_for() -> None:
     """Each sample's own table, as far behind the last node; nothing at the last node itself."""
     x = np.arange(24.0).reshape(2, 3, 4)
     x[:, 0] = 0.0
-    entering = Entering(x, -x, np.array([1, 0, 1]), 3, 0)
+    entering = Entering(np.stack([x, -x]), np.array([1, 0, 1]), 3, 0)
     got = entering.rows(np.array([[0, 2], [1, 1], [2, 0]]))
     for values, sign in zip(got, (1, -1), strict=True):
         assert (sign * values).tolist() == [

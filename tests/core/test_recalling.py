@@ -100,7 +100,7 @@ def test_new_nodes_of_many_samples_are_filled_in_by_it(states: int, outputs: int
     x, h = known.X[samples, LAST], known.H[samples, LAST]
     rows = fill.rows(samples, LAST, COUNT, lambda: (x, h))
     np.testing.assert_array_equal(rows, recall.behind(samples, LAST, COUNT, x, h))
-    entering = fill.entering(LAST, COUNT, np.zeros((3, N)))
+    entering = fill.entering(LAST, COUNT, lambda: np.zeros((3, N)))
     known.check(entering, LAST, lambda row, last: rows[row], lambda i, row, _: rows[row, i - LAST[row] - 1])
     np.testing.assert_array_equal(fill.first(known.X[:, 0], np.zeros((3, N))), recall.first(known.X[:, 0]))
 
