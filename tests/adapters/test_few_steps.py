@@ -171,8 +171,8 @@ def test_steps_that_double_rounding_are_told_of(start: float) -> None:
     np.testing.assert_allclose(found.states, by_hand(lambda t, y: 3 * y - 4 * y * y, y0, t), rtol=1e-14)
 
 
-@pytest.mark.parametrize(("size", "checks"), [(32, 3), (33, 2)])
-def test_the_checks_are_two_calls_or_three(size: int, checks: int) -> None:
+@pytest.mark.parametrize(("size", "checks"), [(32, 4), (33, 3)])
+def test_the_checks_are_three_calls_or_four(size: int, checks: int) -> None:
     """Beside those of the three single times with which the field is tried out, two together, and one a round."""
     y0, t = np.linspace(0.5, 1, size), np.linspace(0, 1, 41)
     with warnings.catch_warnings():
@@ -191,3 +191,19 @@ def test_a_small_element_that_is_thrown_far_is_told_of(tolerance: float | None) 
     assert found.sequential_steps == 62
     assert found.states[8, 1] == pytest.approx(-0.0229, abs=1e-4)
     assert found.states[9, 1] == pytest.approx(13.37, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", [5, 22, 48])
+@pytest.mark.parametrize("of", [np.max, np.std])
+def test_rows_that_act_on_each_other_in_a_round_of_wild_guesses_only_are_noticed(of: Any, seed: int) -> None:
+    """Of very unequal steps: at the plain loop's states, one at a time or together, nothing is large enough."""
+    widths = np.exp(np.random.default_rng(seed).uniform(np.log(1e-4), 0, 60))
+    t = np.append(0.0, np.cumsum(widths)) * 7.7 / widths.sum()
+    level = 0.9 if of is np.max else 0.35
+
+    def field(t: Any, y: Any) -> Any:
+        return np.sin(t) - y + 0.08 * np.where(of(y) > level, of(y), 0.0)
+
+    with pytest.warns(SequentialFallbackWarning, match="gave something else.*acts on all that it is given"):
+        found = integrate(field, np.array([0.16]), t, method="rk4_classic", few_steps="parallel")
+    assert found.sequential_steps == 60

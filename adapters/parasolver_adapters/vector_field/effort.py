@@ -37,13 +37,13 @@ class Samples:
     def keep(self, calls: list[Call], steps: NDArray[np.float64]) -> None:
         """Rows of the calls of one round, whose first rows belong to the steps that were accepted, of these lengths."""
         lengths = np.abs(steps)
-        first, middle, last = (_row(calls[0], n, lengths) for n in (0, len(steps) // 2, len(steps) - 1))
+        first, middle, last = (row_of(calls[0], n, lengths[n]) for n in (0, len(steps) // 2, len(steps) - 1))
         self.ends.append((first, middle, last))
         for call in calls:
             y = call[1]  # a multistep method starts with calls for its first steps alone
             for measure, (size, n) in largest(y[: min(len(steps), y.shape[0]), ...]).items():
                 if measure not in self.extremes or size > self.extremes[measure][0]:
-                    self.extremes[measure] = size, _row(call, n, lengths)
+                    self.extremes[measure] = size, row_of(call, n, lengths[n])
 
     def chosen(self) -> list[Row]:
         """First, middle, last and largest of all windows, each once."""
@@ -52,9 +52,10 @@ class Samples:
         return list({(float(t[0]), to_host(y).tobytes()): (t, y, f, h) for t, y, f, h in rows}.values())
 
 
-def _row(call: Call, n: int, lengths: NDArray[np.float64]) -> Row:
+def row_of(call: Call, n: int, h: float) -> Row:
+    """Row n of a call, of a step of that length."""
     t, y, f = call
-    return t[n : n + 1], y[n : n + 1, ...], f[n : n + 1, ...], float(lengths[n])
+    return t[n : n + 1], y[n : n + 1, ...], f[n : n + 1, ...], float(h)
 
 
 def largest(y: Array) -> dict[str, tuple[float, int]]:

@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parasolver_adapters.vector_field.effort import Call, Effort, Row, largest
+from parasolver_adapters.vector_field.effort import Call, Effort, Row, largest, row_of
 from parasolver_adapters.vector_field.methods import RungeKutta
 from parasolver_adapters.vector_field.problem import Problem
 from parasolver_adapters.vector_field.verification import companions_matter, too_sensitive
-from parasolver_core import ParallelIntegralSolver
+from parasolver_core import ParallelIntegralSolver, Rows
 from parasolver_core.arrays import Array, to_host
 
 FewSteps = Literal["sequential", "parallel"]
@@ -49,19 +49,7 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     table = replace(table, slope=np.zeros(len(table)), held=np.tile([0.0, 1.0], (len(table), 1)))
     rule = FixedRule(table)
 
-    last: dict[float, Call] = {}
-
-    def denoiser(x: Array, t: Array) -> Array:
-        t = problem.xp.astype(t, grid.dtype)
-        f = problem.field(t, x)
-        for k, time in enumerate(to_host(t).tolist()):
-            last[time] = t[k : k + 1], x[k : k + 1, ...], f[k : k + 1, ...]
-        return f
-
-    def rows() -> list[Row]:
-        nearest = {time: np.argmin(np.abs(grid.t[:-1] - time)) for time in sorted(last)}
-        return [(*last[time], float(abs(grid.h[n]))) for time, n in nearest.items()]
-
+    denoiser = _Noted(problem, method.stages)
     solver = ParallelIntegralSolver(rule, window, tolerance=tolerance, check=False)
     solution = solver.solve(denoiser, effort.reached[0], rule.timesteps, save="trajectory", throw=False)
     if not solution.success or solution.trajectory is None:
@@ -70,7 +58,7 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     nodes = solution.trajectory[:, 0, ...]
     states = nodes[:: method.stages, ...]
     stages = problem.xp.reshape(nodes[:-1, ...], (len(grid), method.stages, *nodes.shape[1:]))
-    effort.note = companions_matter(problem, _groups(problem.xp, rows(), window))
+    effort.note = companions_matter(problem, _groups(problem.xp, *denoiser.rows(), window))
     effort.note = effort.note or too_sensitive(problem, states, effort, tolerance, stages)
     if effort.note:
         return None
@@ -78,12 +66,54 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     return states
 
 
-def _groups(xp: Any, rows: list[Row], window: int) -> list[list[Row]]:
-    """The largest row alone, and rows of all times without those that are the largest in some way; as many as a round.
+class _Noted:
+    """The field as a denoiser, and in what call each node was last: times do not tell nodes apart.
 
-    Rows that act on each other differ so: without the largest if those act on others, and alone if all do together.
+    Args:
+        problem: the problem.
+        stages: nodes of a step.
     """
-    extremes = {measure: n for measure, (_, n) in largest(xp.concat([y for _, y, _, _ in rows], axis=0)).items()}
-    others = [row for n, row in enumerate(rows) if n not in extremes.values()]
+
+    takes_rows = True
+
+    def __init__(self, problem: Problem, stages: int) -> None:
+        self._problem, self._stages = problem, stages
+        self._said: dict[int, tuple[Call, int]] = {}  # by node, the call and the row
+
+    def __call__(self, x: Array, t: Array, rows: Rows) -> Array:
+        t = self._problem.xp.astype(t, self._problem.grid.dtype)
+        call = t, x, self._problem.field(t, x)
+        self._said.update((node, (call, row)) for row, node in enumerate(rows.steps.tolist()))
+        return call[2]
+
+    def rows(self) -> tuple[list[Row], list[tuple[Array, list[int]]]]:
+        """The rows of all nodes; and all states of each call, guesses too, with those that it was the last for."""
+        nodes, steps = sorted(self._said), self._problem.grid.h
+        calls = {id(self._said[node][0]): self._said[node][0][1] for node in nodes}
+        last_for = [(x, [n for n in nodes if id(self._said[n][0]) == call]) for call, x in calls.items()]
+        return [row_of(*self._said[node], abs(steps[node // self._stages])) for node in nodes], last_for
+
+
+def _groups(xp: Any, rows: list[Row], calls: list[tuple[Array, list[int]]], window: int) -> list[list[Row]]:
+    """Rows to be called again, in other company: if they act on each other they then differ.
+
+    The largest alone, if the large feel the others. Others without those that are the largest in some way, if these
+    act on them; as many as a round. And of the calls that were the largest or the least in some way, guesses included,
+    the least row, if all of a call act together.
+
+    Args:
+        xp: array namespace.
+        rows: of all nodes.
+        calls: their states, and which rows are of that call.
+        window: rows of a call.
+    """
+    y = xp.concat([y for _, y, _, _ in rows], axis=0)
+    extremes = {measure: n for measure, (_, n) in largest(y).items()}
+    others = [n for n in range(len(rows)) if n not in extremes.values()]
     chosen = np.unique(np.linspace(0, len(others) - 1, min(window, -(-len(others) // 2))).astype(int))
-    return [group for group in ([rows[extremes["square"]]], [others[n] for n in chosen]) if group]
+    squares = to_host(xp.sum(xp.reshape(y * y, (len(rows), -1)), axis=-1))
+    sizes = [largest(x[None, ...]) for x, _ in calls]
+    of_calls = [max(range(len(calls)), key=lambda k: sizes[k][measure][0]) for measure in extremes]
+    least = dict.fromkeys(min(calls[k][1], key=lambda n: squares[n]) for k in of_calls)
+    groups = [extremes["square"]], [others[n] for n in chosen], least
+    return [[rows[n] for n in group] for group in groups if group]
