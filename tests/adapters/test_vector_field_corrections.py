@@ -53,6 +53,24 @@ def test_corrections_that_grow_a_thousandfold_end_a_window(
     assert ratios[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("script", "rounds"),
+    [
+        ([1e-11, 5e-12, 1e-12, 1e-13], 4),  # a tenth, and a seventh on an average: 2e-14 is to come
+        ([5e-13, 5e-13, 5e-13, 5e-13, 1e-13, 1e-14], 6),  # a fifth, but 0.67 on an average: 2e-13 is to come
+    ],
+)
+def test_corrections_that_wander_are_not_over_when_two_have_fallen(
+    monkeypatch: pytest.MonkeyPatch, script: list[float], rounds: int
+) -> None:
+    monkeypatch.setattr("parasolver_adapters.vector_field.newton.scatter", lambda *_: False)
+    monkeypatch.setattr(ParallelIntegrator, "_rests", lambda *_: False)
+    surrogate = Told([*script, 1e-3])
+    monkeypatch.setattr(ParallelIntegrator, "surrogate", lambda *_: surrogate)
+    _, accepted, effort = corrected(problem(lambda t, y: 0 * y, 200, 2), np.ones((201, 2)), "secant", own=5e-14)
+    assert (effort.rounds, accepted) == (rounds, 200)
+
+
 def test_steps_that_rest_are_accepted_whatever_the_last_correction_was() -> None:
     """Of a field of a hundred roundings, where nothing may be left to correct."""
     one = problem(lambda t, y: 1e5 - (y + 1e5), 200)

@@ -139,6 +139,7 @@ class ParallelIntegrator:
         defects = made = problem.flat(y[1:, ...])
         left, limit = 0.0, problem.field.spent + problem.sequential_cost(n) / 2
         before = before_travelled = best = np.inf
+        sizes: list[float] = []
         newton = self.linearization == "full" or (self.linearization == "diagonal" and problem.size == 1)
         moved, field, old = np.full(n, np.inf), Recorder(problem.field), self.scale(problem, y)[1:, ...]
         for _ in range(_MOST_ROUNDS):
@@ -155,7 +156,8 @@ class ParallelIntegrator:
             if not np.isfinite(size):
                 return y, 0
             near = basin(xp, y.dtype)
-            done = settled(size, before, tolerance, near if final else np.inf)
+            sizes.append(size)
+            done = settled(size, before if newton else slowest(sizes), tolerance, near if final else np.inf)
             if not done and final:
                 if size > 0.5 * before and self._rests(problem, lo, hi, y, ends, past, scale):
                     moved[:] = 0  # these are as good as what a further correction makes of them, and known
@@ -190,6 +192,19 @@ class ParallelIntegrator:
             return flat(problem.method.advance(problem.field, problem.grid, lo, hi, moved, past)[0] - ends)
 
         return is_rounding(problem.xp, flat(ends - y[1:, ...]), scale, shaken)
+
+
+def slowest(sizes: list[float]) -> float:
+    """The last correction but one, if all fell as slowly as they did on an average since some of those before.
+
+    Two that fall may mean little where one number stands for a Jacobian: what is wrong then falls slowly, and turns.
+
+    Args:
+        sizes: of all corrections so far.
+    """
+    *before, size = sizes
+    ratios = [(size / other) ** (1 / k) for k, other in enumerate(reversed(before), 1) if other > 0]
+    return size / max(ratios) if size > 0 and ratios else np.inf
 
 
 def settled(size: float, before: float, tolerance: float, basin: float) -> bool:
