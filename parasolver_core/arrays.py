@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -219,6 +219,15 @@ def uploaded(xp: Any, values: NDArray[Any], where: Any, dtype: Any = None) -> Ar
         return xp.asarray(values, dtype=dtype, device=where)
     here = xp.asarray(values, dtype=dtype, device="cpu")
     return here.pin_memory().to(where, non_blocking=True)
+
+
+def uploaded_together(xp: Any, tables: Sequence[NDArray[Any]], where: Any) -> list[Array]:
+    """Tables of one dtype by one :func:`uploaded`, as views of one array; NumPy's stay as they are."""
+    if array_api_compat.is_numpy_namespace(xp):
+        return list(tables)
+    flat = uploaded(xp, np.concatenate([table.reshape(-1) for table in tables]), where)
+    ends = np.cumsum([table.size for table in tables]).tolist()
+    return [xp.reshape(flat[end - t.size : end], t.shape) for t, end in zip(tables, ends, strict=True)]
 
 
 def _is_card(device: Any) -> bool:

@@ -167,8 +167,8 @@ class WindowBatch(Run):
         place = (lo - first - form.past)[:, None] + np.arange(form.past + (hi - lo).max())
         place = np.minimum(place, (hi - 1 - first)[:, None])
         made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
-        buffers.write(made_of, further, again)
         windows.slide(lo, hi, last)
+        buffers.write(made_of, windows.held, further, again)
         if self._kept is not None and passed is not None:
             start = buffers.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():

@@ -31,6 +31,7 @@ from parasolver_core.arrays import (
     take_at,
     take_rows,
     uploaded,
+    uploaded_together,
     vecdot,
 )
 from parasolver_core.rounds.decisions import Decision, Sums, Windows
@@ -63,6 +64,7 @@ class Buffers:
         self._S = self._xp.concat([*past, x, *past, h, self._xp.zeros_like(x)], axis=1)
         self._dX: Array = self._xp.zeros_like(self._S[:, : form.past + 1, :])
         self._r: Array = self._xp.zeros_like(start[:, None, :])
+        self._held: Array | None = None  # the weights of what is held at the nodes, once they are on the device
 
     @property
     def _half(self) -> int:
@@ -101,7 +103,7 @@ class Buffers:
         first_row = D[0, :]
         D = rectangular(D, windows.n, n)
         X, beliefs = self._S[:, past : self._half, :], (slice(None), slice(self._half + past, 2 * self._half), ...)
-        held = self._put(windows.held[..., None])
+        held = self._put(windows.held[..., None]) if self._held is None else self._held
         said = plus_product(held[1, ...] * xp.reshape(D, (count, n, self.size)), held[0, ...], X)
         self._r = r = said - self._S[beliefs]
         self._S = assign(self._S, beliefs, said)  # not H + r, which has the rounding of what was believed
@@ -181,11 +183,12 @@ class Buffers:
         rows = rows + matmul(self._xp, self._put(moves), self._r)
         return rows[:, 0, :], rows[:, 1, :]
 
-    def write(self, next_rows: NextRows, further: list[Array], again: Array | None = None) -> None:
+    def write(self, next_rows: NextRows, held: Float64, further: list[Array], again: Array | None = None) -> None:
         """The rows of the next windows.
 
         Args:
             next_rows: what they are made of.
+            held: (2, B, n), the weights of what is held at their nodes.
             further: rows that new nodes are made of, (B, k, size), noise at the end.
             again: what is :meth:`made_again`.
         """
@@ -200,7 +203,9 @@ class Buffers:
         self._r = bases = None  # memory, here and below
         self._S = self._xp.reshape(take_at(flat, at[base.size :]), (*source.shape, self.size))
         del flat
-        moves = matmul(self._xp, self._put(next_rows.C), sources)  # everything that is computed
+        tables = [next_rows.C, held[..., None].astype(self.dtype, copy=False)]
+        C, self._held = uploaded_together(self._xp, tables, self._device)
+        moves = matmul(self._xp, C, sources)  # everything that is computed
         del sources
         self._S += moves
         self._dX = moves[:, : self._half, :]
@@ -217,6 +222,7 @@ class Buffers:
 
     def stay(self, rows: Indices) -> None:
         """Only these samples go on."""
+        self._held = None
         self._S, self._dX = take_rows(self._S, rows), take_rows(self._dX, rows)
 
     def first_copy(self) -> Array:

@@ -13,7 +13,7 @@ from benchmarks import rounds
 ROOT = Path(parasolver_core.__file__).parents[1]
 
 
-@pytest.mark.parametrize(("sampler", "uploads"), [("DDIM", 4), ("2M", 4), ("DDPM", 5)])
+@pytest.mark.parametrize(("sampler", "uploads"), [("DDIM", 3), ("2M", 3), ("DDPM", 4)])
 def test_counts_do_not_depend_on_window_and_batch(sampler: str, uploads: int) -> None:
     now = rounds.Release("now")
     assert rounds.operations(now, sampler, 8, 1) == (16, uploads)

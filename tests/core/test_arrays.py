@@ -210,6 +210,20 @@ def test_host_numbers_on_a_device(xp: ModuleType) -> None:
     assert arrays.uploaded(np, values, where, np.float64) is values
 
 
+def test_tables_are_brought_to_a_device_together(xp: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [np.arange(6.0).reshape(2, 3), np.zeros((0, 4)), np.array([[[7.0]], [[8.0]]])]
+    where = ELSEWHERE if xp.__name__ == "array_api_strict" else array_api_compat.device(from_numpy(tables[0], xp))
+    asked: list[Any] = []
+    upload = arrays.uploaded
+    monkeypatch.setattr(arrays, "uploaded", lambda *given: asked.append(given) or upload(*given))
+    got = arrays.uploaded_together(xp, tables, where)
+    numpys = xp.__name__ == "array_api_compat.numpy"
+    assert len(asked) == (not numpys)
+    for one, table in zip(got, tables, strict=True):
+        assert one is table if numpys else array_api_compat.device(one) == where
+        np.testing.assert_array_equal(arrays.to_host(one), table)
+
+
 def test_numbers_for_a_card_are_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Any] = []
     moved: list[Any] = []

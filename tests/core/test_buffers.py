@@ -242,8 +242,10 @@ def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
     C = normal((2, 7, 4 + 3 + 2), seed=6)
     of_rows = np.array([[-1, 0, 2, -1, 1, -1, -1], [1, -1, -1, 0, -1, 2, -1]])
     places = of_rows, np.array([[2, -1, -1], [-1, -1, 0]])
+    held = normal((2, 2, 4), seed=7)
     own.write(
         NextRows(source, C, base, places if made_again else None),
+        held,
         [from_numpy(further, xp)],
         from_numpy(again, xp) if made_again else None,
     )
@@ -257,6 +259,9 @@ def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
             expected = np.where(of_rows[row][:, None] >= 0, again[row, of_rows[row]], expected)
         np.testing.assert_allclose(to_numpy(own._S)[row], expected, rtol=1e-11, atol=1e-13)
         np.testing.assert_allclose(to_numpy(own._dX)[row], moves[:3], rtol=1e-11, atol=1e-13)
+    np.testing.assert_array_equal(to_numpy(own._held), held[..., None])
+    own.stay(np.array([1]))
+    assert own._held is None
 
 
 def test_what_samples_share() -> None:

@@ -44,7 +44,7 @@ def traffic_of(
 def test_a_round_costs_the_same_for_any_window_and_batch(rule: Any, check: bool) -> None:
     small = traffic_of(rule, 4, 1, 64, check=check)
     assert small["to the host"] == 1
-    assert small["to the device"] == (4 if rule is DDIM else 5)
+    assert small["to the device"] == (3 if rule is DDIM else 4)
     assert small["operations"] == 16 + 2 + 2 * check  # two are the network's
     for window, batch in ((32, 1), (4, 16), (32, 16)):
         seen = traffic_of(rule, window, batch, 8 * window, check=check)
@@ -86,7 +86,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_nothing_that_a_round_sends_to_a_card_is_waited_for(rule: Any, pinned: list[int]) -> None:
     seen = traffic_of(rule, 8, 2, 64)
     assert seen["blocking"] == 0
-    assert seen["to the device"] == 4 + (rule is DDPM)
+    assert seen["to the device"] == 3 + (rule is DDPM)
     assert len(pinned) >= seen["to the device"]
 
 

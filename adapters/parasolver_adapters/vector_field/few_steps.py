@@ -80,7 +80,8 @@ class _Noted:
         self._problem, self._stages = problem, stages
         self._said: dict[int, tuple[Call, int]] = {}  # by node, the call and the row
 
-    def __call__(self, x: Array, t: Array, rows: Rows) -> Array:
+    def __call__(self, x: Array, t: Array, rows: Rows | None = None) -> Array:
+        assert rows is not None
         t = self._problem.xp.astype(t, self._problem.grid.dtype)
         call = t, x, self._problem.field(t, x)
         self._said.update((node, (call, row)) for row, node in enumerate(rows.steps.tolist()))
