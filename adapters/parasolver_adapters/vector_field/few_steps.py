@@ -58,7 +58,7 @@ def few_in_rounds(problem: Problem, window: int, tolerance: float, effort: Effor
     nodes = solution.trajectory[:, 0, ...]
     states = nodes[:: method.stages, ...]
     stages = problem.xp.reshape(nodes[:-1, ...], (len(grid), method.stages, *nodes.shape[1:]))
-    effort.note = companions_matter(problem, _groups(problem.xp, *denoiser.rows(), window))
+    effort.note = companions_matter(problem, denoiser.groups(window))
     effort.note = effort.note or too_sensitive(problem, states, effort, tolerance, stages)
     if effort.note:
         return None
@@ -87,34 +87,30 @@ class _Noted:
         self._said.update((node, (call, row)) for row, node in enumerate(rows.steps.tolist()))
         return call[2]
 
-    def rows(self) -> tuple[list[Row], list[tuple[Array, list[int]]]]:
-        """The rows of all nodes; and all states of each call, guesses too, with those that it was the last for."""
+    def groups(self, window: int) -> list[list[Row]]:
+        """Rows to be called again, in other company: if they act on each other they then differ.
+
+        The largest alone, if the large feel the others. Others without those that are the largest in some way, if these
+        act on them; as many as a round. And of the calls that were the largest or the least in some way, guesses
+        included, the least row, if all of a call act together.
+
+        Args:
+            window: rows of a round.
+        """
         nodes, steps = sorted(self._said), self._problem.grid.h
-        calls = {id(self._said[node][0]): self._said[node][0][1] for node in nodes}
-        last_for = [(x, [n for n in nodes if id(self._said[n][0]) == call]) for call, x in calls.items()]
-        return [row_of(*self._said[node], abs(steps[node // self._stages])) for node in nodes], last_for
+        calls = {id(self._said[node][0]): to_host(self._said[node][0][1]) for node in nodes}
+        last_for = {call: [n for n, node in enumerate(nodes) if id(self._said[node][0]) == call] for call in calls}
+        y = np.stack([calls[id(call)][row] for call, row in (self._said[node] for node in nodes)])
+        extremes = {measure: n for measure, (_, n) in largest(y).items()}
+        others = [n for n in range(len(nodes)) if n not in extremes.values()]
+        chosen = np.unique(np.linspace(0, len(others) - 1, min(window, -(-len(others) // 2))).astype(int))
+        squares = np.sum(np.square(y.reshape(len(y), -1)), axis=-1)
+        sizes = {call: largest(x[None, ...]) for call, x in calls.items()}
+        of_calls = [max(calls, key=lambda call: sizes[call][measure][0]) for measure in extremes]
+        least = dict.fromkeys(min(last_for[call], key=lambda n: squares[n]) for call in of_calls)
+        groups = [extremes["square"]], [others[n] for n in chosen], least
 
+        def row(n: int) -> Row:
+            return row_of(*self._said[nodes[n]], abs(steps[nodes[n] // self._stages]))
 
-def _groups(xp: Any, rows: list[Row], calls: list[tuple[Array, list[int]]], window: int) -> list[list[Row]]:
-    """Rows to be called again, in other company: if they act on each other they then differ.
-
-    The largest alone, if the large feel the others. Others without those that are the largest in some way, if these
-    act on them; as many as a round. And of the calls that were the largest or the least in some way, guesses included,
-    the least row, if all of a call act together.
-
-    Args:
-        xp: array namespace.
-        rows: of all nodes.
-        calls: their states, and which rows are of that call.
-        window: rows of a call.
-    """
-    y = xp.concat([y for _, y, _, _ in rows], axis=0)
-    extremes = {measure: n for measure, (_, n) in largest(y).items()}
-    others = [n for n in range(len(rows)) if n not in extremes.values()]
-    chosen = np.unique(np.linspace(0, len(others) - 1, min(window, -(-len(others) // 2))).astype(int))
-    squares = to_host(xp.sum(xp.reshape(y * y, (len(rows), -1)), axis=-1))
-    sizes = [largest(x[None, ...]) for x, _ in calls]
-    of_calls = [max(range(len(calls)), key=lambda k: sizes[k][measure][0]) for measure in extremes]
-    least = dict.fromkeys(min(calls[k][1], key=lambda n: squares[n]) for k in of_calls)
-    groups = [extremes["square"]], [others[n] for n in chosen], least
-    return [[rows[n] for n in group] for group in groups if group]
+        return [[row(n) for n in group] for group in groups if group]
