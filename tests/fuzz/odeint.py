@@ -207,7 +207,8 @@ def rounding_decides(drawn: Drawn, plain: dict[str, Any], want: Any, wanted: lis
     Where it is, a warning tells so, but the gradients are still those of another trajectory.
     """
     for roundings in (4, -4, 32):  # in a thousand steps they come to the last
-        moved = replace(drawn, y0=drawn.y0 * (1 + roundings * float(np.finfo(drawn.draw.dtype).eps)))
+        by = 1 + roundings * float(np.finfo(drawn.draw.dtype).eps)  # of f too, beside which y0 may be nothing
+        moved = replace(drawn, y0=drawn.y0 * by, f=lambda t, y, by=by: drawn.f(t, y) * by)
         other, gradients, _ = solved(moved, {**plain, "linearization": "sequential"})
         if astray(gradients, wanted, 1.0) != "" or compare(other, want, drawn.draw, 0.0) != "":
             return True
