@@ -15,7 +15,15 @@ pytest.importorskip("torchdiffeq")
 import torch
 import torchdiffeq
 
+from parasolver_adapters.samplers.flows import sample_flow
+from parasolver_adapters.samplers.rules import step_rule_from_sampler
 from parasolver_adapters.vector_field import SequentialFallbackWarning, integrate, odeint
+from parasolver_adapters.vector_field.few_steps import _Noted
+from parasolver_adapters.vector_field.field import Field
+from parasolver_adapters.vector_field.grid import Grid
+from parasolver_adapters.vector_field.methods import METHODS
+from parasolver_adapters.vector_field.problem import Problem
+from parasolver_core import Rows
 from tests.arrays import to_numpy
 
 CONDITION = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(1, 6, 4)
@@ -172,9 +180,10 @@ def test_steps_that_double_rounding_are_told_of(start: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "checks"), [(32, 4), (33, 3)])
-def test_the_checks_are_three_calls_or_four(size: int, checks: int) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_checks_are_three_calls_or_four(size: int, checks: int, dtype: Any) -> None:
     """Beside those of the three single times with which the field is tried out, two together, and one a round."""
-    y0, t = np.linspace(0.5, 1, size), np.linspace(0, 1, 41)
+    y0, t = np.linspace(0.5, 1, size, dtype=dtype), np.linspace(0, 1, 41)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = integrate(lambda t, y: np.sin(t) - y, y0, t, method="euler", few_steps="parallel")
@@ -207,3 +216,27 @@ def test_rows_that_act_on_each_other_in_a_round_of_wild_guesses_only_are_noticed
     with pytest.warns(SequentialFallbackWarning, match="gave something else.*acts on all that it is given"):
         found = integrate(field, np.array([0.16]), t, method="rk4_classic", few_steps="parallel")
     assert found.sequential_steps == 60
+
+
+def test_what_rows_are_called_again_in_other_company() -> None:
+    """Of three calls: with a guess of 9, which a later call has replaced by 5; with that; and with a negative state."""
+    grid = Grid(np.array([0.0, 1.0, 3.0, 6.0, 10.0]), np.zeros(1), 1)
+    method = METHODS["heun"].bind(grid)
+    field = Field(lambda t, y: -y, np.zeros(1), "ty", "column")
+    noted = _Noted(Problem(field, grid, method, 0), 2)
+    table = step_rule_from_sampler(sample_flow, torch.tensor(grid.t), method=method).table
+    for nodes, states in [([0, 1, 2], [1.0, 0.4, 9.0]), ([2, 3, 4], [5.0, 0.45, 3.0]), ([5, 6, 7], [0.5, 0.6, -0.7])]:
+        rows = Rows(np.array(nodes), np.zeros(3, dtype=np.int64), table, lambda i, sample: None)
+        said = noted(np.array(states)[:, None], np.array(nodes, dtype=float), rows)
+        np.testing.assert_array_equal(said[:, 0], -np.array(states))
+    alone, others, least = noted.groups(16)
+
+    def told(group: Any) -> list[tuple[float, float]]:
+        return [(float(y[0, 0]), h) for _, y, _, h in group]
+
+    assert told(alone) == [(5.0, 2.0)]
+    # every other one of those that are neither the largest nor the least, nor that of the smallest square: 5, -0.7, 0.4
+    assert told(others) == [(1.0, 1.0), (3.0, 3.0), (0.6, 4.0)]
+    # 0.4 of the call with the guess, whose largest, mean and squares are the most; 0.5 of the last, where they are the
+    # least; and 0.45 of the other, whose least state is the largest
+    assert sorted(told(least)) == [(0.4, 1.0), (0.45, 2.0), (0.5, 3.0)]

@@ -105,3 +105,38 @@ def test_what_a_step_makes_of_rounding_is_measured_at_its_own_beginning() -> Non
     ends, _ = one.method.advance(one.field, one.grid, 0, 400, y[:-1])
     scale = np.array([[1.0, 1e-6]]) * np.ones((400, 1, 1))
     assert not integrator()._rests(one, 0, 400, y, ends, None, scale)
+
+
+def test_what_the_last_correction_leaves_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a field of 0 all that is wrong is in the first step; the last correction took a tenth of the one before."""
+    monkeypatch.setattr("parasolver_adapters.vector_field.newton.scatter", lambda *_: False)
+    monkeypatch.setattr(ParallelIntegrator, "_rests", lambda *_: False)
+    _, _, effort = told(monkeypatch, [1e-9, 1e-10, 1e-11, 1e-12])
+    (defects,), (correction,) = effort.defects, effort.corrections
+    moved = 1e-9 + 1e-10 + 1e-11
+    np.testing.assert_allclose(defects[0, 0], [0, -moved * 1.1], rtol=1e-5)
+    np.testing.assert_allclose(defects[-1, 0], [0, -1e-12], rtol=1e-6)  # the steps behind begin without it
+    assert not defects[1:-1].any()
+    np.testing.assert_allclose(correction[:-1, 0, 1], 1e-12, rtol=1e-6)
+    assert not correction[-1].any()
+    assert not correction[..., 0].any()
+
+
+def test_of_steps_before_one_that_still_moves_the_whole_defects_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class First(Told):
+        def propagate(self, r: Any, y: Any) -> Any:
+            return np.where(np.arange(len(r))[:, None, None] < 50, [0.0, 1e-4], [0.0, 0.1]) * np.ones_like(r)
+
+    monkeypatch.setattr(ParallelIntegrator, "surrogate", lambda *_: First([]))
+    _, accepted, effort = corrected(problem(lambda t, y: 0 * y, 200, 2), np.ones((201, 2)), "secant", own=5e-3)
+    assert (accepted, effort.rounds) == (50, 40)
+    np.testing.assert_allclose(effort.defects[0][0, 0], [0, -2 * 39 * 1e-4], rtol=1e-6)
+    np.testing.assert_allclose(effort.corrections[0][:-1, 0, 1], 1e-4, rtol=1e-6)
+
+
+def test_states_that_rest_have_had_no_correction() -> None:
+    one = problem(lambda t, y: 1e5 - (y + 1e5), 200)
+    states = exact(one)
+    _, _, effort = corrected(one, np.where(np.arange(201)[:, None] > 0, 1.01 * states, states), own=0.0)
+    assert not effort.corrections[0].any()
+    assert 0 < np.abs(effort.defects[0]).max() < 1e-12

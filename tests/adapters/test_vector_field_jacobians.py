@@ -369,7 +369,7 @@ def test_a_long_step_enlarges_what_those_before_it_have_said(name: str) -> None:
 @pytest.mark.parametrize("name", ["euler", "midpoint", "heun3", "rk4"])
 def test_where_the_stages_are_known_they_have_jacobians_of_their_own(name: str) -> None:
     """Of steps that are long for a field of the third power, whose Jacobian is another in each stage."""
-    one = problem(lambda t, y: MATRIX.T @ y[..., None] @ np.ones(1) - 0.3 * y**3, np.full(3, 1.5), EVEN, name)
+    one = problem(lambda t, y: MATRIX.T @ y[..., None] @ np.ones(1) - 0.3 * (1 + t) * y**3, np.full(3, 1.5), EVEN, name)
     calls: list[np.ndarray] = []
 
     def field(t: Any, y: Any) -> Any:
