@@ -222,3 +222,16 @@ def test_single_precision_may_show_more_rounding() -> None:
         effort.samples.ends = [(row, row, row)]
         effort.twin.grown = grown
         assert (doubt(one, np.ones((101, 40), np.float32), effort, 0.0) == "") is fine
+
+
+def test_defects_that_a_correction_has_taken_away_are_not_measured() -> None:
+    """Of a field of 0: one of 1e-3 in a step, and a correction of all states behind it by as much."""
+    asked = []
+    for corrected in (0.0, 1e-3):
+        one, states, effort = run()
+        effort.defects[0][40] = 1e-3
+        effort.corrections = [corrected * (np.arange(100) >= 40)[:, None, None] * np.ones((1, 1, 2))]
+        before = one.field.evaluations
+        assert doubt(one, states, effort, 0.0) == ""
+        asked.append(one.field.evaluations - before)
+    assert asked[0] - asked[1] >= 100  # every step once more
