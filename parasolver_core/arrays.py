@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def given_back(xp: Any, view: Array) -> Array:
 
 def finite_rows(xp: Any, rows: Array) -> NDArray[np.bool_]:
     """Which rows of ``(rows, *event)`` hold neither NaN nor infinity, on the host."""
-    return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], -1)), axis=1))
+    return to_host(xp.all(xp.reshape(xp.isfinite(rows), (rows.shape[0], math.prod(rows.shape[1:]))), axis=1))
 
 
 def coarse(xp: Any, row: Array) -> Array:

@@ -100,7 +100,7 @@ class WindowBatch(Run):
         passed = self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1), risky)
         if before is not None and passed is not None:
             for row in np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist():
-                fine = to_host(self._xp.all(self._xp.isfinite(passed[row, ...]), axis=1))
+                fine = finite_rows(self._xp, passed[row, ...])
                 good = int(leading(fine[: max(int(decision.accepted[row]) - 1, 0)]))
                 state = passed[row, good - 1, :] if good else before[row, :]
                 failed.setdefault(row, (Status.NONFINITE_SOLVER, int(lo[row]) + good, state))
