@@ -128,15 +128,17 @@ def too_sensitive(
 
 
 def _grown(problem: Problem, states: Array, effort: Effort, limit: float, stages: Array | None) -> float:
-    """The sensitivity, by defects that are known, or the largest that rounds may leave; by measured ones if too large.
-
-    Rounds end when what is left is small beside the whole sample, which is large for an element that is small.
-    """
-    xp, flat = problem.xp, problem.flat(states)
-    largest = xp.max(xp.abs(flat[1:, ...]), axis=-1, keepdims=True) + xp.zeros_like(flat[1:, ...])
-    left = largest * _signs(problem, largest) * (_LEFT * float(xp.finfo(states.dtype).eps))
-    grown = sensitivity(problem, states, effort.defects or [left], effort.corrections, stages)
+    """The sensitivity, by known defects or the largest that rounds may leave; by measured ones if that is too much."""
+    defects = effort.defects or [_as_large_as_rounds_leave(problem, states)]
+    grown = sensitivity(problem, states, defects, effort.corrections, stages)
     if grown <= limit:
         return grown
     ends, _ = problem.method.advance(problem.field, problem.grid, 0, len(problem.grid), states[:-1, ...], None)
     return sensitivity(problem, states, [problem.flat(ends - states[1:, ...])], (), stages)
+
+
+def _as_large_as_rounds_leave(problem: Problem, states: Array) -> Array:
+    """Of random signs: rounds end when what is left is small beside the sample, which is large for a small element."""
+    xp, flat = problem.xp, problem.flat(states)[1:, ...]
+    largest = xp.max(xp.abs(flat), axis=-1, keepdims=True) + xp.zeros_like(flat)
+    return largest * _signs(problem, largest) * (_LEFT * float(xp.finfo(states.dtype).eps))
