@@ -14,7 +14,7 @@ import torch
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, pipelines
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
-from parasolver_adapters.diffusers.passes.changes import Kept
+from parasolver_adapters.diffusers.passes.changes import SchedulerState
 from parasolver_adapters.diffusers.passes.first_pass import CaptureDone
 from parasolver_adapters.diffusers.pipelines import Session, _parallel_class
 from parasolver_adapters.diffusers.schedulers.rule import UnsupportedSchedulerError
@@ -32,7 +32,7 @@ class Scheduler:
 def session(call: Any = None, fallback: Any = "error", **members: Any) -> Session:
     pipe = SimpleNamespace(components={}, scheduler=Scheduler(), **members)
     made = Session(pipe, call or (lambda **given: given), Choices.checked(4, fallback=fallback), ParallelRun(), [])
-    made._scheduler = Kept(pipe.scheduler)
+    made._scheduler = SchedulerState(pipe.scheduler)
     return made
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
-from parasolver_adapters.diffusers.passes.changes import Kept
+from parasolver_adapters.diffusers.passes.changes import SchedulerState
 from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
 from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Streams
 from parasolver_adapters.diffusers.passes.following import refuse_what_is_not_followed
@@ -204,7 +204,7 @@ class Session:
 
     def sample(self, kwargs: dict[str, Any]) -> Any:
         """Both passes, or the pipeline left to itself."""
-        run, self._processors, self._scheduler = self.run, processors_of(self.pipe), Kept(self.pipe.scheduler)
+        run, self._processors, self._scheduler = self.run, processors_of(self.pipe), SchedulerState(self.pipe.scheduler)
         run.stats, run.status, run.reason, run.latents, run.steps = Stats(), None, None, None, 0
         run.error_estimate, self._deadline = 0.0, Deadline(self.choices.max_seconds)
         try:

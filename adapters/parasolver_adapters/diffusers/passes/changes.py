@@ -62,7 +62,7 @@ class Settings:
         return [(leaf, version_of(leaf)) for leaf in leaves], form
 
 
-class Kept:
+class SchedulerState:
     """What a scheduler keeps, to be compared and to be put back."""
 
     def __init__(self, scheduler: Any) -> None:

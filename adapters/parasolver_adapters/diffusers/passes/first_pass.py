@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.passes.changes import (
-    Kept,
+    SchedulerState,
     are_same,
     positions_of,
     switches_of,
@@ -98,7 +98,7 @@ class Capture(Listener):
         self.timesteps.append(given["timestep"])
         given["model_output"] = self.first  # finite, unlike what zeros may have been turned into
         output = step(**given)
-        self._tables = Kept(scheduler)
+        self._tables = SchedulerState(scheduler)
         if len(self.timesteps) == self.expected:
             raise CaptureDone
         state, *others = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
