@@ -207,7 +207,9 @@ def _call_ratio(problem: Problem) -> float:
         x = problem.x_T[:1].expand(rows, *problem.x_T.shape[1:]).contiguous()
         nowhere = np.zeros(rows, dtype=np.int64)
         t = torch.as_tensor(np.asarray(problem.timesteps)[nowhere], device=x.device)
-        of_one = Rows(nowhere, nowhere, recurrence, lambda step, sample: torch.zeros_like(problem.x_T[0]))
+        of_one = Rows(
+            nowhere, nowhere, recurrence, lambda step, sample: torch.zeros_like(problem.x_T[0]), len(problem.x_T)
+        )
         times = []
         for _ in range(4):
             started = time.perf_counter()

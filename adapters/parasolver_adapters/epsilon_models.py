@@ -235,11 +235,8 @@ class EpsilonModel:
         if not self.takes_rows:
             return classes.expand(len(x))
         if rows is not None:
-            if rows.samples.max() >= len(classes):
-                raise ValueError(
-                    f"labels: expected one for each sample, got {len(classes)} for a batch of at least "
-                    f"{rows.samples.max() + 1}"
-                )
+            if len(classes) != rows.batch:
+                raise ValueError(f"labels: expected one for each of the {rows.batch} samples, got {len(classes)}")
             return take_rows(classes, rows.samples)
         if len(classes) != len(x):
             raise ValueError(f"labels: got {len(classes)} for {len(x)} rows; {NEEDS_ROWS}")

@@ -326,7 +326,7 @@ class _RowStep:
 
     def __call__(self, x: Tensor, steps: np.ndarray, samples: np.ndarray) -> Any:
         """What the step returns for these rows."""
-        rows = Rows(steps, samples, None, _no_noise)  # type: ignore[arg-type]
+        rows = Rows(steps, samples, None, _no_noise, self.batch)  # type: ignore[arg-type]
         arguments = self._arguments(rows, x.device)
         draws = [torch.stack(row_draws).to(x) for row_draws in zip(*map(self.draws_of, steps, samples), strict=True)]
         if callable(arguments.get("model")):

@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parasolver_adapters.arguments import remade, same
@@ -102,7 +101,7 @@ class ModelDenoiser:
             t: (rows,), as the schedule counts.
             rows: which sample each row belongs to; not needed where conditions are for all samples.
         """
-        samples = None if rows is None or not self.takes_rows else _Samples(rows.samples, x.device)
+        samples = None if rows is None or not self.takes_rows else _Samples(rows, x.device)
         given = x if self.dtype is None else x.to(self.dtype)
         times = self._time(t)
         conditions = _of_rows(self.conditions, samples, len(x), "conditions")
@@ -175,9 +174,9 @@ def _checked_times(times: Any, t: Tensor) -> Tensor:
 class _Samples:
     """Which sample each row of a call belongs to, on the host and on the devices of conditions."""
 
-    def __init__(self, numbers: NDArray[np.int64], device: torch.device) -> None:
-        self.largest = int(numbers.max())
-        self._there = uploaded(torch, numbers, device)
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        self.batch = rows.batch
+        self._there = uploaded(torch, rows.samples, device)
 
     def on(self, device: torch.device) -> Tensor:
         return self._there.to(device)
@@ -207,10 +206,9 @@ def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
         if len(value) != rows:
             raise ValueError(f"{name}: got {len(value)} for {rows} rows; {NEEDS_ROWS}")
         return value
-    if samples.largest >= len(value):
+    if len(value) != samples.batch:
         raise ValueError(
-            f"{name}: expected one for each sample, or a first axis of 1, got {len(value)} for a batch of at least "
-            f"{samples.largest + 1}"
+            f"{name}: expected one for each of the {samples.batch} samples, or a first axis of 1, got {len(value)}"
         )
     return value[samples.on(value.device)]
 

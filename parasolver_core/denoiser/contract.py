@@ -41,12 +41,14 @@ class Rows:
         samples: (rows,), on the host: places in the batch.
         recurrence: the sampler.
         noise: ``noise(step, sample)``, ``(*event)``, the standard normal ``z`` that the step adds to the sample.
+        batch: how many samples the run has, whether or not they are in this call.
     """
 
     steps: NDArray[np.int64]
     samples: NDArray[np.int64]
     recurrence: Recurrence
     noise: Callable[[int, int], Array]
+    batch: int
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -44,7 +44,7 @@ class Evaluator:
         self._xp = xp = array_api_compat.array_namespace(x_T)
         self._denoiser, self._dtype, self._device = denoiser, x_T.dtype, array_api_compat.device(x_T)
         self._call = BatchedCall(denoiser, max_rows, buckets, None if state_device is None else self._device)
-        self._event = tuple(x_T.shape[1:])
+        self._batch, self._event = int(x_T.shape[0]), tuple(x_T.shape[1:])
         self._recurrence, self._noise, timesteps = recurrence, noise, recurrence.timesteps
         integral = np.issubdtype(timesteps.dtype, np.integer)
         self._time = integers(xp) if integral else _time_dtype(xp, x_T.dtype)
@@ -111,7 +111,7 @@ class Evaluator:
         parts, t = self._cast(given, nodes), uploaded(self._xp, self._host_t[nodes], self._device, self._time)
         started = time.perf_counter()
         try:
-            rows = Rows(nodes, samples, self._recurrence, self._noise)
+            rows = Rows(nodes, samples, self._recurrence, self._noise, self._batch)
             return self._call(parts, t, rows, lambda part: self._describe(nodes[part]), remake)
         finally:
             self.seconds += time.perf_counter() - started

@@ -225,7 +225,9 @@ class WindowBatch(Run):
             sample, given = int(self.samples[row]), self._shared.given(state)
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(windows.error[row]), given, self.kept(sample), node)
-        stay = np.delete(np.arange(len(self.samples)), [*leaving, *failed])
+        goes_on = np.ones(len(self.samples), dtype=np.bool_)
+        goes_on[[*leaving, *failed]] = False
+        stay = np.flatnonzero(goes_on)
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._buffers.stay(stay)

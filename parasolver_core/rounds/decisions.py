@@ -141,7 +141,7 @@ class Windows:
         columns, (p, q) = np.arange(self.longest), self.held
         inside = columns < usable[:, None]
         slope = p + q * self._new_slopes(sums, q, inside)
-        T, norms = self._form.propagation(self.lo, slope, sums.gram)
+        T, norms = self._form.propagation(self.nodes, slope, sums.gram)
         length, move, defects = sums.length, np.sqrt(norms), np.sqrt(sums.defects)
         relative = shares(move, length)
         worthless = ~self._measured.take(self._at) | (np.abs(slope - p) * length > _STEEP * sums.held)

@@ -50,7 +50,7 @@ class NextRows:
         (count, n, _), states, rows = decision.T.shape, form.reads[0], place.shape[1]
         last, half = decision.sound[:, None] - 1, form.past + n
         behind, kept = np.maximum(place - last, 0), np.minimum(place, last)  # behind the last one kept; 0: kept
-        base = last - form.behind(uncorrected)
+        base = last - (np.append(form.behind, 0) if uncorrected else form.behind)
         believed = np.arange(base.shape[1]) >= states
         base_T, base_g = _moves(decision, base)
         base_T *= np.where(believed, base_g, 1.0)[..., None]

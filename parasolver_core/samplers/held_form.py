@@ -34,17 +34,10 @@ class HeldForm:
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
+        # how far behind the last node each state and held quantity is that its step reads
+        self.behind = np.array([*range(self.reads[0]), *range(self.reads[1])])
         self.cancels = bool((np.abs(self.a).sum(axis=1) > _CANCELS * np.abs(recurrence.a).sum(axis=1)).any())
         self.gain = max(1.0, float(np.abs(self.a).sum(axis=1).max() + np.abs(self.b).sum(axis=1).max()))  # of a step
-
-    def behind(self, uncorrected: bool) -> Indices:
-        """(base,), how far behind the last node each state and held quantity is that its step reads.
-
-        Args:
-            uncorrected: whether the last one as the network gave it is read, too, at the end.
-        """
-        states, beliefs = self.reads
-        return np.array([*range(states), *range(beliefs), *[0] * uncorrected])
 
     def growth(self) -> float:
         """How many times as large a change of a state becomes at most along the steps while held quantities stay."""
@@ -56,28 +49,28 @@ class HeldForm:
             largest = max(largest, float(np.max(np.abs(changes[0]))))
         return largest
 
-    def propagation(self, lo: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
+    def propagation(self, nodes: Indices, slope: Float64, gram: Float64) -> tuple[Float64, Float64]:
         """``T`` with ``dX = T r`` and the sums of squares of its moves, (B, n, n) and (B, n).
 
         Each row follows from those before it, and in long windows so do its products with the Gram matrix: no n^3 work.
         Rows of nodes beyond a short window have no meaning, but no row reads a later one.
 
         Args:
-            lo: (B,), each window's first node, whose own state does not change.
+            nodes: (B, n), of the windows; the state of the first does not change.
             slope: (B, n), dh/dx at the nodes.
             gram: (B, n, n), ``<r_i, r_j>``.
         """
         count, n = slope.shape
-        step = np.minimum(lo + np.arange(n)[:, None], self.steps - 1)  # (n, B)
+        step = nodes.T  # (n, B)
         beside = n > _LONG
         rows = np.zeros((n, count, 2 * n if beside else n))  # T, and T gram beside it
         carry = np.zeros((self.past + 1, n, count, 1))  # d x_{t+1} / d x_{t-k}
         carry[: self.reads[0], :, :, 0] = self.a.T[: self.reads[0], step]
         for k in range(min(self.reads[1], n - 1)):
-            b, place = self.b[:, k].take(step), np.arange(k, n - 1)
-            rows[place + 1, :, place - k] = b[place]
+            b = self.b[:, k].take(step)
+            np.einsum("tbt->tb", rows[k + 1 :, :, : n - 1 - k])[...] = b[k : n - 1]
             if beside:
-                rows[k + 1 :, :, n:] += b[place, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)
+                rows[k + 1 :, :, n:] += b[k : n - 1, :, None] * gram[:, : n - 1 - k].swapaxes(0, 1)
             carry[k, k:, :, 0] += b[k:] * slope.T[: n - k]
         work = np.empty_like(rows[0])
         for t in range(1, n - 1):

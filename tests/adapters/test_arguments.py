@@ -13,7 +13,7 @@ from parasolver_core import Rows
 
 STEPS, SAMPLES = np.array([2, 0, 1, 2]), np.array([1, 0, 2, 0])
 NOTHING: Any = None
-ROWS = Rows(STEPS, SAMPLES, NOTHING, NOTHING)
+ROWS = Rows(STEPS, SAMPLES, NOTHING, NOTHING, 4)
 
 
 def dealt(calls: list[Any], batch: int = 3) -> Any:

@@ -140,7 +140,7 @@ def test_a_share_of_the_rows_is_told_which_rows_it_is(monkeypatch: pytest.Monkey
             return x
 
     table = Recurrence(np.arange(4), np.ones((4, 1)), np.ones((4, 1)), np.zeros(4))
-    rows = Rows(np.array([3, 1, 2]), np.array([0, 0, 1]), table, lambda step, sample: np.zeros(2))
+    rows = Rows(np.array([3, 1, 2]), np.array([0, 0, 1]), table, lambda step, sample: np.zeros(2), 2)
     one, other = (DistributedDenoiser(Asking(rank)) for rank in range(2))
     assert one.takes_rows
     together(lambda: one(torch.ones(3, 2), torch.zeros(3), rows), lambda: other(torch.ones(3, 2), torch.zeros(3), rows))

@@ -57,7 +57,7 @@ def test_labels_of_another_kind(model: torch.nn.Module, labels: object) -> None:
 
 
 def test_as_many_labels_as_samples(model: torch.nn.Module) -> None:
-    with pytest.raises(ValueError, match="labels: expected one for each sample, got 2 for a batch of at least 3"):
+    with pytest.raises(ValueError, match="labels: expected one for each of the 3 samples, got 2"):
         solve(EmbeddedDenoiser([3, 4], model=model), noise(3, 1, 28, 28), SCHEDULE.timesteps(3), DDIM(SCHEDULE), 2)
 
 

@@ -183,7 +183,7 @@ def test_a_table_that_is_not_ddpms_is_refused_by_learned_variance() -> None:
     small, large = (DDPM(SCHEDULE, variance_type=kind).recurrence(timesteps) for kind in ("fixed_small", "fixed_large"))
 
     def called(recurrence: Any) -> Tensor:
-        rows = Rows(np.array([1, 2]), np.array([0, 1]), recurrence, lambda step, sample: torch.zeros(EVENT).double())
+        rows = Rows(np.array([1, 2]), np.array([0, 1]), recurrence, lambda i, k: torch.zeros(EVENT).double(), 2)
         return LearnedVariance(model())(x_T(), torch.tensor([749, 500]), rows)
 
     for recurrence in (small, large):
@@ -219,11 +219,14 @@ def test_one_label_is_that_of_any_row(label: Any) -> None:
 
 
 def test_rows_take_the_labels_of_their_samples() -> None:
-    rows = Rows(np.array([0, 0, 1]), np.array([1, 0, 1]), DDIM(SCHEDULE).recurrence(np.array([9, 5])), lambda i, k: i)
+    rows = Rows(
+        np.array([0, 0, 1]), np.array([1, 0, 1]), DDIM(SCHEDULE).recurrence(np.array([9, 5])), lambda i, k: i, 2
+    )
     t = torch.tensor([9, 9, 5])
     assert torch.equal(model()(x_T(3), t, rows), network(x_T(3), t, torch.tensor([4, 0, 4]))[:, :3])
-    with pytest.raises(ValueError, match="got 2 for a batch of at least 3"):
-        model()(x_T(3), t, replace(rows, samples=np.array([0, 2, 1])))
+    for batch in (1, 3):  # a pair of guidance given as labels is not one label for each sample, say
+        with pytest.raises(ValueError, match=f"expected one for each of the {batch} samples, got 2"):
+            model()(x_T(3), t, replace(rows, batch=batch))
 
 
 def test_labels_of_a_classifier_alone_may_be_any() -> None:
@@ -322,9 +325,10 @@ def test_labels_of_another_kind_are_refused() -> None:
         model(labels=1.5)
 
 
-def test_fewer_labels_than_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="labels: expected one for each sample, got 2 for a batch of at least 3"):
-        solve(model(), x_T(3), space_timesteps(1000, 5), DDIM(SCHEDULE))
+def test_fewer_or_more_labels_than_samples_are_refused() -> None:
+    for batch in (1, 3):
+        with pytest.raises(ValueError, match=f"labels: expected one for each of the {batch} samples, got 2"):
+            solve(model(), x_T(batch), space_timesteps(1000, 5), DDIM(SCHEDULE))
     with pytest.raises(ValueError, match="labels: got 2 for 3 rows"):
         model()(x_T(3), torch.tensor([1, 2, 3]))
 

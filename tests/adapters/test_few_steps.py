@@ -226,7 +226,7 @@ def test_what_rows_are_called_again_in_other_company() -> None:
     noted = _Noted(Problem(field, grid, method, 0), 2)
     table = step_rule_from_sampler(sample_flow, torch.tensor(grid.t), method=method).table
     for nodes, states in [([0, 1, 2], [1.0, 0.4, 9.0]), ([2, 3, 4], [5.0, 0.45, 3.0]), ([5, 6, 7], [0.5, 0.6, -0.7])]:
-        rows = Rows(np.array(nodes), np.zeros(3, dtype=np.int64), table, lambda i, sample: None)
+        rows = Rows(np.array(nodes), np.zeros(3, dtype=np.int64), table, lambda i, sample: None, 1)
         said = noted(np.array(states)[:, None], np.array(nodes, dtype=float), rows)
         np.testing.assert_array_equal(said[:, 0], -np.array(states))
     alone, others, least = noted.groups(16)

@@ -251,7 +251,7 @@ def test_each_row_gets_what_its_step_gives_and_is_corrected(rows: bool) -> None:
     assert denoiser.takes_rows
     nodes, states = [3, 0, 2, 1, 0], normal(5, 2, 3, seed=5)
     net.seen.clear()
-    told = Rows(torch.tensor(nodes).numpy(), None, None, None) if rows else None  # type: ignore[arg-type]
+    told = Rows(torch.tensor(nodes).numpy(), None, None, None, 1) if rows else None  # type: ignore[arg-type]
     given = torch.full((5,), 7) if rows else torch.tensor(nodes)  # numbers of the device are not waited for
     got = denoiser(states, given, told)
     assert len(net.seen) == 1  # the calls of both kinds are alike, and made as one

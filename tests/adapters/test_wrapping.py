@@ -199,10 +199,10 @@ def test_things_of_the_wrong_kind_are_refused() -> None:
 
 def test_conditions_that_do_not_fit_the_batch_are_refused() -> None:
     denoiser = ModelDenoiser(at_a_point, LINEAR, "epsilon", conditions={"mean": MEANS[:2, None]})
-    with pytest.raises(
-        ValueError, match=r"conditions\['mean'\]: expected one for each sample.*got 2 for a batch of at"
-    ):
-        solve(denoiser, normal(3, 4), LINEAR.timesteps(5), DDIM(LINEAR))
+    for batch in (1, 3):  # without a refusal, one sample would have the first of a pair of guidance
+        said = rf"conditions\['mean'\]: expected one for each of the {batch} samples, or a first axis of 1, got 2"
+        with pytest.raises(ValueError, match=said):
+            solve(denoiser, normal(batch, 4), LINEAR.timesteps(5), DDIM(LINEAR))
     with pytest.raises(ValueError, match=r"conditions\['mean'\]: got 2 for 3 rows"):
         denoiser(normal(3, 4), torch.tensor([1, 2, 3]))
     pair: dict[str, Any] = {"conditions": {"mean": MEANS[:, None]}, "null_conditions": {"mean": None}}
@@ -231,16 +231,16 @@ def recorded(**options: Any) -> tuple[ModelDenoiser, list[Any]]:
     return ModelDenoiser(model, LINEAR, "epsilon", **options), seen
 
 
-def rows_of(*samples: int) -> Any:
+def rows_of(batch: int, *samples: int) -> Any:
     nothing: Any = None
-    return Rows(np.zeros(len(samples), np.int64), np.array(samples), nothing, nothing)
+    return Rows(np.zeros(len(samples), np.int64), np.array(samples), nothing, nothing, batch)
 
 
 def test_conditions_are_dealt_out_to_rows_wherever_they_are() -> None:
     each, one, number = torch.arange(3.0)[:, None], torch.tensor([[7.0]]), torch.tensor(5.0)
     denoiser, seen = recorded(conditions={"a": {"b": each}, "c": [one, (each + 10,)], "d": number, "e": "word"})
     assert denoiser.takes_rows
-    denoiser(normal(4, 2), torch.arange(4), rows_of(2, 0, 1, 2))
+    denoiser(normal(4, 2), torch.arange(4), rows_of(3, 2, 0, 1, 2))
     given = seen[0][2]
     assert given["a"]["b"].ravel().tolist() == [2, 0, 1, 2]
     assert type(given["c"]) is list
@@ -266,7 +266,7 @@ def test_rows_are_asked_for_where_samples_have_conditions_of_their_own(condition
     assert denoiser.takes_rows is needed
     if not needed:
         denoiser(normal(3, 2), torch.arange(3))
-        denoiser(normal(3, 2), torch.arange(3), rows_of(5, 6, 7))
+        denoiser(normal(3, 2), torch.arange(3), rows_of(8, 5, 6, 7))
         assert len(seen) == 2
     guided, _ = recorded(
         conditions={"n": None, **conditions}, null_conditions={"n": torch.zeros(2)}, guidance_scale=2.0
@@ -274,12 +274,13 @@ def test_rows_are_asked_for_where_samples_have_conditions_of_their_own(condition
     assert guided.takes_rows
 
 
-def test_the_largest_sample_has_to_have_a_condition() -> None:
+def test_every_sample_has_to_have_a_condition() -> None:
     denoiser, seen = recorded(conditions={"a": torch.arange(3.0)})
-    denoiser(normal(2, 2), torch.arange(2), rows_of(2, 0))
+    denoiser(normal(2, 2), torch.arange(2), rows_of(3, 2, 0))
     assert seen[0][2]["a"].tolist() == [2, 0]
-    with pytest.raises(ValueError, match="got 3 for a batch of at least 4"):
-        denoiser(normal(2, 2), torch.arange(2), rows_of(3, 0))
+    for batch in (2, 4):
+        with pytest.raises(ValueError, match=f"one for each of the {batch} samples, or a first axis of 1, got 3"):
+            denoiser(normal(2, 2), torch.arange(2), rows_of(batch, 1, 0))
     denoiser(normal(3, 2), torch.arange(3))  # without rows: one for each row
     assert seen[1][2]["a"].tolist() == [0, 1, 2]
 
@@ -293,7 +294,7 @@ def test_pairs_of_guidance_are_one_call() -> None:
         guidance_scale=3.0,
     )
     x, t = normal(2, 2), torch.tensor([4, 9])
-    found = denoiser(x, t, rows_of(1, 0))
+    found = denoiser(x, t, rows_of(2, 1, 0))
     torch.testing.assert_close(found, x)
     (given, times, conditions), = seen  # fmt: skip
     assert torch.equal(given, torch.cat([x, x]))

@@ -41,7 +41,7 @@ class Limited:
 
 def rows_of(count: int) -> Rows:
     table = Euler(KARRAS).recurrence(KARRAS.timesteps(count))
-    return Rows(np.arange(count), 10 + np.arange(count), table, lambda step, sample: np.zeros(2))
+    return Rows(np.arange(count), 10 + np.arange(count), table, lambda step, sample: np.zeros(2), 10 + count)
 
 
 @pytest.mark.parametrize(

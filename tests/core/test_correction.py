@@ -54,9 +54,9 @@ def test_the_matrix_solves_the_equations(rule: Any) -> None:
     expected = np.linalg.solve(L - B * slope, B)
     p, q = recurrence.held[lo : lo + n].T
     defects = np.random.default_rng(1).standard_normal((n, 3))
-    T, squares = HeldForm(recurrence).propagation(
-        np.array([lo]), (p + q * slope)[None, :], ((q[:, None] * defects) @ (q[:, None] * defects).T)[None, :]
-    )
+    held = q[:, None] * defects
+    given = np.arange(lo, lo + n), p + q * slope, held @ held.T
+    T, squares = HeldForm(recurrence).propagation(*(part[None, ...] for part in given))
     assert np.allclose(T[0] * q, expected, rtol=1e-12, atol=1e-14)  # a defect of the held quantity is q times it
     assert np.allclose(squares[0], ((expected @ defects) ** 2).sum(axis=1), rtol=1e-10, atol=1e-12)
 
