@@ -24,8 +24,7 @@ def test_how_much_a_step_reads(states: int, outputs: int) -> None:
     assert form.noisy
     assert not HeldForm(any_table(9, noisy=False)).noisy
     expected = [*range(reads[0]), *range(outputs)]
-    assert form.behind(False).tolist() == expected
-    assert form.behind(True).tolist() == [*expected, 0]
+    assert form.behind.tolist() == expected
 
 
 def test_outputs_that_are_held_do_not_make_more_states_be_read() -> None:
@@ -79,7 +78,7 @@ def test_moves_solve_the_equations_of_each_window(
     monkeypatch.setattr(held_form, "_LONG", long)
     table, lo, n = any_table(9, states, outputs), np.array([2, 0, 4]), 5
     form, slope, defects = HeldForm(table), normal((3, n), seed=1), normal((3, n, 4), seed=2)
-    T, squares = form.propagation(lo, slope, defects @ defects.swapaxes(1, 2))
+    T, squares = form.propagation(lo[:, None] + np.arange(n), slope, defects @ defects.swapaxes(1, 2))
     assert T.flags.c_contiguous
     for row, first in enumerate(lo.tolist()):
         moves = [np.zeros(n)]
@@ -98,22 +97,23 @@ def test_moves_solve_the_equations_of_each_window(
 @pytest.mark.parametrize("long", [0, 64])
 def test_the_state_of_a_single_node_does_not_move(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_form, "_LONG", long)
-    T, squares = HeldForm(any_table(9, 2, 3)).propagation(np.array([3, 8]), np.ones((2, 1)), np.ones((2, 1, 1)))
+    T, squares = HeldForm(any_table(9, 2, 3)).propagation(np.array([[3], [8]]), np.ones((2, 1)), np.ones((2, 1, 1)))
     assert (T.tolist(), squares.tolist()) == ([[[0.0]], [[0.0]]], [[0.0], [0.0]])
 
 
 def test_sums_of_squares_of_moves_are_not_below_0_by_rounding() -> None:
     form = HeldForm(any_table(9, 1, 1, held=np.tile([0.0, 1.0], (9, 1))))
     below = np.array([[[-1e-20, 0.0], [0.0, 0.0]]])
-    assert form.propagation(np.array([0]), np.zeros((1, 2)), below)[1].tolist() == [[0.0, 0.0]]
+    assert form.propagation(np.array([[0, 1]]), np.zeros((1, 2)), below)[1].tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("long", [1, 64])
 def test_a_window_that_ends_with_the_sampler(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_form, "_LONG", long)
     form, slope = HeldForm(any_table(9, 2, 3)), normal((1, 6))
-    whole = form.propagation(np.array([6]), slope, np.eye(6)[None])
-    part = form.propagation(np.array([6]), slope[:, :3], np.eye(3)[None])
+    nodes = np.array([[6, 7, 8, 8, 8, 8]])  # beyond the end the last one
+    whole = form.propagation(nodes, slope, np.eye(6)[None])
+    part = form.propagation(nodes[:, :3], slope[:, :3], np.eye(3)[None])
     np.testing.assert_allclose(whole[0][0, :3, :3], part[0][0], rtol=1e-14)
     np.testing.assert_allclose(whole[1][0, :3], part[1][0], rtol=1e-14)
 
