@@ -17,15 +17,15 @@ import contextlib
 import copy
 import functools
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parasolver_adapters.gaussian_diffusion import as_it_is_now
-from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
+from parasolver_adapters.drop_in import as_it_is_now, with_methods
+from parasolver_adapters.samplers import ParallelSampler, UnsupportedSamplerError, parallel
 from parasolver_core import NoiseSchedule
 
 _OFF = 1e-3  # what a step reads besides the clean sample, relative to its size, in float32 and near the data
@@ -67,12 +67,9 @@ def parallel_denoising_diffusion(diffusion: Any, window: int | Literal["auto"] =
     if hasattr(diffusion, "alphas_cumprod"):
         bar = diffusion.alphas_cumprod.double().cpu().numpy()
         options.setdefault("schedule", NoiseSchedule.from_alphas_cumprod(bar, default_prediction_type="sample"))
-    drop_in = copy.copy(diffusion)
-    drop_in.solution = None
-    for name in loops:
-        made = functools.partial(parallel, window=window, **options)
-        setattr(drop_in, name, _loop(diffusion, drop_in, name, loops, made))
-    return drop_in
+    made = functools.partial(parallel, window=window, **options)
+    made(getattr(diffusion, next(iter(loops))))  # refuses options that do not fit before a loop is called
+    return with_methods(diffusion, {name: _loop(name, made) for name in loops})
 
 
 def _parts(diffusion: Any) -> dict[str, _Part]:
@@ -153,8 +150,22 @@ class _Preconditioned(_Part):
         return clean
 
 
-def _loop(own: Any, drop_in: Any, name: str, loops: Iterable[str], made: Callable[..., Any]) -> Callable[..., Any]:
-    original = getattr(own, name)
+def _loop(name: str, made: Callable[..., ParallelSampler]) -> Callable[..., Any]:
+    """One of the loops, in parallel."""
+
+    def loop(drop_in: Any, *args: Any, **kwargs: Any) -> Any:
+        drop_in.solution = None
+        diffusion = as_it_is_now(drop_in)
+        sample, begin = made(_sampler(diffusion, name)), _zeros(getattr(diffusion, name), args, kwargs)
+        returned = sample(_parts(diffusion)[name].clean, begin, *args, **kwargs)
+        drop_in.solution = sample.solution
+        return returned
+
+    return loop
+
+
+def _sampler(diffusion: Any, name: str) -> Callable[..., Any]:
+    """The object's own loop as a function that asks a network for the clean sample."""
 
     def sampler(model: Callable[..., Tensor], begin: Tensor, *args: Any, disable: bool = False, **kwargs: Any) -> Any:
         """The loop from ``begin``, to which it adds what it draws."""
@@ -164,25 +175,13 @@ def _loop(own: Any, drop_in: Any, name: str, loops: Iterable[str], made: Callabl
             t = t.flatten()[:1].expand(len(x)) if isinstance(t, Tensor) else t
             return part.returned(model(x, t, *rest, **named), x, t)
 
-        diffusion = as_it_is_now(own, drop_in, loops)
         part, loop = _parts(diffusion)[name], copy.copy(diffusion)
         setattr(loop, part.name, asked)
         with _Beginning(begin), contextlib.redirect_stderr(io.StringIO()) if disable else contextlib.nullcontext():
             return getattr(loop, name)(*args, **kwargs)
 
     sampler.__name__ = name
-    sample = made(sampler)
-
-    @functools.wraps(original)
-    def loop(*args: Any, **kwargs: Any) -> Any:
-        drop_in.solution = None
-        diffusion = as_it_is_now(own, drop_in, loops)
-        begin = _zeros(getattr(diffusion, name), args, kwargs)
-        returned = sample(_parts(diffusion)[name].clean, begin, *args, **kwargs)
-        drop_in.solution = sample.solution
-        return returned
-
-    return loop
+    return sampler
 
 
 class _Beginning(TorchFunctionMode):

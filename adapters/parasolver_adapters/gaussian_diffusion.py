@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from parasolver_adapters.arguments import Kept, StepArguments, equal
 from parasolver_adapters.draws import Listener, Played, Unheard
+from parasolver_adapters.drop_in import as_it_is_now, with_methods
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, StepRule
@@ -77,41 +78,26 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
             f"diffusion: p_sample of {type(diffusion).__name__} takes no model; of denoising-diffusion-pytorch? Take "
             "parasolver_adapters.denoising_diffusion.parallel_denoising_diffusion"
         )
-    choices, drop_in = Choices.checked(window, **options), copy.copy(diffusion)
-    drop_in.solution = None
-    if not choices.sequential:
-        for name in LOOPS:
-            if hasattr(diffusion, name):
-                setattr(drop_in, name, _loop(diffusion, drop_in, name, choices))
-    return drop_in
+    choices, loops = Choices.checked(window, **options), [name for name in LOOPS if hasattr(diffusion, name)]
+    chosen = () if choices.sequential else loops
+    return with_methods(diffusion, {name: _loop(getattr(diffusion, name), name, choices) for name in chosen})
 
 
-def _loop(diffusion: Any, drop_in: Any, name: str, choices: Choices) -> Callable[..., Any]:
+def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable[..., Any]:
     """One of the loops, over steps of ours."""
-    original = getattr(diffusion, name)
 
-    @functools.wraps(original)
-    def loop(*args: Any, **kwargs: Any) -> Any:
+    def loop(drop_in: Any, *args: Any, **kwargs: Any) -> Any:
         drop_in.solution = None
 
         def done(solution: Solution) -> None:
             drop_in.solution = solution
 
-        return _run(as_it_is_now(diffusion, drop_in, LOOPS), name, choices, done, args, kwargs)
+        return _run(as_it_is_now(drop_in), name, choices, done, args, kwargs)
 
-    def progressive(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        yield from loop(*args, **kwargs)
+    def progressive(drop_in: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from loop(drop_in, *args, **kwargs)
 
-    return functools.wraps(original)(progressive) if inspect.isgeneratorfunction(original) else loop
-
-
-def as_it_is_now(own: Any, drop_in: Any, loops: Iterable[str]) -> Any:
-    """A copy of the drop-in, with what was set on it since it was made, and with its own loops."""
-    made = copy.copy(drop_in)
-    for name in loops:
-        vars(made).pop(name, None)
-    vars(made).update({name: vars(own)[name] for name in loops if name in vars(own)})
-    return made
+    return progressive if inspect.isgeneratorfunction(original) else loop
 
 
 def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -253,44 +253,54 @@ def parallel_policy(policy: Any, window: int | str = 16, *, warm_start: bool = F
                 f"policy: expected a diffusion policy of LeRobot, got {type(policy).__name__} without {name}; take "
                 "parasolver_adapters.diffusers.parallel_loop, or an ActionSampler of the network"
             )
-    config, read = model.config, _read_of(model)
-    shift = config.n_action_steps if warm_start else None
+    shift = model.config.n_action_steps if warm_start else None
     sampler = ActionSampler(
         model.unet, model.noise_scheduler, model.num_inference_steps, window, shift=shift, **options
     )
+    model.conditional_sample = _ConditionalSample(model, sampler)
+    if model is not policy and hasattr(policy, "reset"):
+        policy.reset = _Reset(policy.reset, sampler)
+    return sampler
 
-    @functools.wraps(model.conditional_sample)
-    def conditional_sample(
+
+class _ConditionalSample:
+    """In the place of the method of a ``DiffusionModel``. A deep copy is of the copied model and of a sampler of it."""
+
+    def __init__(self, model: Any, sampler: ActionSampler) -> None:
+        functools.update_wrapper(self, model.conditional_sample)
+        self._model, self._sampler, self._read = model, sampler, _read_of(model)
+
+    def __call__(
+        self,
         batch_size: int,
         global_cond: Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        changed = [name for name, value in _read_of(model).items() if not same(value, read[name])]
+        model, config = self._model, self._model.config
+        changed = [name for name, value in _read_of(model).items() if not same(value, self._read[name])]
         if changed:
             raise ValueError(
                 f"policy: its {changed[0]} has been changed since it was made parallel; call "
                 "del policy.diffusion.conditional_sample and parallel_policy once more"
             )
         shape, like = (batch_size, config.horizon, config.action_feature.shape[0]), next(model.parameters())
-        return sampler(shape, {"global_cond": global_cond}, generator, noise, like.dtype, like.device)
+        return self._sampler(shape, {"global_cond": global_cond}, generator, noise, like.dtype, like.device)
 
-    model.conditional_sample = conditional_sample
-    if model is not policy and hasattr(policy, "reset"):
-        policy.reset = _also(policy.reset, sampler.reset)
-    return sampler
+
+class _Reset:
+    """``policy.reset``, which also forgets the last chunk."""
+
+    def __init__(self, reset: Callable[[], Any], sampler: ActionSampler) -> None:
+        functools.update_wrapper(self, reset)
+        self._reset, self._sampler = reset, sampler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler.reset()
+        return self._reset(*args, **kwargs)
 
 
 def _read_of(model: Any) -> dict[str, Any]:
     """What its own loop reads at every chunk, and the sampler once."""
     named = {name: getattr(model, name) for name in ("unet", "noise_scheduler", "num_inference_steps")}
     return named | {"noise_scheduler.config": dict(model.noise_scheduler.config)}
-
-
-def _also(method: Any, then: Any) -> Any:
-    @functools.wraps(method)
-    def both(*args: Any, **kwargs: Any) -> Any:
-        then()
-        return method(*args, **kwargs)
-
-    return both

@@ -17,8 +17,8 @@ Example::
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from parasolver_adapters.samplers import UnsupportedSamplerError, parallel
+from parasolver_adapters.drop_in import with_methods
+from parasolver_adapters.samplers import ParallelSampler, UnsupportedSamplerError, parallel
 
 
 def sample_structure(
@@ -198,20 +199,16 @@ def parallel_esmfold2(model: Any, window: int = 64, **options: Any) -> Any:
                 f"model: expected an EsmFold2Model of transformers, with {name}, got {type(model).__name__}; for other "
                 "structure heads use parallel(sample_structure) with RigidFrames"
             )
-    made = copy.copy(model)
-    made.__dict__["_sample_structure"] = _Esmfold2(made, parallel(sample_structure, window, sigma_data=16.0, **options))
-    made.__dict__["solution"] = None
-    return made
+    made = functools.partial(parallel, sample_structure, window, sigma_data=16.0, **options)
+    made()  # refuses options that do not fit before a structure is asked for
+    return with_methods(model, {"_sample_structure": _esmfold2(made)})
 
 
-class _Esmfold2:
+def _esmfold2(made: Callable[[], ParallelSampler]) -> Callable[..., Tensor]:
     """In the place of ESMFold2's own sampling loop, with its arguments."""
 
-    def __init__(self, model: Any, sampler: Any) -> None:
-        self._model, self._sampler = model, sampler
-
-    def __call__(
-        self,
+    def sample(
+        model: Any,
         pair_trunk: Tensor,
         single_inputs: Tensor,
         relative_position_encoding: Tensor,
@@ -220,7 +217,7 @@ class _Esmfold2:
         num_diffusion_samples: int = 1,
         num_sampling_steps: int | None = None,
     ) -> Tensor:
-        head, config = self._model.structure_head, self._model.config.structure_head
+        head, config, sampler = model.structure_head, model.config.structure_head, made()
         if len(single_inputs) != 1:
             raise ValueError(f"sequences: expected one in a run, got {len(single_inputs)}; fold them one by one")
         # for one sample, and then for as many rows as a call has
@@ -240,10 +237,10 @@ class _Esmfold2:
             return head(noisy_coords=x, noise_level=sigma, conditioning=kind(**expanded))
 
         mask = atom_inputs.atom_attention_mask[0].float()
-        sigmas, _ = self._model._build_noise_schedule(num_sampling_steps, torch.device("cpu"))
+        sigmas, _ = model._build_noise_schedule(num_sampling_steps, torch.device("cpu"))
         noise = centred_noise(num_diffusion_samples, len(mask), mask.cpu())
         with torch.no_grad():
-            coordinates = self._sampler(
+            coordinates = sampler(
                 RigidFrames(network, mask),
                 (sigmas[0] * noise).to(single_inputs.device),
                 sigmas,
@@ -254,5 +251,7 @@ class _Esmfold2:
                 atom_mask=mask.cpu(),
                 seed=int(torch.randint(2**31, ())),
             )
-        self._model.__dict__["solution"] = self._sampler.solution
+        model.solution = sampler.solution
         return coordinates
+
+    return sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -174,3 +175,19 @@ def test_what_cannot_be_is_refused() -> None:
         parallel_denoising_diffusion(module.GaussianDiffusion(Net(), image_size=8))
     with pytest.raises(TypeError, match=r"diffusion: expected a GaussianDiffusion or Elucidated.*, got Linear"):
         parallel_denoising_diffusion(nn.Linear(1, 1))
+
+
+def test_a_deep_copy_samples_with_its_own_weights() -> None:
+    """Averages of weights are kept in a deep copy: it asked the first one's network, without a word."""
+    own = parallel_denoising_diffusion(gaussian(), 8, tolerance=0)
+    averaged, plain = copy.deepcopy(own), gaussian()
+    for one in (averaged, plain):
+        one.model.size.data.mul_(0.5)
+    torch.manual_seed(3)
+    got = averaged.sample(batch_size=2)
+    torch.manual_seed(3)
+    want = plain.sample(batch_size=2)
+    assert relative(got, want) < 1e-5
+    torch.manual_seed(3)
+    assert relative(own.sample(batch_size=2), want) > 1e-2
+    assert averaged.solution.stats.rounds < 20

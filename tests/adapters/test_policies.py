@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -256,6 +257,28 @@ def test_a_policy_of_lerobot_is_used_as_before(warm_start: bool) -> None:
     del policy.diffusion.conditional_sample
     torch.manual_seed(2)
     assert torch.equal(policy.predict(OBSTACLES), want)
+
+
+def test_a_deep_copy_of_a_policy_samples_with_its_own_weights_and_resets_itself() -> None:
+    """It asked the first one's network and emptied the first one's queues, without a word."""
+    policy = Policy(DDPMScheduler(100, **TRAINED)).eval()
+    sampler = parallel_policy(policy, tolerance=1e-3, warm_start=True)
+    second, plain = copy.deepcopy(policy), Policy(DDPMScheduler(100, **TRAINED)).eval()
+    for one in (second, plain):
+        for weight in one.diffusion.unet.parameters():
+            weight.data.mul_(0.9)
+    torch.manual_seed(2)
+    got = second.predict(OBSTACLES)
+    torch.manual_seed(2)
+    assert distance(got, plain.predict(OBSTACLES)) < 2e-3
+    torch.manual_seed(2)
+    assert distance(got, policy.predict(OBSTACLES)) > 1e-2
+    assert sampler._last is not None
+    second.reset()
+    assert (policy.resets, second.resets) == (0, 1)
+    assert sampler._last is not None  # of the first one
+    torch.manual_seed(2)
+    assert distance(second.predict(OBSTACLES), got) < 2e-3
 
 
 @pytest.mark.parametrize(
