@@ -98,7 +98,7 @@ def coarse(xp: Any, row: Array) -> Array:
     short = xp.astype(row, xp.float32)
     wide = short * 4097.0  # Dekker: the leading 12 bits
     single = xp.all(xp.astype(short, row.dtype) == row) & xp.any(wide - (wide - short) != short)
-    return xp.reshape(xp.astype(single, row.dtype), (1,)) * float(xp.finfo(xp.float32).eps)
+    return xp.astype(xp.reshape(single, (1,)), row.dtype) * float(xp.finfo(xp.float32).eps)
 
 
 def matmul(xp: Any, a: Array, b: Array) -> Array:

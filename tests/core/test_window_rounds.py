@@ -173,7 +173,7 @@ def test_rounds_of_many_windows(
         D = normal((len(nodes), SIZE), seed=20 + said.turn)
         parts = np.split(D, np.cumsum([one.hi - one.lo for one in active])[:-1])
         defects = [one.defects(part) for one, part in zip(active, parts, strict=True)]
-        sums = np.asarray(to_numpy(run.compare(from_numpy(D, library))), dtype=np.float64)
+        sums = np.array(to_numpy(run.compare(from_numpy(D, library))), dtype=np.float64)
         found = run._buffers.unpack(sums, run._windows)
         compared(found, table, active, defects, grown)
         run.correct(from_numpy(D, library), sums)
