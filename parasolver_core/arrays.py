@@ -44,7 +44,7 @@ def is_array(value: Any) -> bool:
 def to_host(array: Array) -> NDArray[Any]:
     """``array`` as NumPy's, on a CPU perhaps in the same memory; waits for the device."""
     if array_api_compat.is_torch_array(array):
-        return array.detach().cpu().numpy()
+        return array.detach().cpu().resolve_neg().numpy()
     if array_api_compat.is_cupy_array(array):
         return array.get()
     if array_api_compat.is_array_api_strict_namespace(array_api_compat.array_namespace(array)):
@@ -54,9 +54,12 @@ def to_host(array: Array) -> NDArray[Any]:
 
 
 def host_view(array: Array) -> Array:
-    """The same memory as a NumPy array, whose calls cost least on a CPU; where NumPy cannot work in it, ``array``."""
+    """The same memory as a NumPy array, whose calls cost least on a CPU; where NumPy cannot work in it, ``array``.
+
+    Of the negative of other memory, as PyTorch has it for imaginary parts of conjugates, a copy.
+    """
     if array_api_compat.is_torch_array(array) and array.device.type == "cpu" and array.element_size() >= 4:
-        return array.detach().numpy()
+        return array.detach().resolve_neg().numpy()
     return array
 
 

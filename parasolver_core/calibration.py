@@ -191,7 +191,7 @@ def calibrate(
         gain = _widest(attempt, tolerance)
     best = min((trial for trial in trials if trial.gain <= gain), key=lambda trial: (trial.rounds, trial.gain))
     steps = len(np.asarray(timesteps))
-    return Calibration(_wider(best.gain), best.gain, tolerance, window, steps, tuple(trials))
+    return Calibration(_wider(best.gain), best.gain, float(tolerance), int(window), steps, tuple(trials))
 
 
 def _check(x_T: Array, window: int, tolerance: float) -> None:

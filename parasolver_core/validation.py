@@ -27,6 +27,8 @@ def check_start(x_T: Array) -> None:
     if not xp.isdtype(x_T.dtype, "real floating"):
         raise TypeError(f"x_T: expected a floating-point array, got dtype {x_T.dtype}; convert it first")
     check_width("x_T:", x_T)
+    if xp.finfo(x_T.dtype).bits > 64:
+        raise TypeError(f"x_T: expected at most 64 bits, got dtype {x_T.dtype}; convert it to float64 first")
     if x_T.ndim < 1 or 0 in x_T.shape:
         raise ValueError(
             f"x_T: expected shape (batch, *event) with no empty axis, got {tuple(x_T.shape)}; "
@@ -177,6 +179,30 @@ def check_count(name: str, value: Any, *, minimum: int = 1, optional: bool = Fal
         raise TypeError(f"{name}: expected an integer of at least {minimum}, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
+
+
+def own_numbers(holder: Any, *names: str) -> None:
+    """Fields with NumPy's numbers get Python's: 8 or 64 bits without a sign, or half precision, are no arithmetic."""
+    for name in names:
+        value = getattr(holder, name)
+        if isinstance(value, np.generic):
+            object.__setattr__(holder, name, int(value) if isinstance(value, np.integer) else float(value))
+
+
+def own_floats(holder: Any, *names: str) -> None:
+    """Fields with real numbers, maybe NumPy's or a tensor without axes, get Python's."""
+    for name in names:
+        object.__setattr__(holder, name, as_float(name, getattr(holder, name)))
+
+
+def as_float(name: str, value: Any) -> float:
+    """A real number, maybe NumPy's or a tensor without axes, as Python's; else refused."""
+    try:
+        if isinstance(value, (bool, np.bool_, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
 
 
 def check_counts(name: str, values: Any) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, assign, own_copy
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, takes_rows
 from parasolver_core.errors import note
+from parasolver_core.validation import check_plain
 
 
 class BatchedCall:
@@ -156,12 +157,13 @@ def _cut(parts: list[Array], rows: slice) -> list[Array]:
 def check_prediction(prediction: Array, x: Array) -> None:
     """Refuse a prediction that is not like the rows ``x`` it was made for."""
     device = array_api_compat.device(x)
-    same_type = type(prediction) is type(x)
+    same_type = type(prediction) is type(x) and getattr(prediction, "layout", None) == getattr(x, "layout", None)
     got = (tuple(prediction.shape), prediction.dtype, array_api_compat.device(prediction)) if same_type else None
     if got == (tuple(x.shape), x.dtype, device):
         return
     expected = f"{type(x).__name__} of shape {tuple(x.shape)}, dtype {x.dtype}, on {device}"
     if got is None:
+        check_plain("denoiser: its prediction", prediction)
         hint = "return the prediction itself, for example unet(x, t).sample or out[0]"
         raise TypeError(f"denoiser: expected {expected}, got {type(prediction).__name__}; {hint}")
     hint = "one prediction a row, in the dtype and on the device of x"

@@ -64,6 +64,8 @@ def get_method(method: str | os.PathLike[str] | Method) -> Method:
     if isinstance(method, os.PathLike) or (isinstance(method, str) and method.endswith(".json")):
         return _calibrated(method)
     if not isinstance(method, str) or method not in METHODS:
+        if isinstance(getattr(method, "method", None), Method):  # a calibration
+            raise ValueError(f"method: got a {type(method).__name__}; give its attribute method")
         names = ", ".join(repr(name) for name in [*METHODS, "sequential"])
         raise ValueError(f"method: expected one of {names}, a calibration's JSON file or a Method, got {method!r}")
     return METHODS[method]

@@ -44,9 +44,12 @@ class NoiseSource:
         if noise is not None and not callable(noise):
             check_plain("noise", noise, native=False)
             expected = (steps, batch, *like.shape[1:])
-            shape = tuple(getattr(noise, "shape", ()))
-            if shape != expected:
-                raise ValueError(f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {shape}")
+            got = tuple(noise.shape) if is_array(noise) else type(noise).__name__
+            if got != expected:
+                raise ValueError(
+                    f"noise: expected an array of shape (steps, batch, *event) = {expected}, got {got}; for random "
+                    "numbers give a seed, or a function noise(step, sample)"
+                )
             _check_numbers("noise:", noise)
         self._noise: Any = noise
         self._first: tuple[tuple[int, int], Array] | None = None  # what a function gave first, until it is asked again

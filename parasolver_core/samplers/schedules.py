@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, is_array, to_host
-from parasolver_core.validation import check_count, check_plain
+from parasolver_core.validation import as_float, check_count, check_plain, own_floats
 
 Float64 = NDArray[np.float64]
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -82,21 +82,22 @@ class NoiseSchedule(ABC):
         beta_start: float = 1e-4, beta_end: float = 0.02, train_steps: int = 1000, **options: Any
     ) -> DiscreteSchedule:
         """Betas linear in t (Ho et al., 2020, section 4)."""
-        _check_betas(beta_start, beta_end, train_steps)
-        return DiscreteSchedule.from_betas(np.linspace(beta_start, beta_end, train_steps), **options)
+        first, last = _betas(beta_start, beta_end, train_steps)
+        return DiscreteSchedule.from_betas(np.linspace(first, last, train_steps), **options)
 
     @staticmethod
     def scaled_linear(
         beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000, **options: Any
     ) -> DiscreteSchedule:
         """Square roots of the betas linear in t (Rombach et al., 2022: latent and Stable Diffusion)."""
-        _check_betas(beta_start, beta_end, train_steps)
-        return DiscreteSchedule.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2, **options)
+        first, last = _betas(beta_start, beta_end, train_steps)
+        return DiscreteSchedule.from_betas(np.linspace(first**0.5, last**0.5, train_steps) ** 2, **options)
 
     @staticmethod
     def squared_cosine(train_steps: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteSchedule:
         """``alphas_cumprod`` follows a squared cosine (Nichol and Dhariwal, 2021, equation 17)."""
         check_count("train_steps", train_steps)
+        max_beta = as_float("max_beta", max_beta)
         t = np.arange(train_steps + 1) / train_steps
         bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return DiscreteSchedule.from_betas(np.minimum(1 - bar[1:] / bar[:-1], max_beta), **options)
@@ -147,6 +148,7 @@ class DiscreteSchedule(NoiseSchedule):
                 "alphas_cumprod: expected finite values in [0, 1), strictly decreasing from index 0 (clean) to the "
                 f"last (noise), got a table from {table[0]:.6g} to {table[-1]:.6g}"
             )
+        own_floats(self, "final_alpha_cumprod", "sigma_data")
         if not table[0] <= self.final_alpha_cumprod <= 1:
             raise ValueError(
                 f"final_alpha_cumprod: expected a value in [alphas_cumprod[0], 1], got {self.final_alpha_cumprod}"
@@ -236,6 +238,7 @@ class KarrasSchedule(ContinuousSchedule):
     final_sigma: float = 0.0
 
     def __post_init__(self) -> None:
+        own_floats(self, "sigma_min", "sigma_max", "rho", "sigma_data", "final_sigma")
         for name in ("sigma_min", "sigma_max", "rho", "sigma_data"):
             _check_positive(name, getattr(self, name))
         if self.sigma_min >= self.sigma_max:
@@ -285,6 +288,7 @@ class FlowSchedule(ContinuousSchedule):
     advice: ClassVar[str] = DATA_AT_0
 
     def __post_init__(self) -> None:
+        own_floats(self, "shift", "sigma_data", "final_sigma")
         _check_positive("shift", self.shift)
         _check_positive("sigma_data", self.sigma_data)
         if not 0 <= self.final_sigma < 1:
@@ -331,13 +335,15 @@ def _of_a_schedule(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _check_betas(beta_start: Any, beta_end: Any, train_steps: Any) -> None:
+def _betas(beta_start: Any, beta_end: Any, train_steps: Any) -> tuple[float, float]:
+    """Both ends as Python's numbers: a table in half precision is none."""
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not (isinstance(beta, (int, float, np.number)) and 0 < beta < 1):
             count = isinstance(beta, (int, np.integer)) and beta > 1
             meant = f"; did you mean train_steps={beta}?" if count else ""
             raise ValueError(f"{name}: expected a number in (0, 1), got {beta!r}{meant}")
     check_count("train_steps", train_steps)
+    return float(beta_start), float(beta_end)
 
 
 def _first(wrong: NDArray[np.bool_], values: NDArray[Any]) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.sample_form import from_sample_form
 from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType, check_prediction_type
-from parasolver_core.validation import check_monotone, check_timesteps
+from parasolver_core.validation import check_monotone, check_timesteps, own_floats
 
 Float64 = NDArray[np.float64]
 
@@ -145,6 +145,9 @@ class DDIM(DiffusionRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.eta, str):
+            raise TypeError(f"eta: expected a number in [0, 1], got {self.eta!r}; name the other arguments")
+        own_floats(self, "eta")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected a value in [0, 1], got {self.eta}")
 

@@ -33,7 +33,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None) -> None:
-        self._end = math.inf if seconds is None else time.perf_counter() + seconds
+        self._end = math.inf if seconds is None else time.perf_counter() + float(seconds)
         self._estimates: deque[Array] = deque(maxlen=2)  # before the last two rounds
         self._total = 0  # steps
 

@@ -22,7 +22,7 @@ from parasolver_core.solver.deadline import Deadline, check_seconds
 from parasolver_core.solver.progress import Meter
 from parasolver_core.solver.report import message_of, raise_for, status_after, untouched, within_range
 from parasolver_core.solver.state import Save, SolverState
-from parasolver_core.validation import check_count, check_counts
+from parasolver_core.validation import check_count, check_counts, own_numbers
 
 Callback = Callable[["SolverState"], Any]
 
@@ -44,6 +44,8 @@ class Solver(ABC):
         check_count("max_rounds", self.max_rounds, optional=True)
         check_count("max_rows", self.max_rows, optional=True)
         check_counts("buckets", self.buckets)
+        own_numbers(self, "max_rounds", "max_rows")
+        object.__setattr__(self, "buckets", tuple(map(int, self.buckets)))
 
     @abstractmethod
     def init(

@@ -22,7 +22,7 @@ from parasolver_core.solver.loop import Solver
 from parasolver_core.solver.parallel_state import ParallelState
 from parasolver_core.solver.sequential import SequentialState, sequential_round
 from parasolver_core.solver.subintervals import SubintervalState
-from parasolver_core.validation import check_count, check_tolerance
+from parasolver_core.validation import check_count, check_tolerance, own_numbers
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ParallelIntegralSolver(Solver):
         check_count("warmup_steps", self.warmup_steps, minimum=0)
         check_count("subintervals", self.subintervals, optional=True)
         check_tolerance(self.tolerance)
+        own_numbers(self, "window", "warmup_steps", "subintervals", "tolerance")
         get_method(self.method)
         if self.memory is not None and not isinstance(self.memory, Memory):
             raise TypeError(f"memory: expected a Memory, got {type(self.memory).__name__}; Memory.learn makes one")
