@@ -80,7 +80,10 @@ class Memory:
         if recurrence.stochastic:
             raise ValueError("step_rule: a memory follows samplers that add no noise; got one that does")
         found = [solutions] if isinstance(solutions, Solution) else list(solutions)
-        X = np.concatenate([_trajectories(solution, len(recurrence)) for solution in found], axis=1)
+        parts = [_trajectories(solution, len(recurrence)) for solution in found]
+        if len(sizes := sorted({part.shape[2] for part in parts})) != 1:
+            raise ValueError(f"solutions: expected some, of samples of one size, got {len(parts)} of sizes {sizes}")
+        X = np.concatenate(parts, axis=1)
         if X.shape[1] < _FEWEST:
             raise ValueError(f"solutions: expected at least {_FEWEST} samples that converged, got {X.shape[1]}")
         outputs = recurrence.implied_outputs(np, list(X), lambda step: None)
@@ -166,6 +169,8 @@ def _numbers(recurrence: Recurrence) -> Float64:
 
 def _trajectories(solution: Solution, steps: int) -> Float64:
     """(N + 1, n, size) of the samples that converged."""
+    if not isinstance(solution, Solution):
+        raise TypeError(f"solutions: expected what solve returns, got {type(solution).__name__}")
     if solution.trajectory is None:
         raise ValueError('solutions: expected solutions of runs with save="trajectory", got one without trajectory')
     states = to_host(solution.trajectory).astype(np.float64)

@@ -191,3 +191,13 @@ def test_what_is_kept_of_a_memory_in_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", states=np.zeros(3))
     with pytest.raises(ValueError, match=r"^file: expected one that Memory\.save has written"):
         Memory.load(tmp_path / "other.npz")
+
+
+def test_what_is_no_run_of_the_same_samples_is_told() -> None:
+    other = solve_sequential(TanhNetwork(SIZE + 1), normal((8, SIZE + 1)), GRID, RULE, save="trajectory")
+    with pytest.raises(ValueError, match=r"^solutions: expected some, of samples of one size, got 2 of sizes \[6, 7\]"):
+        Memory.learn([finished(), other], GRID, RULE)
+    with pytest.raises(ValueError, match=r"^solutions: expected some, of samples of one size, got 0 of sizes \[\]"):
+        Memory.learn([], GRID, RULE)
+    with pytest.raises(TypeError, match=r"^solutions: expected what solve returns, got ndarray"):
+        Memory.learn([finished().trajectory], GRID, RULE)
