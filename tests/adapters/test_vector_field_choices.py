@@ -280,3 +280,82 @@ def test_gradients_are_recorded_where_torch_records_them() -> None:
         assert odeint(decay, y0, TIMES, linearization=linearization).requires_grad
         with torch.no_grad():
             assert not odeint(decay, y0, TIMES, linearization=linearization).requires_grad
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint64])
+def test_counts_of_few_bits_or_without_a_sign(kind: Any) -> None:
+    """A window of 100 steps slides over 300; twice as many are no int8."""
+    t = np.linspace(0.0, 3.0, 301)
+    want = integrate(decay, np.ones(2), t, window=100, coarse_steps=20, batch_dims=0)
+    got = integrate(decay, np.ones(2), t, window=kind(100), coarse_steps=kind(20), batch_dims=kind(0))
+    np.testing.assert_array_equal(got.states, want.states)
+    assert (got.rounds, got.calls, got.sequential_steps) == (want.rounds, want.calls, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"step_size": 0}, "options: expected a finite step_size above 0, got 0"),
+        ({"step_size": -0.5}, "options: expected a finite step_size above 0, got -0.5"),
+        ({"step_size": float("nan")}, "options: expected a finite step_size above 0, got nan"),
+        ({"step_size": "x"}, "options: step_size: expected a number, got 'x'"),
+        (3, "options: of torchdiffeq's only 'step_size' is known, got 3"),
+        (
+            {"norm": 1, "perturb": True},
+            r"options: of torchdiffeq's only 'step_size' is known, got \['norm', 'perturb'\]",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_are_no_step_size(options: Any, told: str) -> None:
+    with pytest.raises((ValueError, TypeError), match="^" + told):
+        odeint(decay, np.ones(1), [0.0, 1.0], options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("event_fn", "look for the event in the states"),
+        ("events", "look for them in the states"),
+        ("dense_output", "name the wanted times in t"),
+        ("args", r"give lambda t, y: f\(t, y, \*args\) as f"),
+        ("max_step", "steps are those of the grid"),
+    ],
+)
+def test_arguments_of_other_libraries_are_told_what_to_do(name: str, told: str) -> None:
+    other: dict[str, Any] = {name: None}
+    with pytest.raises(TypeError, match=f"^{name}: not an argument here; {told}"):
+        odeint(decay, np.ones(1), [0.0, 1.0], **other)
+    with pytest.raises(TypeError, match=f"^{name}: not an argument here; {told}"):
+        solve_ivp(decay, (0.0, 1.0), [1.0], steps=3, **other)
+
+
+def test_tolerances_of_steps_that_are_adapted() -> None:
+    np.testing.assert_array_equal(
+        odeint(decay, np.ones(1), [0.0, 1.0], rtol=1e-3, atol=1e-6), odeint(decay, np.ones(1), [0.0, 1.0])
+    )
+    for name in ("rtol", "atol"):
+        with pytest.raises(TypeError, match=f"^{name}: not an argument here; step sizes are not adapted"):
+            solve_ivp(decay, (0.0, 1.0), [1.0], steps=3, **{name: 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("y0", "told"),
+    [
+        (np.ma.array([1.0]), "expected a plain array, got a masked one"),
+        (np.ones(1).view(np.recarray), "expected a plain array, got the subclass recarray"),
+        (np.ones(1, dtype=np.dtype("f8").newbyteorder()), "expected numbers in this machine's byte order"),
+        (np.ones(1, dtype=np.float16), "expected float32 or float64, got dtype float16"),
+    ],
+    ids=["masked", "recarray", "bytes", "half"],
+)
+def test_states_that_are_no_plain_numbers(y0: Any, told: str) -> None:
+    with pytest.raises(TypeError, match="^y0: " + told):
+        integrate(decay, y0, [0.0, 1.0])
+
+
+def test_a_state_wider_than_double_precision() -> None:
+    if np.finfo(np.longdouble).bits == 64:
+        pytest.skip("this machine has nothing wider")
+    with pytest.raises(TypeError, match=r"^y0: expected float32 or float64, got dtype"):
+        integrate(decay, np.ones(1, dtype=np.longdouble), [0.0, 1.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import array_api_compat
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import Array, is_array, to_host
+from parasolver_core.validation import as_float
 
 
 class Grid:
@@ -78,3 +81,20 @@ def check_times(t: ArrayLike) -> NDArray[np.float64]:
             f"index {at}; sort it and remove repeats"
         )
     return host
+
+
+def substeps_of(t: ArrayLike, options: Mapping[str, Any]) -> int:
+    """How many steps of ``options["step_size"]`` lie between two times."""
+    if not isinstance(options, Mapping) or options.keys() != {"step_size"}:
+        got = sorted(map(str, options)) if isinstance(options, Mapping) else repr(options)
+        raise ValueError(f"options: of torchdiffeq's only 'step_size' is known, got {got}; steps are those of t")
+    step, widths = as_float("options: step_size", options["step_size"]), np.abs(np.diff(check_times(t)))
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"options: expected a finite step_size above 0, got {step:g}")
+    count = round(float(widths.max(initial=step)) / step)
+    if count < 1 or not np.allclose(widths, count * step, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"options: expected a step_size that divides all intervals of t into equally many steps, got {step:g} for "
+            f"intervals of {widths.min():g} to {widths.max():g}; let t name the steps"
+        )
+    return count

@@ -22,7 +22,7 @@ from parasolver_adapters.vector_field.few_steps import (
     few_in_rounds,
 )
 from parasolver_adapters.vector_field.field import Batching, Field, Signature
-from parasolver_adapters.vector_field.grid import Grid, check_times
+from parasolver_adapters.vector_field.grid import Grid, check_times, substeps_of
 from parasolver_adapters.vector_field.jacobian import LARGEST_DENSE
 from parasolver_adapters.vector_field.methods import StepMethod, get_method
 from parasolver_adapters.vector_field.newton import FEWEST_STEPS, Linearization, ParallelIntegrator
@@ -31,9 +31,20 @@ from parasolver_adapters.vector_field.result import IVPResult, ODESolution, anno
 from parasolver_adapters.vector_field.verification import doubt
 from parasolver_core.arrays import Array, detach, is_array, no_grad, to_host
 from parasolver_core.errors import NonFiniteError, attach
-from parasolver_core.validation import check_count, check_tolerance
+from parasolver_core.validation import check_count, check_plain, check_tolerance, own_numbers
 
 _EXPECTED_ROUNDS = 5
+
+
+_ELSEWHERE = {
+    "event_fn": "look for the event in the states, or take torchdiffeq.odeint_event",
+    "events": "look for them in the states, or take scipy.integrate.solve_ivp",
+    "dense_output": "name the wanted times in t, or take scipy.integrate.solve_ivp",
+    "args": "give lambda t, y: f(t, y, *args) as f",
+    "max_step": "steps are those of the grid",
+    "rtol": "step sizes are not adapted; tolerance is the distance to the sequential solution",
+    "atol": "step sizes are not adapted; tolerance is the distance to the sequential solution",
+}  # arguments of other libraries, and what to do
 
 
 class SequentialFallbackWarning(UserWarning):
@@ -65,25 +76,15 @@ def odeint(
         y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
         y = odeint(lambda t, y: torch.stack([y[1], -torch.sin(y[0])]), y0, t)
     """
+    _refuse(choices)
     if options:
-        choices["substeps"] = _substeps(t, options)
+        choices["substeps"] = substeps_of(t, options)
     return integrate(f, y0, t, **choices).states
 
 
-def _substeps(t: ArrayLike, options: Mapping[str, Any]) -> int:
-    """How many steps of ``options["step_size"]`` lie between two times."""
-    if options.keys() != {"step_size"}:
-        raise ValueError(
-            f"options: of torchdiffeq's only 'step_size' is known, got {sorted(options)}; steps are those of t"
-        )
-    step, widths = float(options["step_size"]), np.abs(np.diff(check_times(t)))
-    count = round(float(widths.max(initial=step)) / step)
-    if count < 1 or not np.allclose(widths, count * step, rtol=1e-4, atol=0):
-        raise ValueError(
-            f"options: expected a step_size that divides all intervals of t into equally many steps, got {step:g} for "
-            f"intervals of {widths.min():g} to {widths.max():g}; let t name the steps"
-        )
-    return count
+def _refuse(choices: Mapping[str, Any]) -> None:
+    for name in _ELSEWHERE.keys() & choices.keys():
+        raise TypeError(f"{name}: not an argument here; {_ELSEWHERE[name]}")
 
 
 def integrate(
@@ -157,6 +158,7 @@ def integrate(
     choices = _Choices(linearization, tolerance, window, coarse_steps, batch_dims, few_steps)
     choices.check(y0)
     check_count("substeps", substeps)
+    substeps = int(substeps)
     problem, effort = _problem(f, y0, t, method, signature, substeps, linear, batching, jacobian), Effort()
     check_few_steps(few_steps, problem.method)
     effort.reached = [detach(y0)[None, ...]]
@@ -198,6 +200,7 @@ def solve_ivp(
         t_eval: the grid; must begin and end as ``t_span`` does.
         steps: instead, so many equal steps.
     """
+    _refuse(options)
     if (steps is None) == (t_eval is None):
         raise ValueError("steps: give either steps, for equal ones, or t_eval, the grid; step sizes are not adapted")
     if steps is not None:
@@ -248,6 +251,7 @@ class _Choices:
         check_count("window", self.window, optional=True)
         check_count("coarse_steps", self.coarse_steps)
         check_count("batch_dims", self.batch_dims, minimum=0, optional=True)
+        own_numbers(self, "tolerance", "window", "coarse_steps", "batch_dims")
         if self.batch_dims is not None and self.batch_dims > y0.ndim:
             raise ValueError(f"batch_dims: got {self.batch_dims} for a state with {y0.ndim} axes")
 
@@ -318,7 +322,8 @@ def _check_state(y0: Any) -> None:
             f"y0: expected an array (NumPy, torch, ...), got {type(y0).__name__}; join several states into one array"
         )
     xp: Any = array_api_compat.array_namespace(y0)
-    if not xp.isdtype(y0.dtype, "real floating") or xp.finfo(y0.dtype).bits < 32:
+    check_plain("y0", y0)
+    if not xp.isdtype(y0.dtype, "real floating") or xp.finfo(y0.dtype).bits not in (32, 64):
         raise TypeError(f"y0: expected float32 or float64, got dtype {y0.dtype}; convert it first")
     if 0 in y0.shape:
         raise ValueError(f"y0: expected no empty axis, got shape {tuple(y0.shape)}")
