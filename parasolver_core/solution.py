@@ -27,7 +27,7 @@ class Status(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SampleRecord:
     """One sample in one round.
 
@@ -91,7 +91,7 @@ class SampleRecords(Sequence[SampleRecord]):
         return SampleRecord(int(self.samples[row]), *numbers, float(self.errors[row]))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RoundRecord:
     """One round.
 
@@ -165,7 +165,7 @@ class Stats:
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """The result of a run.
 
@@ -178,7 +178,8 @@ class Solution:
         steps: (batch,), how many steps of each sample are final.
         error_estimate: (batch,), estimated distance to the sequential sample, RMS over RMS. At least the rounding unit
             of states and outputs after a parallel run, without what a sampler or a network makes of it, which the
-            sequential run has, too; 0 after a sequential run.
+            sequential run has, too; 0 after a sequential run. Infinite, not known, for a sample that is not converged,
+            but for what ``max_seconds`` guesses of it.
         stats: what it cost.
         trajectory: ``(N + 1, batch, *event)`` with ``save="trajectory"``: all states, ``x_T`` first, the sample
             last, to the bit; NaN where a state is not final; on the device of the states. Else None.

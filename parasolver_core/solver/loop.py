@@ -139,7 +139,7 @@ class Solver(ABC):
                 message=message_of(status, state),
                 statuses=statuses,
                 steps=state.steps,
-                error_estimate=state.errors(),
+                error_estimate=np.where([one is Status.CONVERGED for one in statuses], state.errors(), np.inf),
                 stats=state.stats,
                 trajectory=state.trajectory(),
                 states=state.states,

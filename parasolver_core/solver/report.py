@@ -34,7 +34,7 @@ def untouched(x_T: Array, timesteps: ArrayLike, save: Save, error: BaseException
         message=f"{ended} before the first round; no step is final.",
         statuses=(status,) * batch,
         steps=(0,) * batch,
-        error_estimate=np.zeros(batch),
+        error_estimate=np.full(batch, np.inf),
         stats=Stats(),
         trajectory=trajectory,
         states=x,

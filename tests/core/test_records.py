@@ -156,7 +156,7 @@ def test_what_is_left_of_a_run_that_never_began() -> None:
     assert left.status is Status.INTERRUPTED
     assert left.statuses == (Status.INTERRUPTED,) * 2
     assert left.message == "Interrupted before the first round; no step is final."
-    assert (left.steps, left.error_estimate.tolist(), left.stats.rounds) == ((0, 0), [0.0, 0.0], 0)
+    assert (left.steps, left.error_estimate.tolist(), left.stats.rounds) == ((0, 0), [np.inf, np.inf], 0)
     np.testing.assert_array_equal(left.sample, x_T)
     assert not np.shares_memory(left.sample, x_T)
     assert left.trajectory is not None

@@ -178,3 +178,43 @@ def test_the_estimate_after_max_rounds_is_better_than_the_last_state() -> None:
     got = solve(*arguments, 20, tolerance=1e-9, max_rounds=4, throw=False)
     assert got.status is Status.MAX_ROUNDS
     assert relative(got.sample, exact) < 0.5 * relative(got.states, exact)
+
+
+@pytest.mark.parametrize("method", ["secant", "parasolver", "parataa", "sequential"])
+def test_nobody_knows_how_far_an_unfinished_sample_is_off(method: str) -> None:
+    """Its final states are exact, and it is off as a whole: an estimate of 0 would be taken for the sample."""
+    problem = NETWORK, normal((2, 3)), TABLE.timesteps(40), RULE
+    options: dict[str, Any] = {"window": 6, "method": method, "tolerance": 1e-6}
+
+    def stop(state: Any) -> None:
+        if state.stats.rounds == 3:
+            raise StopIteration
+
+    stopped = solve(*problem, callback=stop, **options)
+    late = solve(*problem, max_rounds=3, throw=False, **options)
+    assert (stopped.status, late.status) == (Status.STOPPED, Status.MAX_ROUNDS)
+    want = solve_sequential(*problem).sample
+    for got in (stopped, late):
+        assert relative(got.sample, want) > 1e-3
+        np.testing.assert_array_equal(got.error_estimate, [np.inf, np.inf])
+
+
+def test_samples_that_are_converged_keep_their_estimates() -> None:
+    """The first is 0 throughout and ends some rounds before the other, which then is cut off."""
+    x_T = np.stack([np.zeros(3), normal((3,))])
+    problem = (lambda x, t: np.tanh(2 * x)), x_T, TABLE.timesteps(40), RULE
+    got = solve(*problem, 6, tolerance=1e-6, max_rounds=9, throw=False)
+    assert got.statuses == (Status.CONVERGED, Status.MAX_ROUNDS)
+    assert got.error_estimate[0] < 1e-6
+    assert got.error_estimate[1] == np.inf
+
+
+def test_solutions_and_records_are_equal_to_themselves_only() -> None:
+    """Their arrays have no one truth: a comparison of fields would raise."""
+    first, other = (solve(NETWORK, normal((2, 3)), GRID, RULE, 4, save="trajectory") for _ in range(2))
+    record, twin = (one.stats.history[0] for one in (first, other))
+    assert first in [other, first]
+    assert first != other
+    assert record != twin
+    assert record.samples[0] != twin.samples[0]
+    assert len({first, other, record, twin}) == 4

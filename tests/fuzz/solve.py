@@ -279,6 +279,8 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
     rng, ulp = np.random.default_rng(drawn.seed + 3), oracle.eps(drawn)
     swept = not _on_device(drawn)
     final = got.steps[sample]
+    told = [one.error for record in got.stats.history for one in record.samples if one.sample == sample]
+    estimate = max(told, default=0.0)  # of its final states, also where the sample is not
     states = [got.trajectory[i, sample, ...] for i in range(final + 1)]  # type: ignore[index]
     outputs, doubts = [], []
     for i in range(final):
@@ -299,7 +301,7 @@ def _check_steps(drawn: Program, got: Solution, sample: int, outcome: Outcome) -
         # two draws of what rounding does to the network are few; one product may make all states of a window
         limit = 4 * doubt + 16 * ulp * sum(sizes) * (1 if swept else drawn.window)
         if not swept:  # states that once were larger, or were moved by parts that cancel: the estimate tells of them
-            limit += float(got.error_estimate[sample]) * oracle.rms(oracle.host(states[i + 1]))
+            limit += estimate * oracle.rms(oracle.host(states[i + 1]))
         if not np.isfinite(limit):
             return
         told = f"sample {sample}: step {i} of the exact trajectory is off by {off:.3g}, limit {limit:.2g}"
