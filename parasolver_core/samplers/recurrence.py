@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_core.arrays import is_array, to_host
 from parasolver_core.samplers.terms import Terms, combine
 from parasolver_core.validation import check_count
 
@@ -32,6 +33,7 @@ _TINY = 1e-24  # squared: data of size 0
 _CANCELS = 0.01  # what is left of what a step reads of the network, as a share; published samplers leave over a tenth
 _BLIND = 0.1  # with a smaller share, a state is nearly the same whatever the sample will be
 _LEFT_OUT: Float64 = np.empty(0)  # stands for a table that follows from the others
+_TABLES = "timesteps", "a", "b", "c", "held", "slope", "identity_slope", "signal", "input_scale"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,16 @@ class Recurrence:
     stages: int = 1
 
     def __post_init__(self) -> None:
+        self._own_tables()
         n = len(self.timesteps)
         check_count("stages", self.stages)
         self._default("held", lambda: np.tile([0.0, 1.0], (n, 1)))
         self._default("slope", lambda: np.zeros(n))
-        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2), "slope": (n,)}
+        shapes = {"a": (n, *self.a.shape[1:2]), "b": (n, *self.b.shape[1:2])}
+        if unlike := [name for name in shapes if getattr(self, name).ndim != 2]:
+            name, shape = unlike[0], getattr(self, unlike[0]).shape
+            raise ValueError(f"{name}: expected a column for each node that a step reads, shape ({n}, P), got {shape}")
+        shapes |= {"c": (n,), "held": (n, 2), "slope": (n,)}
         shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}
         self._check_tables(shapes)
         if np.any(self.held[:, 1] == 0):
@@ -83,6 +90,16 @@ class Recurrence:
                 raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
         self._default("identity_slope", self._identity_slope)
         self._check_tables({"identity_slope": (n,)})
+
+    def _own_tables(self) -> None:
+        """Lists and arrays of other libraries become NumPy's."""
+        for name in _TABLES:
+            if (given := getattr(self, name)) is _LEFT_OUT or given is None:
+                continue
+            table = to_host(given) if is_array(given) else np.asarray(given)
+            if not np.issubdtype(table.dtype, np.integer) and not np.issubdtype(table.dtype, np.floating):
+                raise TypeError(f"{name}: expected real numbers, got dtype {table.dtype}")
+            object.__setattr__(self, name, table if name == "timesteps" else table.astype(np.float64, copy=False))
 
     def _default(self, name: str, table: Callable[[], Float64]) -> None:
         """Fill in a table that was left out."""

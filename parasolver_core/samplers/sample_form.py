@@ -54,6 +54,19 @@ def from_sample_form(
         )
 
 
+def checked_form(told: Any, n: int) -> tuple[Float64, Float64, Float64]:
+    """``(a, b, c)`` as a step rule's ``sample_form`` gives them for N timesteps; refused if they are something else."""
+    if not isinstance(told, (tuple, list)) or len(told) != 3:
+        raise TypeError(f"step_rule: its sample_form must return three tables (a, b, c), got {type(told).__name__}")
+    a, b, c = (np.asarray(table, dtype=np.float64) for table in told)
+    if a.ndim != 2 or a.shape != b.shape or (len(a), *c.shape) != (n, n):
+        raise ValueError(
+            f"step_rule: its sample_form must return a and b of one shape ({n}, K), a column for each node that a step "
+            f"reads, and c of shape ({n},), got {a.shape}, {b.shape} and {c.shape}"
+        )
+    return a, b, c
+
+
 def signal_share(alpha: Float64, sigma: Float64) -> Float64:
     """``alpha / sqrt(alpha^2 + sigma^2)``, above 0."""
     return np.maximum(alpha / np.sqrt(alpha**2 + sigma**2), 1e-12)

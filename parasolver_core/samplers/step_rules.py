@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.samplers.recurrence import Recurrence
-from parasolver_core.samplers.sample_form import from_sample_form
+from parasolver_core.samplers.sample_form import checked_form, from_sample_form
 from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType, check_prediction_type
 from parasolver_core.validation import check_monotone, check_timesteps, own_floats
 
@@ -57,6 +57,10 @@ def table(step_rule: StepRule, timesteps: ArrayLike) -> Recurrence:
     grid = check_timesteps(timesteps)
     step_rule.check_grid(grid)
     recurrence = step_rule.recurrence(grid)
+    if not isinstance(recurrence, Recurrence):
+        raise TypeError(
+            f"step_rule: its recurrence(timesteps) must return a Recurrence, got {type(recurrence).__name__}"
+        )
     if len(recurrence) != len(grid):
         raise ValueError(
             f"step_rule: its table has {len(recurrence)} steps for {len(grid)} timesteps; one row a timestep"
@@ -107,7 +111,7 @@ class DiffusionRule(StepRule):
                 "timesteps: a sampler goes from noise to data, so the noise level must fall at every step; got "
                 f"{timesteps[i]} at index {i}, then {after}. {self.schedule.advice}"
             )
-        a, b, c = self.sample_form(alpha, sigma)
+        a, b, c = checked_form(self.sample_form(alpha, sigma), len(timesteps))
         return from_sample_form(
             timesteps,
             a,

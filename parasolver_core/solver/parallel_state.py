@@ -17,9 +17,11 @@ from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.run import Outcome, Run
+from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.memory import Memory
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
+from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.solution import Stats, Status
 from parasolver_core.solver.state import Reached, SolverState, hash_of, stacked, unchanged
 from parasolver_core.validation import check_plain
@@ -49,7 +51,7 @@ class ParallelState(SolverState):
             linearization=method.linearization,
             acceptance=method.acceptance,
             fill=method.fill,
-            bound=method.acceptance.bounds(self.recurrence),
+            bound=_bounds(method.acceptance, self.recurrence),
             width=min(width, len(self.recurrence)),
             warmup_steps=warmup_steps,
             tolerance=tolerance,
@@ -168,3 +170,12 @@ def _in_order(
     for samples, states in running:
         rows |= {sample: states[row, :] for row, sample in enumerate(samples.tolist())}
     return stacked(xp, [rows[sample] for sample in range(shape[0])], shape)
+
+
+def _bounds(acceptance: Acceptance, recurrence: Recurrence) -> NDArray[np.float64]:
+    """What an acceptance says of each node."""
+    bounds, n = np.asarray(acceptance.bounds(recurrence)), len(recurrence)
+    if bounds.shape != (n,) or bounds.dtype.kind not in "fi":
+        told = f"got shape {bounds.shape}, dtype {bounds.dtype}"
+        raise ValueError(f"acceptance: its bounds(recurrence) must return a number for each of {n} nodes, {told}")
+    return bounds
