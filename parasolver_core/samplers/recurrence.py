@@ -71,16 +71,12 @@ class Recurrence:
     stages: int = 1
 
     def __post_init__(self) -> None:
-        self._own_tables()
+        _own_tables(self)
         n = len(self.timesteps)
         check_count("stages", self.stages)
         self._default("held", lambda: np.tile([0.0, 1.0], (n, 1)))
         self._default("slope", lambda: np.zeros(n))
-        shapes = {"a": (n, *self.a.shape[1:2]), "b": (n, *self.b.shape[1:2])}
-        if unlike := [name for name in shapes if getattr(self, name).ndim != 2]:
-            name, shape = unlike[0], getattr(self, unlike[0]).shape
-            raise ValueError(f"{name}: expected a column for each node that a step reads, shape ({n}, P), got {shape}")
-        shapes |= {"c": (n,), "held": (n, 2), "slope": (n,)}
+        shapes = {"a": (n, self.a.shape[-1]), "b": (n, self.b.shape[-1]), "c": (n,), "held": (n, 2), "slope": (n,)}
         shapes |= {name: (n,) for name in ("signal", "input_scale") if getattr(self, name) is not None}
         self._check_tables(shapes)
         if np.any(self.held[:, 1] == 0):
@@ -90,16 +86,6 @@ class Recurrence:
                 raise ValueError(f"{name}: step i may use the states and outputs 0..i only (zero where k > i)")
         self._default("identity_slope", self._identity_slope)
         self._check_tables({"identity_slope": (n,)})
-
-    def _own_tables(self) -> None:
-        """Lists and arrays of other libraries become NumPy's."""
-        for name in _TABLES:
-            if (given := getattr(self, name)) is _LEFT_OUT or given is None:
-                continue
-            table = to_host(given) if is_array(given) else np.asarray(given)
-            if not np.issubdtype(table.dtype, np.integer) and not np.issubdtype(table.dtype, np.floating):
-                raise TypeError(f"{name}: expected real numbers, got dtype {table.dtype}")
-            object.__setattr__(self, name, table if name == "timesteps" else table.astype(np.float64, copy=False))
 
     def _default(self, name: str, table: Callable[[], Float64]) -> None:
         """Fill in a table that was left out."""
@@ -271,6 +257,23 @@ class Recurrence:
     @cached_property
     def _terms(self) -> dict[Any, Terms]:
         return {}
+
+
+def _own_tables(recurrence: Recurrence) -> None:
+    """Lists and arrays of other libraries become NumPy's."""
+    for name in _TABLES:
+        if (given := getattr(recurrence, name)) is _LEFT_OUT or given is None:
+            continue
+        table = to_host(given) if is_array(given) else np.asarray(given)
+        if not np.issubdtype(table.dtype, np.integer) and not np.issubdtype(table.dtype, np.floating):
+            raise TypeError(f"{name}: expected real numbers, got dtype {table.dtype}")
+        if name in ("a", "b") and table.ndim != 2:
+            n = len(recurrence.timesteps)
+            raise ValueError(
+                f"{name}: expected a column for each node that a step reads, shape ({n}, P), got {table.shape}"
+            )
+        own = table if name == "timesteps" else table.astype(np.float64, copy=False)
+        object.__setattr__(recurrence, name, own)
 
 
 def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
