@@ -214,21 +214,22 @@ def plan(
 @app.command()
 def methods(as_json: given.Json = False) -> None:
     """Tell apart the samplers and the methods to choose from."""
-    import parasolver_core
-    from parasolver_core.methods.presets import METHODS, SEQUENTIAL
+    with reported():
+        import parasolver_core
+        from parasolver_core.methods.presets import METHODS, SEQUENTIAL
 
-    rules = sorted(filter(_is_step_rule, vars(parasolver_core).values()), key=lambda rule: rule.__name__)
-    samplers = {rule.__name__: _summary(rule) for rule in rules}
-    ways = {name: method.summary for name, method in METHODS.items()} | {"sequential": SEQUENTIAL}
-    if as_json:
-        print_json({"samplers": samplers, "methods": ways})
-        return
-    for title, name, table in (
-        ("Samplers: the argument step_rule of solve", "sampler", samplers),
-        ("Methods: the argument method of solve, and --method of parasolver sample", "method", ways),
-    ):
-        columns = [Column(name, words=True), Column("what it does", words=True)]
-        print_table(results(), title, columns, [*table.items()])
+        rules = sorted(filter(_is_step_rule, vars(parasolver_core).values()), key=lambda rule: rule.__name__)
+        samplers = {rule.__name__: _summary(rule) for rule in rules}
+        ways = {name: method.summary for name, method in METHODS.items()} | {"sequential": SEQUENTIAL}
+        if as_json:
+            print_json({"samplers": samplers, "methods": ways})
+            return
+        for title, name, table in (
+            ("Samplers: the argument step_rule of solve", "sampler", samplers),
+            ("Methods: the argument method of solve, and --method of parasolver sample", "method", ways),
+        ):
+            columns = [Column(name, words=True), Column("what it does", words=True)]
+            print_table(results(), title, columns, [*table.items()])
 
 
 def _is_step_rule(thing: object) -> bool:

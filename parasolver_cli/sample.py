@@ -316,5 +316,6 @@ def _tell(settings: Settings, loaded: Loaded, done: Run, console: Console) -> No
         told.append("The pictures are what was reached.")
     if done.interrupted:
         told.append("The comparison was interrupted; the pictures are kept.")
-    told.append(f"The pictures, report.html, grid.png, the samples and result.json are in {settings.out}.")
+    folder = settings.out if settings.out.name else settings.out.resolve()  # "." would be read as the parent
+    told.append(f"The pictures, report.html, grid.png, the samples and result.json are in {folder}.")
     console.print("\n".join(told), highlight=False, markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +45,10 @@ def progress() -> Console:
 def print_json(record: Any) -> None:
     """The record alone on stdout."""
     if rank() == 0:
-        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        try:
+            print(json.dumps(record, indent=2), flush=True)  # what cannot be written is told of here, not at the exit
+        except BrokenPipeError:
+            results().on_broken_pipe()  # the reader has seen enough
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

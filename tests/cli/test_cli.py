@@ -171,6 +171,26 @@ def test_json_of_plan_has_all_figures() -> None:
     assert told["best"][-1]["times_as_fast"] == pytest.approx(2.5 / told["best"][-1]["seconds"])
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("command", ["methods", "methods --json", "plan --costs 1:0.1,8:0.1 --json"])
+def test_output_that_cannot_be_written_is_one_line(command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        arguments = [sys.executable, "-m", "parasolver_cli", *command.split()]
+        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "parasolver: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["methods", "methods --json"])
+def test_a_reader_that_has_gone_is_no_error_to_tell(command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, "-m", "parasolver_cli", *command.split()]
+    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 def test_json_of_methods() -> None:
     told = json.loads(run("methods", "--json", only="stdout"))
     assert {"secant", "parataa", "sequential"} <= told["methods"].keys()
