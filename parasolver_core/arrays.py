@@ -283,12 +283,18 @@ def detach(array: Array) -> Array:
     return array.detach() if array_api_compat.is_torch_array(array) else array
 
 
+def own_arithmetic() -> np.errstate:
+    """NumPy says nothing of the solver's own numbers, whatever a user asked for: what is not finite is a status."""
+    return np.errstate(over="ignore", under="ignore", invalid="ignore")
+
+
 def narrow(xp: Any, values: Array, dtype: Any) -> Array:
     """``values`` as ``dtype``; what is beyond its range becomes its largest finite value."""
     if values.dtype == dtype:
         return values
     largest = float(xp.finfo(dtype).max)
-    return xp.astype(xp.clip(values, -largest, largest), dtype)
+    with own_arithmetic():
+        return xp.astype(xp.clip(values, -largest, largest), dtype)
 
 
 def working_dtype(xp: Any, dtype: Any) -> Any:

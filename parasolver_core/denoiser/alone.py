@@ -177,7 +177,7 @@ class RowAlone:
 
 def distance(got: Float64, expected: Float64) -> float:
     """The largest distance of a row (..., size), RMS over the larger RMS; NaN is infinitely far."""
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         difference = _rms(got - expected)
         size = np.maximum(_rms(got), _rms(expected))
         share = np.divide(difference, size, where=difference != 0, out=np.zeros_like(difference))
@@ -190,12 +190,12 @@ def _rms(values: Float64) -> Float64:
 
 def _precision(values: Float64) -> float:
     """The coarsest rounding unit that a network's numbers betray: they fit half precision, or float32, all of them."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         single = values.astype(np.float32)
     if not np.array_equal(single, values):
         return float(np.finfo(np.float64).eps)
     if np.all(single.view(np.uint32) & 0xFFFF == 0):
         return 2.0**-7  # bfloat16
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         half = np.array_equal(single.astype(np.float16), single)
     return float(np.finfo(np.float16).eps) if half else _SINGLE

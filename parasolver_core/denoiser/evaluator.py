@@ -126,7 +126,7 @@ class Evaluator:
             return parts
         cast, first = [], 0
         for part in parts:
-            with np.errstate(over="ignore"):  # of a guess; what comes of it is judged as a guess
+            with np.errstate(over="ignore", under="ignore"):  # of a guess; what comes of it is judged as a guess
                 scaled = self._scaled(part, nodes[first : first + part.shape[0]])
                 cast.append(self._xp.astype(scaled, self._dtype, copy=False))
             first += part.shape[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import Array, no_grad, outside_graphs
+from parasolver_core.arrays import Array, no_grad, outside_graphs, own_arithmetic
 from parasolver_core.denoiser.contract import DenoiserFn, Telling
 from parasolver_core.errors import attach, has_solution
 from parasolver_core.samplers.noise import NoiseFn, Seed
@@ -125,7 +125,7 @@ class Solver(ABC):
 
     def _result(self, state: SolverState, estimate: Callable[[], Array]) -> Solution:
         end = state.halted or Status.RUNNING
-        with no_grad(state.xp), np.errstate(over="ignore"):
+        with no_grad(state.xp), own_arithmetic():
             sample = estimate()
             fits = within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
             now = {Status.RUNNING: end}, {Status.RUNNING: end, Status.CONVERGED: Status.NONFINITE_SOLVER}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import Array, fetch
+from parasolver_core.arrays import Array, fetch, own_arithmetic
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
@@ -109,9 +109,9 @@ class ParallelIntegralSolver(Solver):
         with state.noise.ahead(upcoming):
             outputs, turns, evaluations = self._evaluate(state, runs)
             state.torn = True
-            with np.errstate(over="ignore", invalid="ignore"):  # NumPy's; what is not finite is reported as a status
+            with own_arithmetic():
                 summed = fetch(state.xp, [run.compare(D) for run, D in zip(runs, outputs, strict=True)])
-        with np.errstate(over="ignore", invalid="ignore"):
+        with own_arithmetic():
             parts = [run.correct(D, sums) for run, D, sums in zip(runs, outputs, summed, strict=True)]
             state.go_on()
         records = parts[0] if len(parts) == 1 else [record for part in parts for record in part]

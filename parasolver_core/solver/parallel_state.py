@@ -12,7 +12,7 @@ import numpy as np
 from array_api_compat import device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, detach, finite_rows, given_back, is_array, to_host, uploaded
+from parasolver_core.arrays import Array, detach, finite_rows, given_back, is_array, own_arithmetic, to_host, uploaded
 from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
@@ -62,7 +62,7 @@ class ParallelState(SolverState):
             memory.check(self.recurrence, math.prod(self.start.shape[1:]))
         self._start = None if start is None else self._check_guess(start)
         flat = self.xp.reshape(self.xp.astype(self.start, self.dtype, copy=True), (self.batch, -1))
-        with np.errstate(over="ignore", invalid="ignore"):  # of a wild warm start: its nodes are filled in anew
+        with own_arithmetic():  # of a wild warm start: its nodes are filled in anew
             self.runs: list[Run] = method.begin(self._shared, flat, self._start)
         self._outcomes: dict[int, Outcome] = {}
         self.check: RowCheck | None = None
@@ -152,7 +152,7 @@ class ParallelState(SolverState):
         if self.torn:
             return self.states
         rows = {sample: outcome.state for sample, outcome in self._outcomes.items()}
-        with np.errstate(over="ignore", invalid="ignore"):  # what is guessed of the steps to come may overflow
+        with own_arithmetic():  # what is guessed of the steps to come may overflow
             rows |= {sample: run.estimate(sample) for run in self.runs for sample in run.samples.tolist()}
         states = stacked(self.xp, [rows[sample] for sample in range(self.batch)], self.start.shape)
         estimate, fine = self._given_back(self._state_of(states)), finite_rows(self.xp, states)

@@ -11,7 +11,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import Array, copied, finite_rows, given_back, integers
+from parasolver_core.arrays import Array, copied, finite_rows, given_back, integers, own_arithmetic
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.solution import SampleRecord, Stats, Status
 from parasolver_core.solver.loop import Solver
@@ -86,7 +86,7 @@ def sequential_round(state: SequentialState) -> tuple[int, int, list[SampleRecor
     z = None
     if recurrence.c[i] != 0:
         z = xp.reshape(given_back(xp, state.noise.block([(i, sample) for sample in alive])), state.xs[0].shape)
-    with np.errstate(over="ignore", invalid="ignore"):  # reported as a status
+    with own_arithmetic():
         x = recurrence.advance(i, state.xs, state.ms, z)
     before, state.xs = state.xs[0], [x, *state.xs[: memory - 1]]
     outputs_ok, states_ok = np.split(finite_rows(xp, xp.concat([state.ms[0], x])), 2)

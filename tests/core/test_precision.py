@@ -104,3 +104,22 @@ def test_the_newer_way_of_allowing_tf32_is_seen() -> None:
     finally:
         place.fp32_precision = before
     assert _product_bits(xp, a) == 24
+
+
+@pytest.mark.parametrize("method", ["secant", "identity", "paradigms", "parasolver", "parataa", "sequential"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_rounded_to_0_is_no_error_where_numpy_raises(method: str, dtype: str) -> None:
+    """A user may ask NumPy to raise for all; the network is his, states that are 0 in half precision are not."""
+    x_T = normal((3, 8), dtype=dtype, seed=1)
+    x_T[0] = 0.0
+    tiny = np.asarray(2.0**-12, dtype)
+
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return tiny * np.tanh(x)
+
+    problem = network, x_T, SCHEDULE.timesteps(40), DDIM(SCHEDULE, eta=1.0 if method != "parataa" else 0.0)
+    want = solve(*problem, 8, method=method)
+    with np.errstate(all="raise"):
+        got = solve(*problem, 8, method=method, check=True)
+    np.testing.assert_array_equal(got.sample, want.sample)
