@@ -97,7 +97,7 @@ class RoundRecord:
 
     Args:
         round: 1, 2, ...
-        evaluations: rows given to the network.
+        evaluations: rows given to the network, without the copies that fill calls up to ``buckets``.
         samples: one record for each sample that took part.
         seconds_denoiser: seconds in the denoiser (on a device that works in the background: until it returned).
         seconds: seconds of the whole round.
@@ -137,7 +137,7 @@ class Stats:
 
     Args:
         rounds: batched network calls made one after another; what the user waits for.
-        evaluations: rows given to the network, over all samples.
+        evaluations: rows given to the network, over all samples, without the copies that fill calls up to ``buckets``.
         calls: calls of the denoiser; more than ``rounds`` where ``max_rows`` splits a round.
         max_rows: the most rows in one call since the denoiser ran out of memory in a larger one; None if it did not.
         seconds_denoiser, seconds: as in :class:`RoundRecord`, summed.

@@ -18,6 +18,7 @@ from parasolver_core.samplers.schedules import (
     NoiseSchedule,
     check_prediction_type,
 )
+from parasolver_core.validation import as_float
 
 
 class Clipping:
@@ -106,7 +107,11 @@ def clip_sample(
             schedule's default.
         clip_range: the largest absolute value kept, in the units of the data.
     """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+    clip_range = as_float("clip_range", clip_range)
     if not clip_range > 0:
         raise ValueError(f"clip_range: expected a number > 0, got {clip_range}")
-    kind = prediction_type or predicted_by(denoiser) or schedule.default_prediction_type
-    return ClippedDenoiser(denoiser, schedule, kind, clip_range)
+    if prediction_type is None:
+        prediction_type = predicted_by(denoiser) or schedule.default_prediction_type
+    return ClippedDenoiser(denoiser, schedule, prediction_type, clip_range)
