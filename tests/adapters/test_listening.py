@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from parasolver_adapters.diffusers.passes.changes import version_of
-from parasolver_adapters.diffusers.passes.first_pass import Prelude, Streams, _bytes, _options, _places
+from parasolver_adapters.diffusers.passes.first_pass import Prelude, _bytes, _options, _places
+from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,

@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.diffusers.options import Choices, ParallelRun
-from parasolver_adapters.diffusers.passes.changes import version_of, was_written
-from parasolver_adapters.diffusers.passes.first_pass import CaptureDone
 from parasolver_adapters.diffusers.passes.listening import by_name
 from parasolver_adapters.diffusers.pipelines import Session
 
@@ -44,18 +41,9 @@ class ParallelLoop:
             self._active = False
 
     def _pass(self, **given: Any) -> Any:
-        """The loop, once; what it has written into its arguments in a pass that was only watched is taken back."""
+        """The loop, once."""
         args = given.pop(_POSITIONAL, ())
-        tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, torch.Tensor)]
-        before = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors]
-        try:
-            return self._call(*args, **given)
-        except CaptureDone:
-            with torch.no_grad():
-                for tensor, version, values in before:
-                    if was_written(tensor, version):
-                        tensor.copy_(values)
-            raise
+        return self._call(*args, **given)
 
 
 class _Driven:

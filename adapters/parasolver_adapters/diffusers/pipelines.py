@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from parasolver_adapters.diffusers.options import Choices, ParallelRun, Preview
 from parasolver_adapters.diffusers.passes.changes import SchedulerState
 from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
-from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone, Streams
+from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone
 from parasolver_adapters.diffusers.passes.following import refuse_what_is_not_followed
+from parasolver_adapters.diffusers.passes.given import Given
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
@@ -218,26 +219,27 @@ class Session:
             raise
 
     def _parallel_or_refuse(self, kwargs: dict[str, Any]) -> Any:
-        run, streams = self.run, Streams(kwargs)
+        run, given = self.run, Given(kwargs)
         try:
-            return self._parallel(kwargs, streams)
+            return self._parallel(kwargs, given)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
             run.reason = str(error)
             self._scheduler.put_back()
+            if not self._too_late:
+                given.restore()
             if self.choices.fallback == "error" or self._too_late:
                 raise PipelineNotParallelError(run.reason) from error
         warnings.warn(f"sampled sequentially: {run.reason}", stacklevel=4)
-        streams.restore()
         run.stats, run.status, run.latents, run.steps = Stats(), None, None, 0
         self._remembered, self._replayed = [], None
         return self._sequential(kwargs)
 
-    def _parallel(self, kwargs: dict[str, Any], streams: Streams) -> Any:
+    def _parallel(self, kwargs: dict[str, Any], given: Given) -> Any:
         self._refuse()
         capture = self._capture(kwargs)
-        streams.restore()
+        given.restore()
         refuse_what_is_not_followed(capture)
-        self._look(kwargs, capture, streams)
+        self._look(kwargs, capture, given)
         self._replayed = iter(self._remembered)
         replay = Replay(self.pipe, self.run, self.choices, capture, self._deadline)
         try:
@@ -278,14 +280,14 @@ class Session:
         capture.finish(kwargs)
         return capture
 
-    def _look(self, kwargs: dict[str, Any], capture: Capture, streams: Streams) -> None:
+    def _look(self, kwargs: dict[str, Any], capture: Capture, given: Given) -> None:
         """Once for a kind of call: whether the recorded steps are what the loop does."""
         kind = kind_of_call(self.pipe, capture, kwargs)
         if not capture.programs or was_checked(self.pipe, kind):
             return
         self._replayed = iter(self._remembered)
         self._silently(kwargs, Check(self.pipe, capture))
-        streams.restore()
+        given.restore()
         keep_checked(self.pipe, kind)
 
     def _silently(self, kwargs: dict[str, Any], listener: Capture | Check) -> None:

@@ -31,6 +31,14 @@ def was_written(value: Any, version: Any) -> bool:
     return not torch.equal(value, version) if isinstance(version, torch.Tensor) else version_of(value) != version
 
 
+def write_back(value: torch.Tensor, values: torch.Tensor) -> None:
+    """A tensor has these values again, whoever wrote into it; one that repeats its values has those of its base."""
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    if not repeats:
+        with torch.inference_mode(value.is_inference()), torch.no_grad():
+            value.copy_(values)
+
+
 def were_replaced(given: dict[str, tuple[Any, Any]], returned: dict[str, Any]) -> bool:
     """Whether a callback gave back other tensors than it got."""
     return any(name not in given or given[name][0] is not value for name, value in returned.items())
@@ -82,8 +90,7 @@ class SchedulerState:
         attributes.update({name: value for name, (value, _, _) in self._values.items()})
         for value, version, copied in self._values.values():
             if isinstance(value, torch.Tensor) and was_written(value, version):
-                with torch.no_grad():
-                    value.copy_(copied)
+                write_back(value, copied)
             elif type(value) is list:
                 value[:] = copied
 

@@ -21,6 +21,7 @@ from parasolver_adapters.diffusers.passes.changes import (
     was_written,
     what_moved,
 )
+from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.passes.listening import Listener, processors_of, with_state
 from parasolver_adapters.diffusers.recording.capture import Recorder, form_of_call
 from parasolver_adapters.diffusers.recording.programs import Call, Program
@@ -254,26 +255,3 @@ def _is_table(value: torch.Tensor) -> bool:
 
 def _bytes(value: torch.Tensor) -> bytes:
     return bytes(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
-
-
-class Streams:
-    """The state of all random generators among the arguments, and of the global ones."""
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        leaves = tree_leaves(dict(arguments))
-        self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def same_as(self, other: Streams) -> bool:
-        """Whether all of them were in the same state."""
-        pairs = [(self._cpu, other._cpu), *zip(self._cuda or [], other._cuda or [], strict=True)]
-        pairs += [(mine[1], their[1]) for mine, their in zip(self._generators, other._generators, strict=True)]
-        return all(torch.equal(mine, their) for mine, their in pairs)
-
-    def restore(self) -> None:
-        for generator, state in self._generators:
-            generator.set_state(state)
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
