@@ -205,3 +205,43 @@ def test_a_network_whose_output_no_step_reads() -> None:
     want, scheduler = loop(DDIM(clip_sample=False), randn(2, 6)), DDIM(clip_sample=False)
     sample = parallel_loop(loop, 8, scheduler=scheduler, networks=[NET, critic], tolerance=0.0)
     assert distance(sample(scheduler, randn(2, 6)), want) < SINGLE
+
+
+WAYS = ["a hook", "weights", "a number", "a number of the first step", "a hook in the last step"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_the_loop_changes_between_its_calls_is_refused(way: str) -> None:
+    """Rounds called it as it was at the step that they were made for; results were off by a hundredth."""
+    network, factor = Net(), [1.0]
+    network.first.register_forward_hook(lambda module, given, output: output * factor[0])
+
+    def loop(scheduler: Any, x: Tensor) -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        weights = network.last.weight.data.clone()
+
+        def predict(i: int, t: Any, x: Tensor) -> Tensor:
+            wave = 1 + 0.3 * math.sin(math.pi * i / (STEPS - 1))  # the same at both ends
+            if way == "weights":
+                network.last.weight.data.copy_(weights * (2 - wave / 2))
+            if way.startswith("a number"):
+                factor[0] = 1 + 0.1 * i if way == "a number" else 0.5 + (i > 0) * 0.5
+            hooked = way == "a hook" or (way == "a hook in the last step" and i == STEPS - 1)
+            hook = network.last.register_forward_hook(lambda module, given, output: output * (2 - wave / 2))
+            if not hooked:
+                hook.remove()
+            m = network(x, t)
+            hook.remove()
+            network.last.weight.data.copy_(weights)
+            return m
+
+        return run(scheduler, x, predict)
+
+    want, scheduler = loop(DDIM(clip_sample=False), randn(2, 6)), DDIM(clip_sample=False)
+    factor[0] = 1.0
+    sample = parallel_loop(loop, 8, scheduler=scheduler, networks=[network], tolerance=0.0)
+    with pytest.raises(PipelineNotParallelError, match="is changed by the loop between its calls"):
+        sample(scheduler, randn(2, 6))
+    sample = parallel_loop(loop, 8, scheduler=scheduler, networks=[network], fallback="sequential")
+    with pytest.warns(UserWarning, match="sampled sequentially"):
+        assert torch.equal(sample(scheduler, randn(2, 6)), want)

@@ -114,7 +114,7 @@ def test_between_the_steps_that_are_looked_at_networks_are_not_called() -> None:
     loop = Loop([plain()] * 4, normal(2, 3))
     loop.net.seen.clear()
     loop.checked()
-    assert [len(x) for x, *_ in loop.net.seen] == [2, 2]  # in the first and in the last, and alone
+    assert [len(x) for x, *_ in loop.net.seen] == [2, 2, 4, 2]  # in the first and in the last, alone, and again
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,15 @@ def test_a_kind_of_call_that_the_first_round_does_not_compare_is_looked_at_in_a_
     rows = Loop([plain(), lambda x, call: (x, call(x)[0] + call(2 * x, cond=x)[0])], normal(2, 3), ByRows())
     rows.net.seen.clear()
     rows.checked()
-    assert [len(x) for x, *_ in rows.net.seen] == [2, 2, 2, 6]  # and with it two known calls of its kind
+    assert [len(x) for x, *_ in rows.net.seen] == [
+        2,
+        2,
+        2,
+        6,
+        4,
+        2,
+        2,
+    ]  # with it two known calls; all again
     loop = Loop([plain(), two], normal(2, 3), Mixing())
     with pytest.raises(PipelineNotParallelError, match="Mixing gives other values in a batch of several steps"):
         loop.checked()

@@ -4,7 +4,9 @@ In the first pass the networks answer with zeros, so whatever the loop knows of 
 (features from inside, gradients, values that left torch, what an earlier step left behind) is wrong in the recorded
 steps. In this pass the state of each step and all that came before it are others than in the first, and at some steps
 the networks are really called, alone. What the loop then gives ``scheduler.step`` is compared with what the recorded
-step makes of the same state and the same outputs. It takes place before the user's first callback.
+step makes of the same state and the same outputs. At the end these calls are made once more, as a round makes them: a
+network that the loop changes between them (a hook, weights, a number that it reads) gives something else. It takes
+place before the user's first callback.
 """
 
 from __future__ import annotations
@@ -47,12 +49,13 @@ class Check(Listener):
         first = (operation for operation in capture.programs[0].operations if isinstance(operation, Call))
         self._batched = {call.signature for call in first if self._networks.reference(call) is not None}
         self._calls: list[tuple[Any, list[Any], list[Any]]] = []
-        self._step, self._state = 0, capture.start
+        self._compared: list[list[tuple[Call, list[Any], list[Any]]]] = []  # of each step: arguments and outputs
+        self._step, self._state, self._over = 0, capture.start, False
 
     @property
     def begun(self) -> bool:
-        """Whether the loop has begun."""
-        return self._step > 0
+        """Whether the loop has begun, and is not over."""
+        return self._step > 0 and not self._over
 
     def network(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._step == 0:
@@ -72,6 +75,8 @@ class Check(Listener):
         if i in self._steps:
             self._compare(i, given["sample"], given["model_output"])
         if i == max(self._steps):
+            self._over = True
+            self._call_again()
             raise CaptureDone
         self._step, self._calls = i + 1, []
         given["model_output"] = self._capture.first
@@ -84,6 +89,7 @@ class Check(Listener):
         """What the loop gives the scheduler, and what the recorded step does with the same network outputs."""
         program = self._capture.programs[i - 1]
         run, other, sent = program.run(self._state), program.run(other_state(self._state)), None
+        self._compared.append([])
         while True:
             try:
                 call, leaves = run.send(sent)  # type: ignore[arg-type]
@@ -91,6 +97,11 @@ class Check(Listener):
                 repeated_x, repeated_m = end.value
                 break
             outputs = self._made(i, call, leaves)
+            arguments = [
+                copies([leaf])[0] if isinstance(ref, Ref) else leaf
+                for ref, leaf in zip(call.leaves, leaves, strict=True)
+            ]
+            self._compared[-1].append((call, arguments, copies(outputs)))
             others = other.send(sent and copies(sent))[1]  # type: ignore[arg-type]
             self._look_at_a_batch(call, leaves, others, outputs)
             sent = outputs
@@ -107,6 +118,14 @@ class Check(Listener):
                 del self._calls[at]
                 return outputs
         raise self._failure(i, f"calls {type(call.module).__name__} with arguments that the real loop does not give it")
+
+    @torch.no_grad()
+    def _call_again(self) -> None:
+        """The networks give what they gave in the loop, and at its first step."""
+        for made in self._compared:
+            again = self._networks.together([(call, arguments) for call, arguments, _ in made])
+            for (call, _, outputs), rows in zip(made, again, strict=True):
+                compare_rows(call, rows, outputs)
 
     def _look_at_a_batch(self, call: Call, leaves: list[Any], others: list[Any], outputs: list[Any]) -> None:
         """A kind of network call that the first round does not compare has to give the same in a batch as alone."""

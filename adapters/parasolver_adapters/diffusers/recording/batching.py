@@ -221,5 +221,5 @@ def _compare(call: Call, got: torch.Tensor, want: torch.Tensor) -> None:
         raise PipelineNotParallelError(
             f"{type(call.module).__name__} gives other values in a batch of several steps than alone (by "
             f"{difference / size if size else difference:.2g} of their size); it mixes the rows of a batch, is not "
-            "deterministic, or takes arguments whose batch could not be told"
+            "deterministic, is changed by the loop between its calls, or takes arguments whose batch could not be told"
         )
