@@ -165,8 +165,12 @@ class Capture(Listener):
             return None
         now = Streams({"generator": self.generator})
         self.streams.restore()
-        noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype, self.start.device)
-        now.restore()
+        try:
+            noise = self.rule.noise(self.generator, tuple(self.start.shape), self.start.dtype, self.start.device)
+        except ValueError as error:
+            raise PipelineNotParallelError(str(error)) from error
+        finally:
+            now.restore()
         return noise[: len(self.timesteps)].unsqueeze(1)
 
     def _keep_scheduler(self, scheduler: Any, given: dict[str, Any]) -> None:

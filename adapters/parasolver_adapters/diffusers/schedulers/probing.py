@@ -66,7 +66,10 @@ def trace(loop: Loop, draw: Recorder | None) -> SchedulerTrace:
     for node, m, output in _guarded(loop, network, start, draw or no_noise):
         xs.append(output.prev_sample)
         ms.append(m)
-        draws.append(as_rows(draw.take()) if draw else as_rows([]))
+        taken = draw.take() if draw else []
+        if any(drawn.shape != PROBES for drawn in taken):
+            raise NotLinearError(node.index, "draws noise that several values of the state share")
+        draws.append(as_rows(taken))
         scales.append(_ratio(node.model_input, node.x))
         predictions[-1] = _refine(predictions[-1], node, m, output)
     return SchedulerTrace(as_rows(xs), as_rows(ms), draws, np.array(scales), Path(*np.array(predictions).T))
@@ -74,8 +77,9 @@ def trace(loop: Loop, draw: Recorder | None) -> SchedulerTrace:
 
 def tabulate(loop: Loop, timesteps: NDArray[Any], sigma_data: float) -> tuple[Recurrence, Path, bool]:
     """The recurrence, the path as far as it is known, and whether the noise of the steps is independent."""
-    traced, independent = trace(loop, Recorder(seed=1)), True
+    independent = True
     try:
+        traced = trace(loop, Recorder(seed=1))
         band = fit_band(traced)
     except NotLinearError:
         traced, band = _fit_correlated(loop)
@@ -147,10 +151,22 @@ def _guarded(
     loop: Loop, network: Network, x: torch.Tensor, draw: Draw = no_noise
 ) -> Iterator[tuple[Node, torch.Tensor, Any]]:
     """The loop's run, with failures of the scheduler itself named as such."""
-    i = 0
+    i, given = 0, {}
+
+    def watched(node: Node) -> torch.Tensor:
+        m = network(node)
+        given.update(sample=(node.x, node.x.clone()), model_output=(m, m.clone()))
+        return m
+
     try:
-        for node, m, output in loop.run(network, x, Float64(draw)):
+        for node, m, output in loop.run(watched, x, Float64(draw)):
             i = node.index + 1
+            for name, (value, before) in given.items():
+                if not torch.equal(value, before):
+                    raise UnsupportedSchedulerError(
+                        f"scheduler: {loop.name}.step writes into the {name} that it is given; let it return another "
+                        "tensor"
+                    )
             if not bool(torch.all(torch.isfinite(output.prev_sample))):
                 t = node.timestep.item()
                 raise UnsupportedSchedulerError(

@@ -110,7 +110,9 @@ class SchedulerRule(FixedRule):
         with torch.device("cpu"):  # where the scheduler's tables are
             for _ in self.loop.run(lambda node: zero, zero, listener, given):  # in the dtype and order of the real run
                 pass
-        if generator is not None and (listener.global_stream or not torch.equal(stream, torch.get_rng_state())):
+        is_global = any(one is torch.default_generator for one in (given if isinstance(given, list) else [given]))
+        moved = not is_global and not torch.equal(stream, torch.get_rng_state())
+        if generator is not None and (listener.global_stream or moved):
             raise ValueError(
                 f"generator: {self.loop.name} ignores it and draws from the global stream; pass None and call "
                 "torch.manual_seed before"
@@ -237,11 +239,13 @@ def _check_scheduler(scheduler: Any, step_options: dict[str, Any]) -> None:
     name = type(scheduler).__name__
     if name in UNSUPPORTED:
         raise UnsupportedSchedulerError(f"scheduler: {name} {UNSUPPORTED[name]}")
-    accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+    parameters = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+    accepted = {key: one for key, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     for option in step_options:
         if option in GIVEN_BY_THE_LOOP | {"variance_noise"}:
             raise ValueError(f"{option}: it differs from step to step, so it cannot be an option of the rule")
-        if option not in accepted:
+        if option not in accepted and not takes_any:
             raise TypeError(f"{option}: {name}.step takes no such argument; it takes {', '.join(accepted)}")
     given = GIVEN_BY_THE_LOOP | set(step_options) | SPECIAL_ARGUMENTS.get(name, set())
     missing = [key for key, parameter in accepted.items() if parameter.default is parameter.empty and key not in given]

@@ -88,7 +88,9 @@ def _stepper(
 ) -> Callable[[int, torch.Tensor, torch.Tensor], Any]:
     """``step(i, m, x)`` with the arguments that the pipelines of this scheduler pass."""
     name = type(scheduler).__name__
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    parameters = inspect.signature(scheduler.step).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    if "generator" in parameters or (takes_any and generator is not None):
         options["generator"] = generator
 
     def plain(i: int, m: torch.Tensor, x: torch.Tensor) -> Any:
