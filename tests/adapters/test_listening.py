@@ -19,6 +19,7 @@ from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
+    called,
     decoders_of,
     is_a,
     listening,
@@ -113,6 +114,23 @@ def test_arguments_by_their_names() -> None:
     for args, kwargs in (((1, 2, 3, 4), {}), ((1,), {"a": 2})):
         with pytest.raises(TypeError, match=r"too many positional|multiple values"):
             by_name(signature, args, kwargs)
+
+
+@pytest.mark.parametrize("args", [(), (1,), (1, 2), (1, 2, 3)])
+def test_arguments_without_names_stay_where_they_are(args: tuple[int, ...]) -> None:
+    def anything(*args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+    def one(a: Any = 0, *args: Any, **kwargs: Any) -> Any:
+        return (a, *args), kwargs
+
+    def first(a: Any = 0, /, **kwargs: Any) -> Any:
+        return a, kwargs
+
+    for function in (anything, one, first)[: 3 if len(args) < 2 else 2]:
+        given = by_name(inspect.signature(function), args, {"c": 4})
+        assert given["c"] == 4
+        assert called(function, given) == function(*args, c=4)
 
 
 def test_a_subclass_passes_for_the_class_itself() -> None:

@@ -202,7 +202,7 @@ def test_conditioning_is_repeated_once() -> None:
     with parallel_sampling(pipe, window=4, tolerance=0.0) as run:
         sample(pipe, num_inference_steps=40)
     assert run.stats.rounds > 20
-    # The pipeline's own of two passes, the copy that was recorded, the pair that is called again at the end of the look,
+    # The pipeline's own of two passes, the copy that was recorded, the pair that the look calls again,
     # and the first rounds' until the window is full.
     assert len(set(places)) <= 6
 

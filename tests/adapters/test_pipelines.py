@@ -152,9 +152,9 @@ def test_stats_count_every_sample_and_every_call() -> None:
         sample(pipe, **text(2))
     history = run.stats.history
     assert run.stats.evaluations == sum(record.evaluations for record in history)
-    looked = 2  # calls of the loop itself, the first time, to compare them with what was recorded
+    looked = 4  # calls of the loop itself, the first time, to compare them with what was recorded, and again
     assert run.stats.calls == run.stats.rounds == len(history) == len(rows) - looked
-    compared = 4  # rows that are evaluated twice, to compare a batch with the pipeline's own call
+    compared = 8  # rows of the pipeline's own call, to compare a batch of the look and one of the first round with
     assert sum(rows) == 2 * run.stats.evaluations + compared + looked * 4
 
 
@@ -230,3 +230,34 @@ def test_a_second_loop_is_left_to_the_pipeline() -> None:
     assert distance(got, want) < 1e-12
     assert run.status is Status.CONVERGED
     assert "more than one loop" in str(run.reason)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_the_global_generator_may_be_given_by_name(name: str) -> None:
+    """As ``torch.manual_seed`` returns it; schedulers seemed to ignore it."""
+    pipe = stable_diffusion(scheduler=getattr(diffusers, name).from_config(ddim().config))
+    want = sample(pipe, generator=torch.manual_seed(0))
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = sample(pipe, generator=torch.manual_seed(0))
+    assert distance(got, want) < 1e-6
+    assert run.stats.rounds > 1
+
+
+class Around(diffusers.StableDiffusionPipeline):
+    """As one has it who adds something before the call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_that_passes_its_arguments_on() -> None:
+    """Those given by position were lost, or ended in an error about the length of a tuple."""
+    pipe = stable_diffusion()
+    pipe.__class__ = Around
+    given: dict[str, Any] = {"output_type": "latent", **text()}
+    want = pipe(None, 32, 32, STEPS, generator=generator(), **given).images
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = pipe(None, 32, 32, STEPS, generator=generator(), **given).images
+    assert got.shape == want.shape == (1, 4, 16, 16)
+    assert distance(got, want) < 1e-12
+    assert run.steps == STEPS

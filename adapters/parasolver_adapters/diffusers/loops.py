@@ -13,8 +13,6 @@ from parasolver_adapters.diffusers.options import Choices, ParallelRun
 from parasolver_adapters.diffusers.passes.listening import by_name
 from parasolver_adapters.diffusers.pipelines import Session
 
-_POSITIONAL = "positional arguments"  # no name that a function can have
-
 
 class ParallelLoop:
     """A function that drives a scheduler, in parallel; made by :func:`parallel_loop`.
@@ -33,17 +31,12 @@ class ParallelLoop:
         """What ``call(*args, **kwargs)`` returns."""
         if self._active:  # a loop that calls itself
             return self._call(*args, **kwargs)
-        session = Session(self._driven, self._pass, self._choices, self.run, [])
+        session = Session(self._driven, self._call, self._choices, self.run, [])
         self._active = True
         try:
-            return session.sample(_named(self._call, args, kwargs))
+            return session.sample(by_name(inspect.signature(self._call), args, kwargs))
         finally:
             self._active = False
-
-    def _pass(self, **given: Any) -> Any:
-        """The loop, once."""
-        args = given.pop(_POSITIONAL, ())
-        return self._call(*args, **given)
 
 
 class _Driven:
@@ -134,11 +127,3 @@ def _networks_of(owner: Any) -> list[torch.nn.Module]:
 
 def _named_owner(owner: Any) -> str:
     return "a function, which has no object" if owner is None else type(owner).__name__
-
-
-def _named(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by their names, so that callbacks are known; those that have none, under one of their own."""
-    parameters = list(inspect.signature(call).parameters.values())[: len(args)]
-    if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
-        return {_POSITIONAL: args, **kwargs}
-    return by_name(inspect.signature(call), args, kwargs)

@@ -31,6 +31,7 @@ from parasolver_adapters.diffusers.passes.given import Given
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
+    called,
     decoders_of,
     is_a,
     listening,
@@ -165,8 +166,7 @@ def _parallel_class(parent: type, choices: Choices, runs: list[ParallelRun], blo
         parts = vars(self).values()
         inner = [part for part in parts if hasattr(type(part), "set_progress_bar_config")]  # of combined pipelines
         session = Session(self, functools.partial(parent.__call__, self), choices, runs[0], [self, *inner])
-        given = by_name(inspect.signature(parent.__call__), (self, *args), kwargs)
-        del given["self"]
+        given = by_name(inspect.signature(session.call), args, kwargs)
         active.append(session)
         try:
             return session.sample(given)
@@ -244,7 +244,7 @@ class Session:
         replay = Replay(self.pipe, self.run, self.choices, capture, self._deadline)
         try:
             with listening(self.pipe, replay):
-                result = self.call(**replay.watched(kwargs))
+                result = called(self.call, replay.watched(kwargs))
             replay.end()
         except BaseException as error:
             self._too_late = replay.called_back
@@ -295,7 +295,7 @@ class Session:
         silent = {name: None for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None}
         try:
             with listening(self.pipe, listener), _without_bars(self.bars):
-                self.call(**kwargs | silent)
+                called(self.call, kwargs | silent)
         except CaptureDone:
             pass
         except Exception as error:
@@ -312,7 +312,7 @@ class Session:
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
         counter = _Counter(self.run, self.choices.preview)
         with listening(self.pipe, counter):
-            result = self.call(**kwargs)
+            result = called(self.call, kwargs)
         self.run.status = Status.CONVERGED
         return result
 

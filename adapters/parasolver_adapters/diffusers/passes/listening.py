@@ -13,6 +13,7 @@ import torch
 
 _FORWARDS = threading.Lock()
 _LISTENED_TO = {"model_output", "timestep", "sample"}
+POSITIONAL = "positional arguments"  # no name that a function can have
 
 
 class Listener:
@@ -42,7 +43,7 @@ def listening(pipe: Any, listener: Listener) -> Iterator[None]:
             return kind.step(self, *args, **kwargs)
         given = by_name(signature, (self, *args), kwargs)
         if not given.keys() >= _LISTENED_TO:  # a step of another kind, or one that raises what it misses
-            return kind.step(**given)
+            return called(kind.step, given)
         return active[0].step(self, kind.step, given)
 
     try:
@@ -85,11 +86,20 @@ def _take_back(module: torch.nn.Module) -> None:
 
 
 def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by their names."""
-    names = list(signature.parameters)[: len(args)]
+    """All arguments by their names, for :func:`called`; where some have none, all positional ones under one."""
+    parameters = list(signature.parameters.values())[: len(args)]
+    if any(one.kind in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL) for one in parameters):
+        return {POSITIONAL: args, **kwargs}
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
     if len(names) < len(args) or not kwargs.keys().isdisjoint(names):
         signature.bind(*args, **kwargs)  # raises what the call itself would
     return dict(zip(names, args, strict=True)) | kwargs
+
+
+def called(call: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """What a function returns for arguments as :func:`by_name` has them."""
+    named = {name: value for name, value in given.items() if name != POSITIONAL}
+    return call(*given.get(POSITIONAL, ()), **named)
 
 
 def subclass(parent: type, members: dict[str, Any]) -> type:
