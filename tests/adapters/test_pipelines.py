@@ -99,6 +99,22 @@ def test_lower_precision(dtype: torch.dtype) -> None:
     assert distance(got, want) < 10 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_autocast_around_the_pipeline(kind: Any, dtype: torch.dtype) -> None:
+    """Steps of single precision read outputs of half precision; they seemed to be off their table, and were refused."""
+    pipe = stable_diffusion(scheduler=kind.from_config(ddim().config)).to(torch.float32)
+    pipe.unet.conv_out.weight.data *= 4
+    given = {name: value.float() for name, value in text().items()}
+    with torch.autocast("cpu", dtype):
+        want = sample(pipe, **given)
+        with parallel_sampling(pipe, tolerance=0.0) as run:
+            got = sample(pipe, **given)
+    assert run.reason is None
+    assert got.dtype == want.dtype == torch.float32
+    assert distance(got, want) < 10 * torch.finfo(dtype).eps
+
+
 def test_a_decoded_picture() -> None:
     pipe = stable_diffusion()
     want = sample(pipe, output_type="np")

@@ -130,13 +130,13 @@ class Replay(Listener):
         seen other states before than the solver, only about where the solver came to, as far as the loop goes on with
         that: what it keeps as it was (inpainting) is not followed.
         """
-        half = torch.finfo(reached.dtype).eps > 1e-4  # whose rounding the coefficients of several steps enlarge
-        want, limit = target, max(2 * self._choices.solver.tolerance, 0.1 if half else 1e-3)
+        eps = max(torch.finfo(one.dtype).eps for one in (reached, given["model_output"]))  # the latter's by autocast
+        want, limit = target, max(2 * self._choices.solver.tolerance, 0.1 if eps > 1e-4 else 1e-3)  # steps enlarge it
         if self._rule.table.memory == 1:
             x = given["sample"].to(target.dtype)
             m = _correct(self._rule, [i], x[None], None, given["model_output"].to(target.dtype)[None])[0]
             z = None if self._noise is None else self._noise[i, 0]
-            want, limit = self._rule.table.advance(i, [x], [m], z), max(torch.finfo(reached.dtype).eps ** 0.5, 1e-3)
+            want, limit = self._rule.table.advance(i, [x], [m], z), max(eps**0.5, 1e-3)
         elif self._is_last_of_parts(i):
             return None
         elif not self._capture.unchanged:
