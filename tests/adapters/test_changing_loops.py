@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_loop
-from tests.adapters.tiny_pipelines import SINGLE, distance, randn
+from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_loop, parallel_sampling
+from tests.adapters.tiny_pipelines import SINGLE, ddim_pipeline, distance, randn
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
@@ -245,3 +245,46 @@ def test_a_network_that_the_loop_changes_between_its_calls_is_refused(way: str) 
     sample = parallel_loop(loop, 8, scheduler=scheduler, networks=[network], fallback="sequential")
     with pytest.warns(UserWarning, match="sampled sequentially"):
         assert torch.equal(sample(scheduler, randn(2, 6)), want)
+
+
+class Switching(diffusers.DDIMPipeline):
+    """It goes on with another scheduler from the middle, and has its own again at the end."""
+
+    @torch.no_grad()
+    def __call__(self, other: bool = False) -> Any:  # type: ignore[override]
+        first = self.scheduler
+        second = diffusers.EulerDiscreteScheduler() if other else type(first).from_config(first.config, beta_end=0.01)
+        x = randn(1, 3, 8, 8)
+        for scheduler in (first, second):
+            scheduler.set_timesteps(STEPS)
+        for i in range(STEPS):
+            if i == STEPS // 2:
+                self.scheduler = second
+            t = self.scheduler.timesteps[i]
+            x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        self.scheduler = first
+        return (x,)
+
+
+def test_a_scheduler_that_the_loop_replaces_is_there_again_after_a_refusal() -> None:
+    """The fallback began with the second one."""
+    tiny = ddim_pipeline()
+    pipe = Switching(tiny.unet, tiny.scheduler)
+    scheduler, want = pipe.scheduler, pipe()[0]
+    with pytest.raises(PipelineNotParallelError, match="two schedulers in one loop"), parallel_sampling(pipe):
+        pipe()
+    assert pipe.scheduler is scheduler
+    with pytest.warns(UserWarning, match="sampled sequentially"), parallel_sampling(pipe, fallback="sequential"):
+        got = pipe()[0]
+    assert torch.equal(got, want)
+    assert pipe.scheduler is scheduler
+
+
+def test_a_scheduler_of_another_kind_takes_over() -> None:
+    tiny = ddim_pipeline()
+    pipe = Switching(tiny.unet, tiny.scheduler)
+    want = pipe(other=True)[0]
+    with parallel_sampling(pipe, tolerance=0.0) as run:
+        got = pipe(other=True)[0]
+    assert distance(got, want) < SINGLE
+    assert run.steps == STEPS // 2  # the rest is the loop's own

@@ -224,7 +224,7 @@ class Session:
             return self._parallel(kwargs, given)
         except (PipelineNotParallelError, UnsupportedSchedulerError) as error:
             run.reason = str(error)
-            self._scheduler.put_back()
+            self._scheduler.put_back(self.pipe)
             if not self._too_late:
                 given.restore()
             if self.choices.fallback == "error" or self._too_late:
@@ -307,7 +307,7 @@ class Session:
             ) from error
         finally:
             put_back(self._processors)  # a pipeline that sets some for its loop takes them back after it
-            self._scheduler.put_back()
+            self._scheduler.put_back(self.pipe)
 
     def _sequential(self, kwargs: dict[str, Any]) -> Any:
         counter = _Counter(self.run, self.choices.preview)

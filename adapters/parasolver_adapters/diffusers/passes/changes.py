@@ -83,8 +83,10 @@ class SchedulerState:
         names = [name for name, kept in self._values.items() if not _is_same_table(*kept, now.get(name))]
         return ["config" if name == "_internal_dict" else name for name in names]
 
-    def put_back(self) -> None:
-        """Everything is as it was, in the same tensors and lists."""
+    def put_back(self, owner: Any) -> None:
+        """The owner has this scheduler, in which everything is as it was, in the same tensors and lists."""
+        if owner.scheduler is not self._scheduler:
+            owner.scheduler = self._scheduler
         attributes = vars(self._scheduler)
         attributes.clear()
         attributes.update({name: value for name, (value, _, _) in self._values.items()})
