@@ -136,6 +136,19 @@ def test_a_step_that_ignores_its_generator_is_refused() -> None:
         assert torch.equal(sample(randn(2, 6), torch.Generator()), want)
 
 
+class Listed(Own):
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps.numpy()  # type: ignore[assignment]
+
+
+def test_timesteps_that_are_no_tensor_are_refused() -> None:
+    scheduler = Listed()
+    loop, network = loop_of(scheduler)
+    with pytest.raises(PipelineNotParallelError, match="Listed has no tensor of timesteps, got ndarray"):
+        parallel_loop(loop, 5, scheduler=scheduler, networks=[network])(randn(2, 6))
+
+
 class AnyStep(DDIMScheduler):
     def step(self, *args: Any, **kwargs: Any) -> Any:
         return super().step(*args, **kwargs)

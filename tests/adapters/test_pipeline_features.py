@@ -107,6 +107,17 @@ def test_momentum() -> None:
     refused(looping(), lambda pipe, i, t, x: carried(pipe, m := predict(pipe, t, x), m), "momentum")
 
 
+def test_an_output_that_is_used_for_two_steps() -> None:
+    """As caches of every other step have it; the reason was that it did not depend on the state."""
+
+    def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
+        if i % 2 == 1 or i == 0:
+            pipe.kept = predict(pipe, t, x)
+        return pipe.kept
+
+    refused(looping(), change, "a cache of what a network gave")
+
+
 def test_momentum_that_recording_does_not_see() -> None:
     def change(pipe: Any, i: int, t: Any, x: torch.Tensor) -> torch.Tensor:
         m = predict(pipe, t, x)

@@ -179,8 +179,10 @@ class Capture(Listener):
         self.scheduler = kept = copy.deepcopy(scheduler)
         kept.__class__ = type(scheduler).__mro__[1]
         timesteps = getattr(kept, "timesteps", None)
-        if timesteps is None or isinstance(timesteps, (list, tuple)):
-            raise PipelineNotParallelError(f"{type(kept).__name__} has no timesteps of its own")
+        if not isinstance(timesteps, torch.Tensor):
+            raise PipelineNotParallelError(
+                f"{type(kept).__name__} has no tensor of timesteps, got {type(timesteps).__name__}"
+            )
         begin = getattr(kept, "_begin_index", None)
         self._begins = _places(timesteps, given["timestep"]) or [0] if begin is None else [begin]
         for name in ("_step_index", "_begin_index"):

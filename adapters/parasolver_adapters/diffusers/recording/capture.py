@@ -79,10 +79,13 @@ class Recorder(TorchDispatchMode):
         program = self.program
         assert program is not None
         numbers = [self._number_of(value) for value in (x, m)]
-        for name, number in zip(("sample", "model_output"), numbers, strict=True):
+        for name, value, number in zip(("sample", "model_output"), (x, m), numbers, strict=True):
             if number is None:
+                kept = self._earlier.get(value)  # given once more, as where every other step has no call of its own
                 raise PipelineNotParallelError(
-                    f"the {name} given to scheduler.step is not computed from the state by tensor operations"
+                    kept
+                    or f"the {name} given to scheduler.step is not computed from the state by tensor operations; it "
+                    "may be one that was kept from before, or come from outside of torch or from another thread"
                 )
         program.x, program.m = numbers  # type: ignore[assignment]
         self.close()
