@@ -190,6 +190,17 @@ def as_rows(tensors: Sequence[torch.Tensor]) -> Float64Array:
     return np.array([tensor.numpy().reshape(-1) for tensor in tensors]).reshape(-1, np.prod(PROBES))
 
 
+def drawn_rows(step: int, drawn: Sequence[torch.Tensor]) -> Float64Array:
+    """The normal draws of a step as rows of a table.
+
+    Raises:
+        NotLinearError: they are not one for each value, so values share noise: a run of noise alone tells how.
+    """
+    if any(one.numel() != np.prod(PROBES) for one in drawn):
+        raise NotLinearError(step, "draws noise that is not one number for each value of the state")
+    return as_rows(drawn)
+
+
 def _widths(i: int) -> Iterator[tuple[int, int]]:
     """``(states, outputs)`` to try at step i, the shortest memory first."""
     for memory in range(1, min(MAX_OUTPUTS, i + 1) + 1):

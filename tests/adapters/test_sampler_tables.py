@@ -116,3 +116,46 @@ def test_rounding_of_short_numbers_is_not_taken_for_another_sampler(dtype: str, 
         return
     with pytest.raises(UnsupportedSamplerError, match="step 1 is off its own table"):
         sampler(network, x, LEVELS)
+
+
+def noisy(model: Any, x: torch.Tensor, sigmas: torch.Tensor, draw: Any) -> torch.Tensor:
+    for here, after in pairwise(sigmas):
+        x = x + (x - model(x, here.expand(len(x)))) / here * (after - here) + 0.1 * after * draw(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.randn((1, *x.shape[1:]), dtype=x.dtype),
+        lambda x: torch.randn((len(x), 1), dtype=x.dtype),
+        lambda x: torch.randn(x.numel(), dtype=x.dtype).reshape(x.shape),
+    ],
+    ids=["one for all samples", "one for all values", "flat"],
+)
+def test_noise_of_another_shape_than_the_state(draw: Any) -> None:
+    """It ended in an error about the shape of an array."""
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = torch.arange(9.0, 0, -1)
+    model = lambda x, sigma: torch.tanh(x.roll(1, 1)) / (1 + sigma[:, None])  # noqa: E731
+    torch.manual_seed(1)
+    want, after = noisy(model, x, levels, draw), torch.rand(1)
+    sample = parallel(noisy, window=4, tolerance=0.0)
+    torch.manual_seed(1)
+    torch.testing.assert_close(sample(model, x, levels, draw), want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.rand(1), after)
+    assert sample.solution is not None
+
+
+def test_a_sampler_that_is_refused_finds_the_stream_of_numpy_where_it_was() -> None:
+    """It was read first, which drew from there."""
+    numbers = np.random.mtrand._rand  # the global stream
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = torch.arange(9.0, 0, -1)
+    model = lambda x, sigma: torch.tanh(x) / (1 + sigma[:, None])  # noqa: E731
+    draw = lambda x: torch.from_numpy(numbers.standard_normal(x.shape))  # noqa: E731
+    numbers.seed(1)
+    want = noisy(model, x, levels, draw)
+    numbers.seed(1)
+    with pytest.warns(UserWarning, match="sequential"):
+        assert torch.equal(parallel(noisy, window=4, fallback="sequential")(model, x, levels, draw), want)

@@ -20,13 +20,14 @@ from parasolver_adapters.bands import (
     Trace,
     as_rows,
     correlated_scale,
+    drawn_rows,
     fit,
     fit_band,
     noise_terms,
     replay,
     tabulated,
 )
-from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
+from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise, streams_left_alone
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, sources, time_of
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.samplers.sample_form import predicted_sample_coefficients
@@ -234,7 +235,7 @@ def read(call: SamplerCall, model: Any, path: Callable[[float], Any], sigma_data
         clean, (_, _, p, q) = numbers.standard_normal(x.shape), path(time)
         return (clean - p * x) / q if np.isfinite(p) and np.isfinite(q) and q != 0 else clean
 
-    with torch.random.fork_rng(devices=[]):  # some samplers seed their noise from the global stream
+    with streams_left_alone():  # some samplers seed their noise from the global stream
         run = _Run.of(call, model, clean_samples, Recorder(seed=1))
         wavy = _Run.of(call, model, lambda i, x, time: np.cos(3 * x + i) * 2, None)
         if run.times != wavy.times:
@@ -248,8 +249,8 @@ def read(call: SamplerCall, model: Any, path: Callable[[float], Any], sigma_data
                 f"sampler: {call.name} returns something else than its last state, or a tuple that begins with it"
             )
         _check_direction(path, run.times)
-        scale, noisy_start = run.first(call)
         try:
+            scale, noisy_start = run.first(call)
             try:
                 band, independent = _band(call, model, clean_samples, run)
             except NotLinearError as error:
@@ -338,11 +339,13 @@ class _Run:
 
     @property
     def trace(self) -> Trace:
-        return Trace(as_rows(self.states), as_rows(self.outputs), [as_rows(drawn) for drawn in self.draws[1:]])
+        draws = [drawn_rows(i, drawn) for i, drawn in enumerate(self.draws[1:])]
+        return Trace(as_rows(self.states), as_rows(self.outputs), draws)
 
     def first(self, call: SamplerCall) -> tuple[float, bool]:
         """What the first state is in terms of what the sampler was given, and whether noise is added to it."""
-        weights = fit(as_rows([self.begin, *self.draws[0]]), as_rows([self.states[0]])[0])
+        drawn = drawn_rows(0, self.draws[0])
+        weights = fit(np.vstack([as_rows([self.begin]), drawn]), as_rows([self.states[0]])[0])
         if weights is None:
             raise UnsupportedSamplerError(
                 f"sampler: the first state of {call.name} is not a multiple of what it is given, plus noise"

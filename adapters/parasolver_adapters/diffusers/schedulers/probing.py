@@ -19,6 +19,7 @@ from parasolver_adapters.bands import (
     Trace,
     as_rows,
     correlated_scale,
+    drawn_rows,
     fit,
     fit_band,
     replay,
@@ -66,10 +67,7 @@ def trace(loop: Loop, draw: Recorder | None) -> SchedulerTrace:
     for node, m, output in _guarded(loop, network, start, draw or no_noise):
         xs.append(output.prev_sample)
         ms.append(m)
-        taken = draw.take() if draw else []
-        if any(drawn.shape != PROBES for drawn in taken):
-            raise NotLinearError(node.index, "draws noise that several values of the state share")
-        draws.append(as_rows(taken))
+        draws.append(drawn_rows(node.index, draw.take() if draw else []))
         scales.append(_ratio(node.model_input, node.x))
         predictions[-1] = _refine(predictions[-1], node, m, output)
     return SchedulerTrace(as_rows(xs), as_rows(ms), draws, np.array(scales), Path(*np.array(predictions).T))

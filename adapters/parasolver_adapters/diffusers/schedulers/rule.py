@@ -22,7 +22,7 @@ from parasolver_adapters.diffusers.schedulers.stepping import (
     Loop,
     UnsupportedSchedulerError,
 )
-from parasolver_adapters.draws import Listener
+from parasolver_adapters.draws import Listener, streams_left_alone
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.samplers.schedules import PredictionType
@@ -226,7 +226,7 @@ def _rule(
         linear = replace(loop, scheduler=copy.deepcopy(prepared))
         switch_off(linear.scheduler)
     timesteps = torch.stack(linear.timesteps).numpy()
-    with torch.random.fork_rng(devices=[]):  # some schedulers seed their noise from the global stream
+    with streams_left_alone():  # some schedulers seed their noise from the global stream
         table, path, independent = tabulate(linear, timesteps, _sigma_data(prepared, sigma_data))
         check_replay(linear, table)
         clip = clip_of(loop, table, path) if active else None
