@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from parasolver_cli.terminal import as_json
+
 RECORD = "result.json"
 
 
@@ -47,7 +49,7 @@ def write_record(folder: Path, record: dict[str, Any], files: Sequence[str]) -> 
     """Write ``result.json`` in one go, with the names of the files beside it, by which they can be removed."""
     record = record | {"files": [*files]}
     unfinished = folder / f".{RECORD}.{os.getpid()}"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.write_text(as_json(record) + "\n")
     unfinished.replace(folder / RECORD)
     return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,24 @@ def progress() -> Console:
     return Console(stderr=True, quiet=rank() > 0)
 
 
+def as_json(record: Any) -> str:
+    """The record as JSON, which knows no infinity and no NaN: null stands for a number that nobody knows."""
+    return json.dumps(_known(record), indent=2)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _known(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_known(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_json(record: Any) -> None:
     """The record alone on stdout."""
     if rank() == 0:
         try:
-            print(json.dumps(record, indent=2), flush=True)  # what cannot be written is told of here, not at the exit
+            print(as_json(record), flush=True)  # what cannot be written is told of here, not at the exit
         except BrokenPipeError:
             results().on_broken_pipe()  # the reader has seen enough
 

@@ -27,7 +27,10 @@ from tests.cli.test_cli import run
 
 
 def record(out: Path) -> dict[str, Any]:
-    return json.loads((out / "result.json").read_text())
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads((out / "result.json").read_text(), parse_constant=refused)
 
 
 def sample(out: Path, *options: object, steps: int = 10) -> torch.Tensor:
@@ -239,6 +242,7 @@ def test_what_was_reached_is_kept_when_the_user_breaks_off(tmp_path: Path, monke
     told = run("sample", "--out", tmp_path, "--count", 1, "--steps", 10, "--window", 3, code=130)
     assert "Interrupted after round 3" in told
     assert record(tmp_path)["status"] == "interrupted"
+    assert record(tmp_path)["error_estimate"] == [None]  # JSON has no infinity
     assert (tmp_path / "000.png").exists()
 
 
