@@ -20,8 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from parasolver_adapters.arguments import same
-from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.schedulers.rule import read_scheduler
+from parasolver_adapters.given import Streams
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution, solve
 from parasolver_core.samplers.recurrence import Recurrence

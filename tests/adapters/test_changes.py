@@ -20,11 +20,10 @@ from parasolver_adapters.diffusers.passes.changes import (
     positions_of,
     serial_of,
     switches_of,
-    version_of,
-    was_written,
     were_replaced,
     what_moved,
 )
+from parasolver_adapters.given import version_of, was_written
 
 
 def test_whether_something_was_written_into_a_tensor() -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parasolver_adapters.diffusers import PipelineNotParallelError, parallel_loop
-from parasolver_adapters.diffusers.passes.changes import write_back
-from parasolver_adapters.diffusers.passes.given import Given, Streams
+from parasolver_adapters.given import Given, Streams, write_back
 from tests.adapters.tiny_pipelines import ddim, distance, randn
 
 pytestmark = pytest.mark.usefixtures("quiet_diffusers")

@@ -13,9 +13,7 @@ pytest.importorskip("diffusers")
 import torch
 from torch import nn
 
-from parasolver_adapters.diffusers.passes.changes import version_of
 from parasolver_adapters.diffusers.passes.first_pass import Prelude, _bytes, _options, _places
-from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
@@ -30,6 +28,7 @@ from parasolver_adapters.diffusers.passes.listening import (
     with_state,
 )
 from parasolver_adapters.diffusers.recording.capture import form_of_call
+from parasolver_adapters.given import Streams, version_of
 
 
 class Scheduler:

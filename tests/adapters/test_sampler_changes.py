@@ -126,3 +126,32 @@ def test_noise_in_half_precision_and_levels_in_float32(kind: torch.dtype, tolera
     got = parallel(as_k_diffusion, 8, tolerance=tolerance)(model, X.to(kind), SIGMAS)
     assert got.dtype == want.dtype == torch.float32
     assert relative(got, want) < limit
+
+
+def conditioned(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None) -> Tensor:
+    """Gives the network a part of its last answer, and adds noise."""
+    shift = torch.zeros(len(x), 1, 1)
+    for i, (here, after) in enumerate(pairwise(sigmas)):
+        denoised = model(x, here.expand(len(x)), shift=shift)
+        if callback is not None:
+            callback({"i": i})
+        shift = denoised[:, :1, :1]
+        x = x + (x - denoised) / here * (after - here) + 0.1 * after * torch.randn_like(x)
+    return x
+
+
+def test_a_sampler_that_is_found_out_while_it_runs_falls_back_from_the_beginning() -> None:
+    """With the random numbers that it was given; not when the callback was told of steps."""
+    sample = parallel(conditioned, 8, fallback="sequential")
+    torch.manual_seed(4)
+    want, after = conditioned(network, X, SIGMAS), torch.randn(2)
+    torch.manual_seed(4)
+    with pytest.warns(UserWarning, match="sampled sequentially: sampler: call 1 gives the network other arguments"):
+        got = sample(network, X, SIGMAS)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.randn(2), after)
+    assert sample.solution is None
+    told: list[int] = []
+    with pytest.raises(UnsupportedSamplerError, match="call 1 gives the network other arguments"):
+        sample(network, X, SIGMAS, callback=lambda step: told.append(step["i"]))
+    assert told == [0]

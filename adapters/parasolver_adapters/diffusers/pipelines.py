@@ -27,7 +27,6 @@ from parasolver_adapters.diffusers.passes.changes import SchedulerState
 from parasolver_adapters.diffusers.passes.checking import Check, causes, keep_checked, kind_of_call, was_checked
 from parasolver_adapters.diffusers.passes.first_pass import Capture, CaptureDone
 from parasolver_adapters.diffusers.passes.following import refuse_what_is_not_followed
-from parasolver_adapters.diffusers.passes.given import Given
 from parasolver_adapters.diffusers.passes.listening import (
     Listener,
     by_name,
@@ -43,6 +42,7 @@ from parasolver_adapters.diffusers.passes.listening import (
 from parasolver_adapters.diffusers.passes.second_pass import Replay
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers.rule import UnsupportedSchedulerError
+from parasolver_adapters.given import Given
 from parasolver_core import SolverError, Status
 from parasolver_core.errors import attach, has_solution
 from parasolver_core.methods.method import Method

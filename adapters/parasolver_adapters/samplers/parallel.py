@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from parasolver_adapters.arguments import Kept, StepArguments, equal
+from parasolver_adapters.given import Given
 from parasolver_adapters.multi_device import MultiDeviceDenoiser
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, same_draws, time_of
 from parasolver_adapters.samplers.rules import Draft, SamplerRule, path_of, read
@@ -53,25 +54,30 @@ class ParallelSampler:
         call, self.solution = SamplerCall(self._fn, args, kwargs), None
         if self._choices.sequential:
             return call.run(model, x)
+        told = _Told(call.given("callback"))
+        given = Given({"x": x, "args": args, "kwargs": kwargs}) if self._fallback == "sequential" else None
         try:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-            rule = read(call, model, self._path, self._sigma_data, free_end=True)
-            _check_outputs_are_read(rule)
-            with same_draws(x, (args, kwargs)):
-                draft = Draft.of(rule, x)
-            denoiser = self._denoiser(model, draft, len(x))
+            return self._parallel(call, model, x, told)
         except UnsupportedSamplerError as error:
-            if self._fallback == "error":
+            if given is None or told.some:  # the callback would be told of steps twice
                 raise
+            given.restore()
+            self.solution = None
             warnings.warn(f"sampled sequentially: {error}", stacklevel=2)
             return call.run(model, x)
-        live = _Live(self._choices, rule, denoiser, draft)
+
+    def _parallel(self, call: SamplerCall, model: Any, x: Tensor, told: _Told) -> Any:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        rule = read(call, model, self._path, self._sigma_data, free_end=True)
+        _check_outputs_are_read(rule)
+        with same_draws(x, (call.args, call.kwargs)):
+            draft = Draft.of(rule, x)
+        live = _Live(self._choices, rule, self._denoiser(model, draft, len(x)), draft)
         drawn = iter(draft.drawn)
-        replaced = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
-        callback = call.given("callback")
-        if callable(callback):
-            replaced["callback"] = _onlooking(callback)
+        replaced: dict[str, Any] = {name: _played(drawn) for name in DRAWS if call.given(name) is not None}
+        if told.callback is not None:
+            replaced["callback"] = told
         with torch.no_grad():
             returned = call.run(Stub(live, model), x, **replaced)
         self.solution = live.end()
@@ -192,7 +198,8 @@ def parallel(
     Other arguments:
         schedule, prediction_type, sigma_data: as in :func:`step_rule_from_sampler`.
         replicas: the same network on other devices, which share the rows of each round.
-        fallback: what to do with a sampler that is not linear: "error", or "sequential" with a warning.
+        fallback: what to do with a sampler that is not linear, or changes while it runs: "error", or "sequential" with
+            a warning, unless the callback has been told of steps by then.
         options: further arguments of :func:`parasolver_core.solve`: ``tolerance``, ``method``, ``max_rounds``,
             ``max_rows``, ``buckets``, ``state_device``, ``warmup_steps``, ``check``.
 
@@ -235,21 +242,29 @@ def _rounding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return max(_ROUNDING, torch.finfo(time.dtype).eps)
 
 
-def _onlooking(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The callback, which may look at the run and not change it: its steps ahead are made already."""
+class _Told:
+    """The callback, which may look at the run and not change it: its steps ahead are made already.
 
-    def told(*args: Any, **kwargs: Any) -> Any:
+    Attributes:
+        callback: the user's; None: there is none.
+        some: whether it was told of a step.
+    """
+
+    def __init__(self, callback: Any) -> None:
+        self.callback: Callable[..., Any] | None = callback if callable(callback) else None
+        self.some = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.callback is not None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = Kept()(tensors)
-        returned = callback(*args, **kwargs)
+        before, self.some = Kept()(tensors), True
+        returned = self.callback(*args, **kwargs)
         if not equal(before, tensors):
             raise UnsupportedSamplerError(
                 "callback: it writes into the tensors that it is told, which changes the steps that follow; let it "
                 "work on copies, or sample sequentially"
             )
         return returned
-
-    return told
 
 
 def _played(drawn: Iterator[Tensor]) -> Callable[..., Tensor]:

@@ -11,11 +11,10 @@ from parasolver_adapters.diffusers.passes.changes import (
     Weights,
     positions_of,
     switches_of,
-    version_of,
-    was_written,
     were_replaced,
     what_moved,
 )
+from parasolver_adapters.given import version_of, was_written
 
 
 def watched(

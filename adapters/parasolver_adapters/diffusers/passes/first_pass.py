@@ -17,17 +17,15 @@ from parasolver_adapters.diffusers.passes.changes import (
     are_same,
     positions_of,
     switches_of,
-    version_of,
-    was_written,
     what_moved,
 )
-from parasolver_adapters.diffusers.passes.given import Streams
 from parasolver_adapters.diffusers.passes.listening import Listener, processors_of, with_state
 from parasolver_adapters.diffusers.recording.capture import Recorder, form_of_call
 from parasolver_adapters.diffusers.recording.programs import Call, Program
 from parasolver_adapters.diffusers.refusal import PipelineNotParallelError
 from parasolver_adapters.diffusers.schedulers.rule import GIVEN_BY_THE_LOOP, SchedulerRule, read_scheduler
 from parasolver_adapters.diffusers.schedulers.stepping import ENDS_WITH_ZERO, SPECIAL_ARGUMENTS
+from parasolver_adapters.given import Streams, version_of, was_written
 
 _RULES: dict[tuple[Any, ...], SchedulerRule] = {}
 _MOST_RULES = 16

@@ -10,7 +10,25 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from parasolver_adapters.diffusers.passes.changes import version_of, was_written, write_back
+
+def version_of(value: Any) -> Any:
+    """For :func:`was_written`; tensors of inference mode keep no count."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.clone() if value.is_inference() else value._version
+
+
+def was_written(value: Any, version: Any) -> bool:
+    """Whether something was written into a tensor since it had this version."""
+    return not torch.equal(value, version) if isinstance(version, torch.Tensor) else version_of(value) != version
+
+
+def write_back(value: torch.Tensor, values: torch.Tensor) -> None:
+    """A tensor has these values again, whoever wrote into it; one that repeats its values has those of its base."""
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    if not repeats:
+        with torch.inference_mode(value.is_inference()), torch.no_grad():
+            value.copy_(values)
 
 
 class Streams:
