@@ -17,8 +17,7 @@ from parasolver_adapters.distributed import WorkerError
 from tests.adapters.pipeline_families import FAMILIES
 from tests.adapters.pipeline_survey import REFUSALS
 from tests.adapters.tiny_pipelines import distance, generator, randn, stable_diffusion, text, watch
-
-TIMEOUT = 5.0
+from tests.adapters.workers import FOREVER
 
 
 def shared(pipe: Any, **options: Any) -> Any:
@@ -87,21 +86,21 @@ def disagree(rank: int) -> dict[str, Any]:
     return seen | {"nothing": _error(lambda: _call(stable_diffusion(), {}, {}))}
 
 
-def fails(rank: int, fault: str) -> dict[str, Any]:
-    """The network of rank 1 raises, or its process dies, in its fifth call."""
+def fails(rank: int, fault: str, call: int) -> dict[str, Any]:
+    """The network of rank 1 raises, or its process dies, in one of its calls."""
     pipe, calls = stable_diffusion(), []
     own: Callable[..., Any] = pipe.unet.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if rank == 1 and len(calls) == 5:
+        if rank == 1 and len(calls) == call:
             if fault == "die":
                 os._exit(3)
             raise ValueError("boom")
         return own(*args, **kwargs)
 
     pipe.unet.forward = forward
-    return _error(lambda: _call(pipe, {"timeout": TIMEOUT}, {}))
+    return _error(lambda: _call(pipe, {"timeout": FOREVER}, {}), Exception)
 
 
 def leaves(rank: int, how: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_hooks_of_diffusers_stay_in_place() -> None:
     with parallel_sampling(pipe, tolerance=0.0) as run:
         assert distance(sample(pipe), want) < 1e-12
     assert pipe.unet.forward is own
-    assert calls < hook.calls <= calls + run.stats.calls + 2
+    assert calls < hook.calls <= calls + run.stats.calls + 4  # two that are compared, and these once more
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ def test_the_sample_is_that_of_one_process(titles: list[str], tmp_path: Path) ->
 def test_each_process_makes_its_share_of_the_calls(tmp_path: Path) -> None:
     seen = launch(scenarios.shares, 2, tmp_path)
     assert all(one["difference"] < 1e-12 for one in seen)
-    first = 2 + 2 * 2  # the pipeline's own calls, in each process: one, and two that are compared with the recording
+    # the pipeline's own calls, in each process: one, two that are compared, and these once more beside the first
+    first = 2 + 2 * 2 + 2 * 3
     rows = [sum(one["rows"]) - first - 2 * 10 for one in seen]  # without those of the sequential run
     compared = 2  # the row that is compared, once
     assert sum(rows) == 2 * (seen[0]["evaluations"] - 1) + compared  # guidance doubles; the first output is known
@@ -69,13 +70,19 @@ def test_processes_that_are_called_differently(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "told"), [("raise", "WorkerError", "boom"), ("die", "WorkerLostError", "died")]
+    ("fault", "call", "kinds", "told"),
+    [
+        ("raise", 3, ["WorkerError", "PipelineNotParallelError"], "boom"),  # while the loop is looked at
+        ("raise", 7, ["WorkerError", "WorkerError"], "boom"),  # in a round
+        ("die", 3, ["WorkerLostError"], "died"),
+        ("die", 7, ["WorkerLostError"], "died"),
+    ],
 )
-def test_a_fault_in_one_process_ends_all(fault: str, kind: str, told: str, tmp_path: Path) -> None:
-    seen = launch(scenarios.fails, 2, tmp_path, fault)
+def test_a_fault_in_one_process_ends_all(fault: str, call: int, kinds: list[str], told: str, tmp_path: Path) -> None:
+    seen = launch(scenarios.fails, 2, tmp_path, fault, call)
     if fault == "die":
         assert seen.pop(1) == {}
-    assert {one["type"] for one in seen} == {kind}
+    assert [one["type"] for one in seen] == kinds
     assert all(told in one["text"] for one in seen)
 
 

@@ -234,12 +234,24 @@ class Session:
         self._remembered, self._replayed = [], None
         return self._sequential(kwargs)
 
+    def _looked_at(self, kwargs: dict[str, Any], given: Given) -> Capture:
+        """The recorded steps, which are what the loop does; other processes are told of what ends the run here."""
+        try:
+            self._refuse()
+            capture = self._capture(kwargs)
+            given.restore()
+            refuse_what_is_not_followed(capture)
+            self._look(kwargs, capture, given)
+        except BaseException as error:
+            if self.choices.group is not None:
+                from parasolver_adapters.distributed import DistributedDenoiser
+
+                DistributedDenoiser(self.call, self.choices.group, timeout=self.choices.timeout).end(error)
+            raise
+        return capture
+
     def _parallel(self, kwargs: dict[str, Any], given: Given) -> Any:
-        self._refuse()
-        capture = self._capture(kwargs)
-        given.restore()
-        refuse_what_is_not_followed(capture)
-        self._look(kwargs, capture, given)
+        capture = self._looked_at(kwargs, given)
         self._replayed = iter(self._remembered)
         replay = Replay(self.pipe, self.run, self.choices, capture, self._deadline)
         try:
