@@ -27,12 +27,13 @@ test: $(VENV)/.dev ## run the tests, except the slow ones
 test-all: $(VENV)/.dev ## run all tests, with many more random examples
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=thorough
 
-test-oldest: ## run README's ten lines and the core's tests with the oldest versions that pyproject.toml allows
+test-oldest: ## run README's ten lines, the core's tests and some adapters' with the oldest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(PYTHON) -m tests.oldest > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
 	  --editable '.[demo,diffusers,timm]' pytest pytest-timeout hypothesis array-api-strict scipy
 	$(OLDEST)/bin/python -m pytest -m "not slow" -W default tests/test_oldest.py tests/core \
+	  $(addprefix tests/adapters/test_,distributed.py dit.py graphs.py pipelines.py samplers.py wrapping.py) \
 	  "tests/docs/test_examples.py::test_readme_example_finds_the_mean_of_its_data"
 
 fuzz: $(VENV)/.dev ## hold random programs against the plain loop: make fuzz SEED=0 SECONDS=1200
