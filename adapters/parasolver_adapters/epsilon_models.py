@@ -90,7 +90,11 @@ def guided(null: Tensor, given: Tensor, scale: float) -> Tensor:
 
 def check_scale(name: str, value: float | None) -> None:
     """A finite number, or None."""
-    if value is not None and not math.isfinite(value):
+    try:
+        finite = value is None or math.isfinite(value)
+    except (TypeError, ValueError):  # a tensor of one for each sample, for example
+        raise TypeError(f"{name}: expected one finite number, got {value!r}") from None
+    if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

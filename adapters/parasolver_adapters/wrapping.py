@@ -76,6 +76,7 @@ class ModelDenoiser:
         if self.prediction_type not in get_args(PredictionType):
             known = ", ".join(map(repr, get_args(PredictionType)))
             raise ValueError(f"prediction_type: expected one of {known}, got {self.prediction_type!r}")
+        self._check_kinds()
         if (self.guidance_scale is None) != (self.null_conditions is None):
             raise ValueError(
                 f"guidance_scale: expected it and null_conditions together, got {self.guidance_scale} and "
@@ -87,6 +88,13 @@ class ModelDenoiser:
             raise ValueError(f"null_conditions: expected names of conditions, got {unknown[0]!r}")
         object.__setattr__(self, "schedule", _predicting(self.schedule, self.prediction_type))
         object.__setattr__(self, "_time", _time_function(self.schedule, self.time))
+
+    def _check_kinds(self) -> None:
+        for name, value in (("conditions", self.conditions), ("null_conditions", self.null_conditions)):
+            if not isinstance(value, Mapping) and (value is not None or name == "conditions"):
+                raise TypeError(f"{name}: expected a dictionary of the model's arguments, got {type(value).__name__}")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype: expected one such as torch.float16, got {self.dtype!r}")
 
     @property
     def takes_rows(self) -> bool:
@@ -132,7 +140,13 @@ def k_diffusion_denoiser(
         timesteps = denoiser.schedule.timesteps(50)
         solution = solve(denoiser, noise * 14.6, timesteps, Euler(denoiser.schedule), window=16)
     """
-    return ModelDenoiser(model, schedule or NoiseSchedule.karras(), "sample", time="sigma", **options)
+    schedule = NoiseSchedule.karras() if schedule is None else schedule
+    if not isinstance(schedule, KarrasSchedule):
+        raise TypeError(
+            f"schedule: expected NoiseSchedule.karras(...), whose states are x_0 + sigma eps, got "
+            f"{type(schedule).__name__}; for a network on another path use ModelDenoiser"
+        )
+    return ModelDenoiser(model, schedule, "sample", time="sigma", **options)
 
 
 def _predicting(schedule: NoiseSchedule, prediction_type: PredictionType) -> NoiseSchedule:
@@ -216,14 +230,25 @@ def _of_rows(value: Any, samples: _Samples | None, rows: int, name: str) -> Any:
 def _joined(given: Any, null: Any, name: str) -> Any:
     """Conditions of the rows, with and without."""
     if isinstance(given, Mapping) and isinstance(null, Mapping):
-        return {key: _joined(condition, null.get(key, condition), name) for key, condition in given.items()}
+        unknown = [key for key in null if key not in given]
+        if unknown:
+            raise ValueError(
+                f"{name}: expected keys of the condition, {', '.join(map(repr, given))}; got {unknown[0]!r}"
+            )
+        return {
+            key: _joined(condition, null.get(key, condition), f"{name}[{key!r}]") for key, condition in given.items()
+        }
     if isinstance(given, (list, tuple)) and isinstance(null, (list, tuple)) and len(given) == len(null):
-        return remade(given, [_joined(condition, other, name) for condition, other in zip(given, null, strict=True)])
-    if isinstance(given, Tensor) and isinstance(null, Tensor) and given.shape == null.shape:
-        return torch.cat([given, null]) if given.ndim else given
-    if not isinstance(given, Tensor) and not isinstance(null, Tensor) and same(given, null):
+        pairs = enumerate(zip(given, null, strict=True))
+        return remade(given, [_joined(condition, other, f"{name}[{i}]") for i, (condition, other) in pairs])
+    if isinstance(given, Tensor) and isinstance(null, Tensor) and given.shape == null.shape and given.ndim:
+        return torch.cat([given, null])
+    if same(given, null):  # one value for all rows
         return given
-    raise ValueError(f"{name}: expected a tensor shaped like the condition, got {_kind(null)} for {_kind(given)}")
+    raise ValueError(
+        f"{name}: expected a tensor shaped like the condition, got {_kind(null)} for {_kind(given)}; a single value "
+        "can differ without the condition only as a tensor of shape (1,)"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -195,6 +195,8 @@ def test_things_of_the_wrong_kind_are_refused() -> None:
         ModelDenoiser(lambda x, t: "x", LINEAR, "epsilon")(normal(1, 2), torch.tensor([3]))
     with pytest.raises(ValueError, match="time: expected the function to give a tensor of shape"):
         ModelDenoiser(lambda x, t: x, LINEAR, "epsilon", time=lambda t: t[:1])(normal(2, 2), torch.tensor([3, 4]))
+    with pytest.raises(TypeError, match=r"^schedule: expected NoiseSchedule.karras\(.*got DiscreteSchedule"):
+        k_diffusion_denoiser(lambda x, sigma: x, LINEAR)  # type: ignore[arg-type]
 
 
 def test_conditions_that_do_not_fit_the_batch_are_refused() -> None:
@@ -333,12 +335,13 @@ def test_guidance_goes_from_without_to_with() -> None:
         ([1, 2], [1], "got list for list"),
         ("a", "b", "got str for str"),
         ({"a": 1}, {"a": 2}, "got int for int"),
+        (torch.tensor(1.0), torch.tensor(0.0), r"shape \(\) for shape \(\).* as a tensor of shape \(1,\)"),
     ],
 )
 def test_pairs_that_cannot_be_joined_are_refused(given: Any, null: Any, said: str) -> None:
     """Tensors of other shapes were compared with each other, which PyTorch refuses without naming them."""
     denoiser, _ = recorded(conditions={"y": given}, null_conditions={"y": null}, guidance_scale=2.0)
-    with pytest.raises(ValueError, match=rf"null_conditions\['y'\]: expected a tensor shaped like .*{said}"):
+    with pytest.raises(ValueError, match=rf"null_conditions\['y'\](\['a'\])?: expected a tensor shaped like .*{said}"):
         denoiser(normal(2, 2), torch.arange(2))
 
 
