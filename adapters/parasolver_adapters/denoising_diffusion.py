@@ -14,7 +14,6 @@ Example::
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parasolver_adapters.drop_in import as_it_is_now, with_methods
+from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
 from parasolver_adapters.samplers import ParallelSampler, UnsupportedSamplerError, parallel
 from parasolver_core import NoiseSchedule
 
@@ -69,7 +68,7 @@ def parallel_denoising_diffusion(diffusion: Any, window: int | Literal["auto"] =
         options.setdefault("schedule", NoiseSchedule.from_alphas_cumprod(bar, default_prediction_type="sample"))
     made = functools.partial(parallel, window=window, **options)
     made(getattr(diffusion, next(iter(loops))))  # refuses options that do not fit before a loop is called
-    return with_methods(diffusion, {name: _loop(name, made) for name in loops})
+    return with_methods("diffusion", diffusion, {name: _loop(name, made) for name in loops})
 
 
 def _parts(diffusion: Any) -> dict[str, _Part]:
@@ -175,7 +174,7 @@ def _sampler(diffusion: Any, name: str) -> Callable[..., Any]:
             t = t.flatten()[:1].expand(len(x)) if isinstance(t, Tensor) else t
             return part.returned(model(x, t, *rest, **named), x, t)
 
-        part, loop = _parts(diffusion)[name], copy.copy(diffusion)
+        part, loop = _parts(diffusion)[name], copied(diffusion)
         setattr(loop, part.name, asked)
         with _Beginning(begin), contextlib.redirect_stderr(io.StringIO()) if disable else contextlib.nullcontext():
             return getattr(loop, name)(*args, **kwargs)

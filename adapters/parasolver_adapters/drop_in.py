@@ -5,18 +5,47 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 _REGISTRIES = "_modules", "_parameters", "_buffers"  # of a module of PyTorch, in which it keeps what is set on it
 
 
-def with_methods(given: Any, methods: Mapping[str, Callable[..., Any]]) -> Any:
+def with_methods(name: str, given: Any, methods: Mapping[str, Callable[..., Any]]) -> Any:
     """A copy of an object with these methods, each ``f(self, ...)``, in the place of its own, and a ``solution``: None.
 
-    They are methods of its class, so a copy of the copy, a deep one as well, calls them on itself.
+    They are methods of its class, so a copy of the copy, a deep one as well, calls them on itself. A copy that was made
+    here is taken for what it is a copy of.
+
+    Args:
+        name: of the object, for errors.
+        given: the object.
+        methods: by the names that its own have.
+
+    Raises:
+        TypeError: nothing can be set on it, or its methods are of another object that it wraps.
     """
-    made, kind = _shallow(given), type(given)
-    own = {name: vars(made).pop(name) for name in methods if name in vars(made)}
+    given = as_it_is_now(given) if hasattr(type(given), "_without") else given
+    kind = type(given)
+    for method in methods:
+        owner = getattr(getattr(given, method), "__self__", given)
+        if owner is not given and not isinstance(owner, type):
+            raise TypeError(
+                f"{name}: {method} of this {kind.__name__} is a method of the {type(owner).__name__} in it; give that "
+                "object itself (and compile or wrap its network, not the object)"
+            )
+    try:
+        return _made(given, kind, methods)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"{name}: expected an object that can be copied and have attributes, such as solution, set on it, got "
+            f"{kind.__name__} ({error})"
+        ) from error
+
+
+def _made(given: Any, kind: type, methods: Mapping[str, Callable[..., Any]]) -> Any:
+    made = copied(given)
+    own = {name: _unbound(vars(made).pop(name), made) for name in methods if name in vars(made)}
     for name, method in methods.items():
         _look_like(method, getattr(given, name))
     if methods:
@@ -28,17 +57,23 @@ def with_methods(given: Any, methods: Mapping[str, Callable[..., Any]]) -> Any:
 
 def as_it_is_now(made: Any) -> Any:
     """A copy of what :func:`with_methods` gave, with what was set on it since then, and with its own methods."""
-    plain = _shallow(made)
+    plain = copied(made)
     plain.__class__, own = type(made)._without
-    vars(plain).update(own)
+    vars(plain).update({name: method.__get__(plain) for name, method in own.items()})
     return plain
 
 
-def _shallow(given: Any) -> Any:
-    """A copy of which nothing that is set on it later is set on the object, too."""
+def copied(given: Any) -> Any:
+    """A copy of which nothing that is set on it later is set on the object, too; methods set on it are the copy's."""
     made = copy.copy(given)
-    vars(made).update({name: copy.copy(vars(made)[name]) for name in _REGISTRIES if name in vars(made)})
+    values = {name: copy.copy(value) if name in _REGISTRIES else value for name, value in vars(made).items()}
+    vars(made).update({name: _unbound(value, given).__get__(made) for name, value in values.items()})
     return made
+
+
+def _unbound(value: Any, owner: Any) -> Any:
+    """What gives an object, by ``__get__``, its own method where ``value`` is one of ``owner``, and else ``value``."""
+    return value.__func__ if isinstance(value, MethodType) and value.__self__ is owner else staticmethod(value)
 
 
 def _look_like(method: Callable[..., Any], original: Callable[..., Any]) -> None:

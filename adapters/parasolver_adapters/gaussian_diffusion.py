@@ -18,7 +18,6 @@ Example::
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from parasolver_adapters.arguments import Kept, StepArguments, equal
 from parasolver_adapters.draws import Listener, Played, Unheard
-from parasolver_adapters.drop_in import as_it_is_now, with_methods
+from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, StepRule
@@ -80,7 +79,9 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
         )
     choices, loops = Choices.checked(window, **options), [name for name in LOOPS if hasattr(diffusion, name)]
     chosen = () if choices.sequential else loops
-    return with_methods(diffusion, {name: _loop(getattr(diffusion, name), name, choices) for name in chosen})
+    return with_methods(
+        "diffusion", diffusion, {name: _loop(getattr(diffusion, name), name, choices) for name in chosen}
+    )
 
 
 def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable[..., Any]:
@@ -159,7 +160,7 @@ class _Stepped:
     """A copy of the object, with other steps; its loops are its own."""
 
     def __init__(self, diffusion: Any) -> None:
-        self.object = copy.copy(diffusion)
+        self.object = copied(diffusion)
         for name in STEPS:
             if hasattr(diffusion, name):
                 setattr(self.object, name, functools.partial(self._called, name, getattr(diffusion, name)))

@@ -201,7 +201,7 @@ def parallel_esmfold2(model: Any, window: int = 64, **options: Any) -> Any:
             )
     made = functools.partial(parallel, sample_structure, window, sigma_data=16.0, **options)
     made()  # refuses options that do not fit before a structure is asked for
-    return with_methods(model, {"_sample_structure": _esmfold2(made)})
+    return with_methods("model", model, {"_sample_structure": _esmfold2(made)})
 
 
 def _esmfold2(made: Callable[[], ParallelSampler]) -> Callable[..., Tensor]:
