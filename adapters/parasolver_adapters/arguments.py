@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -126,6 +127,54 @@ def equal(kept: Any, value: Any) -> bool:
     if isinstance(kept, (Number, str)):
         return type(kept) is type(value) and same(kept, value)
     return True
+
+
+def by_name(owner: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a method by name, with its defaults.
+
+    Where it takes ``*args`` to hand them on, they have the names of the method that it overrides.
+
+    Raises:
+        TypeError: the call does not fit, or has an argument without a name.
+    """
+    signature, *overridden = _signatures(owner, method)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            rest, before = named.pop(name), list(signature.parameters).index(name)
+            names = next(
+                (found for parent in overridden if len(found := _positional(parent)) >= before + len(rest)), []
+            )
+            if rest and not names:
+                raise TypeError(f"{method}: argument {before} has no name in {signature}; give it by name")
+            named |= dict(zip(names[before:], rest, strict=False))
+    return named
+
+
+def parameters_of(owner: Any, method: str) -> set[str]:
+    """The names that a method's arguments have, in it and where it hands them on to one that it overrides."""
+    names: set[str] = set()
+    for signature in _signatures(owner, method):
+        names |= signature.parameters.keys()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+            break
+    return names
+
+
+def _signatures(owner: Any, method: str) -> list[inspect.Signature]:
+    """Of a method, and of those that it overrides."""
+    kinds = [kind for kind in type(owner).__mro__ if method in vars(kind)]
+    methods = [getattr(owner, method), *(vars(kind)[method].__get__(owner) for kind in kinds)]
+    return [inspect.signature(one) for one in methods]
+
+
+def _positional(signature: inspect.Signature) -> list[str]:
+    allowed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return [name for name, parameter in signature.parameters.items() if parameter.kind in allowed]
 
 
 def remade(like: Any, entries: list[Any]) -> Any:

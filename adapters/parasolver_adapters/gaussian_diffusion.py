@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.arguments import Kept, StepArguments, equal
+from parasolver_adapters.arguments import Kept, StepArguments, by_name, equal, parameters_of
 from parasolver_adapters.draws import Listener, Played, Unheard
 from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
 from parasolver_adapters.samplers.calls import same_draws
@@ -72,7 +72,7 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
             f"diffusion: expected a GaussianDiffusion of guided-diffusion or its forks, got {type(diffusion).__name__} "
             f"without {missing[0]}"
         )
-    if "model" not in inspect.signature(diffusion.p_sample).parameters:
+    if "model" not in parameters_of(diffusion, "p_sample"):
         raise TypeError(
             f"diffusion: p_sample of {type(diffusion).__name__} takes no model; of denoising-diffusion-pytorch? Take "
             "parasolver_adapters.denoising_diffusion.parallel_denoising_diffusion"
@@ -102,7 +102,7 @@ def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable
 
 
 def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:
-    given = _named(getattr(diffusion, name), args, kwargs)
+    given = by_name(diffusion, name, args, kwargs)
     quiet = given | ({"progress": False} if "progress" in given else {})
     draft = Draft(diffusion)
     device = next((device for device in (given.get("device"), _device(given.get("model"))) if device), "cpu")
@@ -113,20 +113,6 @@ def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution],
                 pass
     live = _Live(draft, choices, done)
     return getattr(live.object, name)(*args, **kwargs)
-
-
-def _named(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """All arguments of a call by name, with defaults."""
-    signature = inspect.signature(function)
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    named = dict(bound.arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(name)
-        elif parameter.kind is parameter.VAR_POSITIONAL and not named[name]:
-            del named[name]
-    return named
 
 
 def _device(model: Any) -> torch.device | None:
@@ -163,12 +149,16 @@ class _Stepped:
         self.object = copied(diffusion)
         for name in STEPS:
             if hasattr(diffusion, name):
-                setattr(self.object, name, functools.partial(self._called, name, getattr(diffusion, name)))
+                setattr(self.object, name, functools.partial(self._called, diffusion, name))
 
-    def _called(self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(step, args, kwargs)
+    def _called(self, diffusion: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        arguments = by_name(diffusion, name, args, kwargs)
+        if unnamed := sorted({"x", "t"} - arguments.keys()):
+            raise UnsupportedDiffusionError(
+                f"diffusion: expected {name}(model, x, t, ...), got one without an argument {unnamed[0]}; rename it"
+            )
         x, t = arguments.pop("x"), arguments.pop("t")
-        return self.step(name, step, x, t, arguments)
+        return self.step(name, getattr(diffusion, name), x, t, arguments)
 
     def step(self, name: str, step: Callable[..., Any], x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from parasolver_adapters.arguments import StepArguments
+from parasolver_adapters.arguments import StepArguments, by_name, parameters_of
 from parasolver_core import Rows
 
 STEPS, SAMPLES = np.array([2, 0, 1, 2]), np.array([1, 0, 2, 0])
@@ -103,3 +103,28 @@ def test_what_steps_cannot_share_is_refused(calls: Any, message: str) -> None:
 def test_what_cannot_be_compared_is_the_same_where_it_is_one_object() -> None:
     table = np.zeros(2)
     assert dealt([table] * 3) is table
+
+
+class Named:
+    def called(self, a: int, b: int = 2, d: int = 9, *, c: int = 3, **more: int) -> None: ...
+
+
+class Handing(Named):
+    def called(self, a: int, *rest: int, e: int = 5, **more: int) -> None: ...  # type: ignore[override]
+
+
+class Further(Handing):
+    def called(self, *args: int, **kwargs: int) -> None: ...  # type: ignore[override]
+
+
+def test_all_arguments_by_name() -> None:
+    assert by_name(Named(), "called", (1,), {"f": 4}) == {"a": 1, "b": 2, "d": 9, "c": 3, "f": 4}
+    assert by_name(Handing(), "called", (1, 6, 7), {"c": 8}) == {"a": 1, "b": 6, "d": 7, "e": 5, "c": 8}
+    assert by_name(Handing(), "called", (1,), {"b": 8}) == {"a": 1, "e": 5, "b": 8}
+    assert by_name(Further(), "called", (1, 6), {"e": 7}) == {"a": 1, "b": 6, "e": 7}
+    assert parameters_of(Further(), "called") == {"args", "kwargs", "a", "rest", "e", "more", "b", "d", "c"}
+    assert parameters_of(Named(), "called") == {"a", "b", "d", "c", "more"}
+    with pytest.raises(TypeError, match=r"called: argument 1 has no name in .*\*rest.*; give it by name"):
+        by_name(Handing(), "called", (1, 2, 3, 4), {})
+    with pytest.raises(TypeError, match="missing a required argument: 'a'"):
+        by_name(Named(), "called", (), {})

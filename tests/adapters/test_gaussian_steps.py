@@ -15,7 +15,6 @@ from parasolver_adapters.gaussian_diffusion import (
     Draft,
     UnsupportedDiffusionError,
     _device,
-    _named,
     _StepDenoiser,
     parallel_gaussian_diffusion,
 )
@@ -130,13 +129,6 @@ def test_an_object_may_have_one_kind_of_step() -> None:
     assert parallel_gaussian_diffusion(one).p_sample is one.p_sample
 
 
-def test_all_arguments_by_name() -> None:
-    def called(a: int, b: int = 2, *rest: int, c: int = 3, **more: int) -> None: ...
-
-    assert _named(called, (1,), {"d": 4}) == {"a": 1, "b": 2, "c": 3, "d": 4}
-    assert _named(called, (1, 5, 6), {"c": 7}) == {"a": 1, "b": 5, "rest": (6,), "c": 7}
-
-
 def test_the_device_of_a_network() -> None:
     assert _device(lambda x: x) is None
     assert _device(torch.nn.Identity()) is None
@@ -168,3 +160,34 @@ def test_clean_samples_that_were_not_predicted_are_interpolated() -> None:
     ]  # fmt: skip
     assert [len(known) for known in denoiser._predictions] == [0, 0, 0, 2]
     assert denoiser.noise(2, 1) == 12
+
+
+class Handing(SpacedDiffusion):
+    """Overrides that hand on what they are given."""
+
+    def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().p_sample_loop(*args, **kwargs)
+
+    def p_sample(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        out = super().p_sample(model, *args, **kwargs)
+        return out | {"sample": 0.98 * out["sample"]}
+
+
+def test_overrides_that_hand_on_their_arguments() -> None:
+    """Their ``*args`` were taken for an argument of that name; p_sample, for one that takes no model."""
+    own = diffusion(20, cls=Handing)
+    parallel, results = parallel_gaussian_diffusion(own, 8, tolerance=0), []
+    for one in (own, parallel):
+        torch.manual_seed(1)
+        results.append(one.p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS))
+    assert relative(results[1], results[0]) < 3e-6
+    assert parallel.solution.stats.rounds < 20
+
+
+def test_a_step_without_a_state_of_that_name_is_refused() -> None:
+    class Named(SpacedDiffusion):
+        def p_sample(self, model: Any, img: Tensor, t: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+            return super().p_sample(model, img, t, **kwargs)
+
+    with pytest.raises(UnsupportedDiffusionError, match=r"expected p_sample\(model, x, t, ...\), got one without .* x"):
+        parallel_gaussian_diffusion(diffusion(5, cls=Named)).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
