@@ -104,14 +104,19 @@ class Listener(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.draws: list[torch.Tensor] = []
-        self.global_stream = False
+        self.generators: list[torch.Generator | None] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))
         if func is torch.randn or func is torch.randn_like:
             self.draws.append(drawn)
-            self.global_stream |= (kwargs or {}).get("generator") is None
+            self.generators.append((kwargs or {}).get("generator"))
         return drawn
+
+    @property
+    def global_stream(self) -> bool:
+        """Whether some draw was made without a generator."""
+        return None in self.generators
 
     def playback(self) -> Float64:
         """The same draws once more, in float64 and on the CPU."""
@@ -128,7 +133,13 @@ class Played(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.randn or func is torch.randn_like:
-            return next(self._draws)
+            drawn = next(self._draws, None)
+            if drawn is None:  # a StopIteration would end a loop that is a generator
+                raise ValueError(
+                    "noise: a step draws more often than when it was tried with outputs of zero, so what it draws "
+                    "depends on what the network says; sample sequentially"
+                )
+            return drawn
         return func(*args, **(kwargs or {}))
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from parasolver_adapters.arguments import Kept, StepArguments, by_name, equal, parameters_of
-from parasolver_adapters.draws import Listener, Played, Unheard
+from parasolver_adapters.draws import Listener, Played, Unheard, streams_left_alone
 from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
@@ -106,7 +106,8 @@ def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution],
     quiet = given | ({"progress": False} if "progress" in given else {})
     draft = Draft(diffusion)
     device = next((device for device in (given.get("device"), _device(given.get("model"))) if device), "cpu")
-    with same_draws(torch.empty(0, device=device), given):
+    generators = [given, vars(diffusion)]
+    with streams_left_alone(), same_draws(torch.empty(0, device=device), generators):
         result = getattr(draft.object, name)(**quiet)
         if inspect.isgenerator(result):
             for _ in result:
@@ -131,6 +132,7 @@ class _Step:
         quiet: the same with functions of zeros in the place of networks.
         t: (batch,).
         draws: the normal draws made in it.
+        generators: what each was drawn from; None: the global stream.
         dtype: of the sample that it gives.
     """
 
@@ -139,6 +141,7 @@ class _Step:
     quiet: dict[str, Any]
     t: Tensor
     draws: list[Tensor]
+    generators: list[torch.Generator | None]
     dtype: torch.dtype
 
 
@@ -184,12 +187,17 @@ class Draft(_Stepped):
         quiet = {key: self._silenced.get(key, value) if value is not None else None for key, value in arguments.items()}
         with Listener() as listener, torch.no_grad():
             out = step(x=torch.zeros_like(x), t=t, **quiet)
+        if not isinstance(out, Mapping) or not {"sample", "pred_xstart"} <= out.keys():
+            got = sorted(map(str, out)) if isinstance(out, Mapping) else type(out).__name__
+            raise UnsupportedDiffusionError(
+                f"diffusion: expected {name} to return a dictionary with sample and pred_xstart, got {got}"
+            )
         if any(draw.shape != x.shape for draw in listener.draws):
             shapes = {tuple(draw.shape) for draw in listener.draws}
             raise UnsupportedDiffusionError(
                 f"diffusion: {name} draws noise of other shapes than its state's, {tuple(x.shape)}: {shapes}"
             )
-        self.steps.append(_Step(name, arguments, quiet, t, listener.draws, out["sample"].dtype))
+        self.steps.append(_Step(name, arguments, quiet, t, listener.draws, listener.generators, out["sample"].dtype))
         return out
 
     def check_rows(self, step: Callable[..., Any], x: Tensor) -> None:
@@ -254,11 +262,12 @@ class _Live(_Stepped):
             x_T = x.to(steps[-1].dtype)  # the object's own tables may be wider than the noise
             self._run = self._choices.begin(self._nodes, x_T, self._rule, self._timesteps, self._nodes.noise)
         self._check_call(i, x, arguments)
-        for draw in steps[i].draws:  # leaves the random numbers where the step would have left them
-            torch.randn_like(draw)
+        for draw, generator in zip(steps[i].draws, steps[i].generators, strict=True):
+            # leaves the random numbers where the step would have left them
+            torch.randn(draw.shape, generator=generator, dtype=draw.dtype, device=draw.device)
         self._count = i + 1
         sample, clean = self._run.after(i + 1), self._nodes.predicted(i)
-        out = {"sample": sample.to(x.device, steps[i].dtype, copy=True), "pred_xstart": clean.to(x.device)}
+        out = _Found(sample=sample.to(x.device, steps[i].dtype, copy=True), pred_xstart=clean.to(x.device))
         if self._count == len(steps):
             self._done(self._run.solution)
         return out
@@ -276,6 +285,16 @@ class _Live(_Stepped):
                 f"diffusion: step {i} is called with other arguments than when the loop was tried with outputs of "
                 "zero, so they depend on what the network says (as with self-conditioning); sample sequentially"
             )
+
+
+class _Found(dict[str, Any]):
+    """What a step of ours returns."""
+
+    def __missing__(self, key: str) -> Any:
+        raise UnsupportedDiffusionError(
+            f"diffusion: the loop reads {key!r} of what a step returns; in parallel there are sample and pred_xstart "
+            "only, so sample sequentially"
+        )
 
 
 class _RowStep:
@@ -306,10 +325,8 @@ class _RowStep:
         rows = Rows(steps, samples, None, _no_noise, self.batch)  # type: ignore[arg-type]
         arguments = self._arguments(rows, x.device)
         draws = [torch.stack(row_draws).to(x) for row_draws in zip(*map(self.draws_of, steps, samples), strict=True)]
-        if callable(arguments.get("model")):
-            arguments["model"] = Unheard(arguments["model"])
-        if callable(arguments.get("cond_fn")):
-            arguments["cond_fn"] = Unheard(arguments["cond_fn"])
+        called = {name: arguments.get(name) for name in ("model", "cond_fn", "denoised_fn")}
+        arguments |= {name: Unheard(value) for name, value in called.items() if callable(value)}
         t = self._t.to(x.device)[torch.as_tensor(steps, device=x.device), torch.as_tensor(samples, device=x.device)]
         with Played(draws):
             return self._step(x=x, t=t, **arguments)

@@ -18,7 +18,7 @@ from parasolver_adapters.gaussian_diffusion import (
     _StepDenoiser,
     parallel_gaussian_diffusion,
 )
-from parasolver_core import DDIM, DDPM
+from parasolver_core import DDIM, DDPM, NondeterministicDenoiserError
 from tests.adapters.test_gaussian_diffusion import KWARGS, SHAPE, Network, Quiet, SpacedDiffusion, diffusion
 from tests.adapters.weights import relative
 
@@ -191,3 +191,78 @@ def test_a_step_without_a_state_of_that_name_is_refused() -> None:
 
     with pytest.raises(UnsupportedDiffusionError, match=r"expected p_sample\(model, x, t, ...\), got one without .* x"):
         parallel_gaussian_diffusion(diffusion(5, cls=Named)).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
+
+
+class Generated(SpacedDiffusion):
+    """Draws from a generator of its own, or from one that it is given, and the first state from NumPy."""
+
+    generator: Any = None
+
+    def p_sample(
+        self, model: Any, x: Tensor, t: Tensor, model_kwargs: Any = None, generator: Any = None
+    ) -> dict[str, Tensor]:
+        mean, log_variance, clean = self.p_mean_variance(model, x, t, True, None, model_kwargs)
+        noise = torch.randn(x.shape, generator=generator or self.generator)
+        noisy = (t != 0).float().view(-1, 1, 1, 1)
+        return {"sample": mean + noisy * (log_variance / 2).exp() * noise, "pred_xstart": clean}
+
+    @torch.no_grad()
+    def p_sample_loop(self, model: Any, shape: Any, model_kwargs: Any = None, generator: Any = None) -> Tensor:  # type: ignore[override]
+        x = torch.from_numpy(np.random.standard_normal(shape)).float()  # noqa: NPY002
+        x = x + torch.randn(shape, generator=generator or self.generator)
+        for i in reversed(range(self.num_timesteps)):
+            x = self.p_sample(model, x, torch.tensor([i] * shape[0]), model_kwargs, generator)["sample"]
+        return x
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_streams_are_where_the_loop_would_have_left_them(given: bool) -> None:
+    """A second sample began with numbers that the first one's steps had drawn."""
+    own, network, found = diffusion(15, cls=Generated), Network(6), []
+    for make in (lambda one: one, lambda one: parallel_gaussian_diffusion(one, 8, tolerance=0)):
+        np.random.seed(3)  # noqa: NPY002
+        torch.manual_seed(2)
+        generator = torch.Generator().manual_seed(1)
+        own.generator = None if given else generator
+        options, one = {"generator": generator} if given else {}, make(own)
+        samples = [one.p_sample_loop(network, SHAPE, model_kwargs=KWARGS, **options) for _ in range(2)]
+        found.append((*samples, torch.rand(1), torch.rand(1, generator=generator)))
+    want, got = found
+    assert relative(got[0], want[0]) < 3e-6
+    assert relative(got[1], want[1]) < 3e-6
+    assert torch.equal(got[2], want[2])
+    assert torch.equal(got[3], want[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda out: (out["sample"], out["pred_xstart"]), "expected p_sample to return a dictionary .* got tuple"),
+        (lambda out: {"sample": out["sample"]}, r"expected p_sample to return a dictionary .* got \['sample'\]"),
+        (lambda out: out | {"more": 1}, "the loop reads 'more' of what a step returns"),
+    ],
+)
+def test_what_a_step_returns_besides_is_refused(change: Any, said: str) -> None:
+    class Changed(SpacedDiffusion):
+        def p_sample(self, *args: Any, **kwargs: Any) -> Any:
+            return change(super().p_sample(*args, **kwargs))
+
+        def p_sample_loop(self, *args: Any, **kwargs: Any) -> Any:
+            return list(self.p_sample_loop_progressive(*args, **kwargs))[-1]["more"]
+
+    with pytest.raises(UnsupportedDiffusionError, match=f"^diffusion: {said}"):
+        parallel_gaussian_diffusion(diffusion(5, cls=Changed)).p_sample_loop(Network(6), SHAPE, model_kwargs=KWARGS)
+
+
+def test_a_clean_sample_that_is_changed_at_random_is_found() -> None:
+    def shaken(x: Tensor) -> Tensor:
+        return x + 0.3 * torch.randn_like(x)
+
+    options = {"model_kwargs": KWARGS, "denoised_fn": shaken}
+    with pytest.raises(NondeterministicDenoiserError, match="differ by"):
+        parallel_gaussian_diffusion(diffusion(10)).p_sample_loop(Network(6), SHAPE, **options)
+
+
+def test_draws_that_run_out_are_refused() -> None:
+    with Played([torch.zeros(2)]), pytest.raises(ValueError, match=r"^noise: a step draws more often"):
+        torch.randn(2) + torch.randn(2)
