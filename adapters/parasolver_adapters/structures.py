@@ -65,12 +65,14 @@ def sample_structure(
 
     Raises:
         UnsupportedSamplerError: with ``steering``.
+        ValueError: ``sigmas`` or ``atom_mask`` are not as described.
     """
     if steering is not None:
         raise UnsupportedSamplerError(
             "steering: particles are resampled among the samples of a batch in the middle of a run, so no later state "
             "has a fixed past; sample without steering, or put a potential's gradient into the network"
         )
+    _check_levels(sigmas)
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(sigma: Tensor, after: Tensor) -> Tensor:
@@ -91,6 +93,34 @@ def sample_structure(
     return x
 
 
+def _check_levels(sigmas: Any) -> None:
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+        got = f"shape {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise ValueError(f"sigmas: expected a tensor of at least two levels, (N + 1,), got {got}")
+    falling = (
+        (sigmas[:-1] >= sigmas[1:]).all() and (sigmas[:-1] > 0).all() and sigmas[-1] >= 0 and sigmas[0] < torch.inf
+    )
+    if not bool(falling):
+        raise ValueError(f"sigmas: expected finite levels above 0 that fall, the last perhaps to 0, got {sigmas}")
+
+
+def _check_mask(atom_mask: Tensor | None, atoms: int) -> None:
+    if atom_mask is None:
+        return
+    _check_length(atom_mask, atoms)
+    weights = atom_mask.double()
+    if not bool((weights >= 0).all() and 0 < weights.sum() < torch.inf):
+        raise ValueError("atom_mask: expected weights of at least 0, not all of them 0, got others")
+
+
+def _check_length(atom_mask: Tensor | None, atoms: int) -> None:
+    if atom_mask is not None and atom_mask.shape != (atoms,):
+        raise ValueError(
+            f"atom_mask: expected ({atoms},), one for each atom and the same in all samples of a batch, got "
+            f"{tuple(atom_mask.shape)}; sample structures of other sizes in runs of their own"
+        )
+
+
 def centred_noise(
     batch: int, atoms: int, atom_mask: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -103,6 +133,7 @@ def centred_noise(
         atom_mask: (atoms,); None: all.
         generator: on the CPU; None: the global one.
     """
+    _check_mask(atom_mask, atoms)
     noise = torch.randn(batch, atoms, 3, generator=generator)
     return noise - centre(noise, noise.new_ones(atoms) if atom_mask is None else atom_mask.to(noise))
 
@@ -123,10 +154,14 @@ class RigidFrames:
                 f"atom_mask: expected (atoms,), the same in all samples of a batch, got {tuple(self._mask.shape)}; "
                 "sample structures of other sizes in runs of their own"
             )
+        _check_mask(self._mask, 0 if self._mask is None else len(self._mask))
 
     def __call__(
         self, x: Tensor, sigma: Tensor, rotation: Tensor, shift: Tensor, churn: Tensor, **conditions: Any
     ) -> Tensor:
+        if x.ndim != 3 or x.shape[2] != 3:
+            raise ValueError(f"x: expected coordinates (batch, atoms, 3), got shape {tuple(x.shape)}")
+        _check_length(self._mask, x.shape[1])
         weights = x.new_ones(x.shape[1]) if self._mask is None else self._mask.to(x)
         # the mean of the noise is no part of the state; the network sees it as a part of the shift
         wide = (1 + churn.to(x.dtype) ** 2 / weights.sum()).sqrt()[:, None, None]
@@ -160,7 +195,11 @@ def align(x: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     weights = x.new_ones(x.shape[1]) if weights is None else weights
     moved, origin = x - centre(x, weights), centre(target, weights)
-    u, _, vh = torch.linalg.svd((moved * weights[:, None]).mT.double() @ (target - origin).double())
+    products = (moved * weights[:, None]).mT.double() @ (target - origin).double()
+    known = (
+        torch.isfinite(products).flatten(1).all(1)[:, None, None]
+    )  # what is not goes on as it is, and is told of there
+    u, _, vh = torch.linalg.svd(torch.where(known, products, torch.eye(3).to(products)))
     signs = torch.ones_like(u[:, 0])
     signs[:, 2] = torch.linalg.det(u @ vh)
     return moved @ (u * signs[:, None] @ vh).to(x.dtype) + origin

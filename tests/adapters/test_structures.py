@@ -21,6 +21,7 @@ from parasolver_adapters.structures import (
     rotations,
     sample_structure,
 )
+from parasolver_core import NonFiniteError
 from tests.adapters.weights import relative
 
 SIGMAS = torch.cat([16.0 * torch.linspace(160.0 ** (1 / 7), 4e-4 ** (1 / 7), 40) ** 7, torch.zeros(1)])
@@ -279,3 +280,60 @@ def test_what_is_the_same_in_every_call_of_a_network() -> None:
     assert same(numbers, numbers)
     assert not same(numbers, numbers.copy())
     assert not same("nothing", "something")
+
+
+def test_a_network_that_gives_nan_is_told_of_and_other_samples_go_on() -> None:
+    """The alignment failed with all samples, in the words of a decomposition."""
+    x = SIGMAS[0] * centred_noise(2, ATOMS, generator=torch.Generator().manual_seed(0))
+    broken = torch.zeros(2, ATOMS, 3)
+    broken[1, 2] = torch.nan
+    assert torch.equal(align(x + broken, x)[0], align(x, x)[0])
+    assert align(x + broken, x)[1].isnan().all()
+    assert align(x, x + broken)[1].isnan().all()
+
+    def failing(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where(((sigma > 0.5) & (sigma < 1))[:, None, None], torch.nan, network(x, sigma))
+
+    with pytest.raises(NonFiniteError, match="The denoiser gave NaN or infinity for sample 0 at step"):
+        parallel(sample_structure, 8, sigma_data=16.0)(RigidFrames(failing), x, SIGMAS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (MASK[:1], r"\(12,\), one for each atom .* got \(1,\)"),
+        (MASK[None], r"\(12,\), one for each atom .* got \(1, 12\)"),
+        (0 * MASK, "weights of at least 0, not all of them 0"),
+        (MASK - 0.5, "weights of at least 0, not all of them 0"),
+        (MASK * torch.nan, "weights of at least 0, not all of them 0"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: Tensor, said: str) -> None:
+    """A mask of length 1 is spread over the atoms, but counts as one: the mean was twelve times too large."""
+    with pytest.raises(ValueError, match=f"^atom_mask: expected {said}"):
+        centred_noise(1, ATOMS, mask)
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match=r"^atom_mask: expected "):
+        RigidFrames(network, mask)(normal(1, ATOMS, 3), one, torch.eye(3)[None], torch.zeros(1, 1, 3), one)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "said"),
+    [
+        ([2.0, 1.0], "a tensor of at least two levels, .* got list"),
+        (torch.ones(1), r"a tensor of at least two levels, .* got shape \(1,\)"),
+        (torch.tensor([1.0, 2.0]), "finite levels above 0 that fall"),
+        (torch.tensor([1.0, 0.0, 0.0]), "finite levels above 0 that fall"),
+        (torch.tensor([1.0, -1.0]), "finite levels above 0 that fall"),
+        (torch.tensor([torch.inf, 1.0]), "finite levels above 0 that fall"),
+        (torch.tensor([torch.nan, 1.0]), "finite levels above 0 that fall"),
+    ],
+)
+def test_levels_that_do_not_fall_are_refused(sigmas: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^sigmas: expected {said}"):
+        sample_structure(RigidFrames(network), normal(1, ATOMS, 3), sigmas)
+
+
+def test_coordinates_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^x: expected coordinates \(batch, atoms, 3\), got shape \(12, 3\)"):
+        RigidFrames(network)(normal(ATOMS, 3), torch.ones(1), torch.eye(3)[None], torch.zeros(1, 1, 3), torch.ones(1))
