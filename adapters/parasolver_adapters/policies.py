@@ -116,6 +116,7 @@ class ActionSampler:
             NonFiniteError, ConvergenceError: as :func:`parasolver_core.solve`.
         """
         started = time.perf_counter()
+        _check_call(shape, conditions, noise)
         self._network.conditions = _checked(conditions, shape[0])
         last = None if noise is not None or self._shift is None else self._last
         if noise is None:
@@ -218,6 +219,18 @@ def _along(axis: int, last: Tensor, new: Tensor, shift: int) -> Tensor:
     """``last`` moved by ``shift`` along an axis, with the end of ``new`` behind it."""
     length = new.shape[axis]
     return torch.cat([last.narrow(axis, shift, length - shift), new.narrow(axis, length - shift, shift)], dim=axis)
+
+
+def _check_call(shape: Any, conditions: Any, noise: Any) -> None:
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise TypeError(f"shape: expected (batch, horizon, actions), got {shape!r}")
+    if not isinstance(conditions, Mapping):
+        raise TypeError(
+            f"conditions: expected a dictionary of the network's arguments, got {type(conditions).__name__}"
+        )
+    if noise is not None and (not isinstance(noise, Tensor) or noise.shape != tuple(shape)):
+        got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise: expected a tensor of shape {tuple(shape)}, got {got}")
 
 
 def _checked(conditions: Mapping[str, Tensor | None], batch: int) -> dict[str, Tensor | None]:

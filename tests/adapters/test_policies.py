@@ -318,3 +318,24 @@ def test_a_policy_that_was_changed_since_is_not_sampled_as_it_was(name: str, cha
 def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"shape": 3}, TypeError, r"shape: expected \(batch, horizon, actions\), got 3"),
+        ({"conditions": [OBSTACLES]}, TypeError, "conditions: expected a dictionary .* got list"),
+        (
+            {"noise": torch.zeros(1, 16, 2)},
+            ValueError,
+            r"noise: expected a tensor of shape \(2, 16, 2\), got \(1, 16, 2",
+        ),
+        ({"noise": [0.0]}, ValueError, r"noise: expected a tensor of shape \(2, 16, 2\), got list"),
+    ],
+)
+def test_calls_that_do_not_fit(arguments: Any, error: type[Exception], message: str) -> None:
+    """Noise for fewer environments than there are conditions took the first conditions, without a word."""
+    sampler = ActionSampler(nn.Identity().eval(), DDIMScheduler(), 5)
+    call: dict[str, Any] = {"shape": (2, 16, 2), "conditions": {"global_cond": None}}
+    with pytest.raises(error, match=f"^{message}"):
+        sampler(**(call | arguments))
