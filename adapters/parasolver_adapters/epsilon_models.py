@@ -166,12 +166,15 @@ class EpsilonModel:
         if not needed and self.labels is not None:
             raise ValueError(f"labels: this network takes none, got {self.labels!r}")
         self._check_labels()
+        if self.labels is not None and np.ndim(self.labels) == 0:
+            object.__setattr__(self, "labels", int(self.labels))  # type: ignore[arg-type]
         labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels, dtype=np.int64))
         object.__setattr__(self, "_classes", DeviceTable(labels))
         object.__setattr__(self, "_clipping", Clipping(self.schedule, "epsilon"))
         levels = self.schedule.levels(np.arange(self.schedule.train_steps))
         object.__setattr__(self, "_sigmas", DeviceTable(levels[1]))
         check_scale("guidance_scale", self.guidance_scale)
+        check_count("guided_channels", self.guided_channels, optional=True)
         if self._guided and (self.num_classes is None or self.null_label is None):
             raise ValueError(
                 f"guidance_scale: got {self.guidance_scale}, which needs a network with labels and a null_label that "
@@ -181,7 +184,7 @@ class EpsilonModel:
     @property
     def takes_rows(self) -> bool:
         """Whether the samples have labels of their own, so that it must know whose each row is."""
-        return self.labels is not None and not isinstance(self.labels, (int, np.integer))
+        return self.labels is not None and not isinstance(self.labels, int)
 
     def __call__(self, x: Tensor, t: Tensor, rows: Rows | None = None) -> Tensor:
         """``eps`` of each row, like ``x``.
@@ -250,6 +253,9 @@ class EpsilonModel:
         labels = np.atleast_1d(np.asarray([] if self.labels is None else self.labels))
         if labels.ndim != 1 or (labels.size and not np.issubdtype(labels.dtype, np.integer)):
             raise TypeError(f"labels: expected one integer, or one for each sample, got {self.labels!r}")
+        null = self.null_label
+        if null is not None and self.num_classes is not None and not 0 <= null < self.num_classes:
+            raise ValueError(f"null_label: expected a class in 0..{self.num_classes - 1}, got {null}")
         limit = self.num_classes if self.num_classes is not None else np.iinfo(np.int64).max
         outside = labels[(labels < 0) | (labels >= limit)]
         if outside.size:

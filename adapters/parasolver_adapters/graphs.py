@@ -94,6 +94,10 @@ class GraphedDenoiser:
     def __init__(
         self, network: Callable[..., Any], rows: Sequence[int] = (1, 2, 4, 8, 16, 32), *, capture: Capture | None = None
     ) -> None:
+        if not callable(network):
+            raise TypeError(f"network: expected network(x, *args, **kwargs), got {type(network).__name__}")
+        if isinstance(rows, int):
+            raise TypeError(f"rows: expected row counts such as (1, 4, 16), got {rows}")
         if takes_rows(network):
             raise ValueError(
                 "network: it takes rows, whose samples it looks up on the host; graph the network inside it, for "

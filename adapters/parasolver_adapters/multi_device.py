@@ -26,6 +26,7 @@ from parasolver_core.denoiser.calls import BatchedCall
 from parasolver_core.denoiser.contract import DenoiserFn, Rows, SharedDenoiser, takes_rows
 from parasolver_core.errors import note
 from parasolver_core.introspection import reachable
+from parasolver_core.validation import check_count
 
 
 class MultiDeviceDenoiser(SharedDenoiser):
@@ -53,10 +54,11 @@ class MultiDeviceDenoiser(SharedDenoiser):
         for network in self._networks:
             if not callable(network):
                 raise TypeError(f"networks: expected callables denoiser(x, t), got {type(network).__name__}")
+        check_count("max_rows", max_rows, optional=True)
         if devices is not None and len(devices) != len(self._networks):
             raise ValueError(f"devices: expected one for each of {len(self._networks)} networks, got {len(devices)}")
         self._where = (
-            [_device_of(network) for network in self._networks] if devices is None else list(map(torch.device, devices))
+            [_device_of(network) for network in self._networks] if devices is None else list(map(_named, devices))
         )
         self._local = [BatchedCall(network, max_rows) for network in self._networks]
         self._calls = 0
@@ -115,6 +117,13 @@ class MultiDeviceDenoiser(SharedDenoiser):
 
     def _place(self, i: int) -> str:
         return str(self._where[i] or "the device of the rows")
+
+
+def _named(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"devices: expected devices of torch, such as cuda:1, got {device!r}: {error}") from None
 
 
 def _device_of(network: Any) -> torch.device | None:

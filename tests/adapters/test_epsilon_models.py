@@ -308,6 +308,9 @@ def test_the_conformance_check_passes(options: dict[str, Any]) -> None:
         ({"labels": None, "num_classes": None, "classifier": ClassifierGuidance(classifier)}, "labels: classifier"),
         ({"guidance_scale": 2.0}, "guidance_scale: got 2.0, which needs"),
         ({"guidance_scale": math.nan, "null_label": 4}, "guidance_scale: expected a finite number, got nan"),
+        ({"null_label": 5}, r"null_label: expected a class in 0\.\.4, got 5"),
+        ({"null_label": -1}, r"null_label: expected a class in 0\.\.4, got -1"),
+        ({"guided_channels": -1}, "guided_channels: expected an integer of at least 1, got -1"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], named: str) -> None:
@@ -318,6 +321,15 @@ def test_bad_arguments_are_refused(options: dict[str, Any], named: str) -> None:
 def test_a_classifier_scale_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="scale: expected a finite number, got inf"):
         ClassifierGuidance(classifier, math.inf)
+
+
+@pytest.mark.parametrize("label", [np.int64(3), np.array(3), torch.tensor(3)])
+def test_one_label_is_that_of_all_samples_in_any_form(label: Any) -> None:
+    """In an array without axes it was one for each sample, of which there were not enough."""
+    one = model(labels=label)
+    assert not one.takes_rows
+    t = torch.tensor([3, 500, 999])
+    assert torch.equal(one(x_T(3), t), model(labels=3)(x_T(3), t))
 
 
 def test_labels_of_another_kind_are_refused() -> None:

@@ -149,6 +149,10 @@ def test_bad_arguments() -> None:
         GraphedDenoiser(Network(), rows=())
     with pytest.raises(ValueError, match="rows: expected an integer of at least 1"):
         GraphedDenoiser(Network(), rows=(0,))
+    with pytest.raises(TypeError, match=r"rows: expected row counts such as \(1, 4, 16\), got 4"):
+        GraphedDenoiser(Network(), rows=4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"network: expected network.*got int"):
+        GraphedDenoiser(3)  # type: ignore[arg-type]
     each = ModelDenoiser(Network(), SCHEDULE, "epsilon", conditions={"shift": torch.zeros(2, 1)})
     with pytest.raises(ValueError, match=r"network: it takes rows.*ModelDenoiser\(GraphedDenoiser"):
         GraphedDenoiser(each)

@@ -210,6 +210,10 @@ def test_bad_arguments() -> None:
         MultiDeviceDenoiser([1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="devices: expected one for each of 2 networks, got 1"):
         MultiDeviceDenoiser([Network(), Network()], ["cpu"])
+    with pytest.raises(ValueError, match="devices: expected devices of torch, such as cuda:1, got 'nowhere'"):
+        MultiDeviceDenoiser([Network(), Network()], ["cpu", "nowhere"])
+    with pytest.raises(ValueError, match="max_rows: expected an integer of at least 1, got 0"):
+        MultiDeviceDenoiser([Network()], max_rows=0)
     other = Network()
     other.layer.weight.data.mul_(2)
     with pytest.raises(WorkersDisagreeError, match="those at 0 and 1 differ in shapes, dtypes or weights"):
