@@ -202,7 +202,8 @@ class _Stopping(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.randn:
-            raise _DrawnError(torch.empty(*args, **(kwargs or {})))
+            like = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
+            raise _DrawnError(torch.empty(*args, **like))
         return func(*args, **(kwargs or {}))
 
 
