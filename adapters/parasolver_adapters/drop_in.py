@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -49,7 +50,7 @@ def _made(given: Any, kind: type, methods: Mapping[str, Callable[..., Any]]) -> 
     for name, method in methods.items():
         _look_like(method, getattr(given, name))
     if methods:
-        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": _reduced}
         made.__class__ = type(kind.__name__, (kind,), {**methods, **named, "_without": (kind, own)})
     made.solution = None
     return made
@@ -61,6 +62,35 @@ def as_it_is_now(made: Any) -> Any:
     plain.__class__, own = type(made)._without
     vars(plain).update({name: method.__get__(plain) for name, method in own.items()})
     return plain
+
+
+class _Kind:
+    """The class of what was made: it is found under no name, so copies share it and pickles cannot hold it."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __deepcopy__(self, memo: Any) -> _Kind:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise pickle.PicklingError(
+            f"{self.kind.__name__}: an object that was made parallel cannot be pickled; save its state_dict or the "
+            "object that it was made of, and make that parallel where it is loaded"
+        )
+
+
+def _reduced(made: Any, protocol: Any) -> Any:
+    """For copies and pickles: as of the class without the methods, but for the class itself."""
+    reduced = type(made)._without[0].__reduce_ex__(made, protocol)
+    if isinstance(reduced, str):
+        return reduced
+    function, arguments, *rest = reduced
+    return _rebuilt, (function, *(_Kind(part) if part is type(made) else part for part in arguments)), *rest
+
+
+def _rebuilt(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*(part.kind if isinstance(part, _Kind) else part for part in arguments))
 
 
 def copied(given: Any) -> Any:

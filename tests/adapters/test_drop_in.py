@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -161,3 +162,15 @@ class Frozen:
 def test_objects_that_cannot_be_copied_so_are_refused(given: Any, said: str) -> None:
     with pytest.raises(TypeError, match=f"^sampler: {said}"):
         with_methods("sampler", given, {"sample": faster})
+
+
+def test_what_was_made_is_not_pickled() -> None:
+    """The message was of a class that is not the same object as itself."""
+    made = with_methods("sampler", Sampler(3), {"sample": faster})
+    for one in (made, copy.deepcopy(made)):
+        with pytest.raises(
+            pickle.PicklingError, match=r"^Sampler: an object that was made parallel cannot be pickled; "
+        ):
+            pickle.dumps(one)
+    assert pickle.loads(pickle.dumps(as_it_is_now(made))).sample(2) == ("own", 6)
+    assert type(copy.deepcopy(made)) is type(made)
