@@ -97,10 +97,8 @@ def _check_levels(sigmas: Any) -> None:
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
         got = f"shape {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise ValueError(f"sigmas: expected a tensor of at least two levels, (N + 1,), got {got}")
-    falling = (
-        (sigmas[:-1] >= sigmas[1:]).all() and (sigmas[:-1] > 0).all() and sigmas[-1] >= 0 and sigmas[0] < torch.inf
-    )
-    if not bool(falling):
+    before, after = sigmas[:-1], sigmas[1:]
+    if not bool(((before >= after) & (before > 0)).all() and after[-1] >= 0 and before[0] < torch.inf):
         raise ValueError(f"sigmas: expected finite levels above 0 that fall, the last perhaps to 0, got {sigmas}")
 
 
@@ -196,9 +194,7 @@ def align(x: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     weights = x.new_ones(x.shape[1]) if weights is None else weights
     moved, origin = x - centre(x, weights), centre(target, weights)
     products = (moved * weights[:, None]).mT.double() @ (target - origin).double()
-    known = (
-        torch.isfinite(products).flatten(1).all(1)[:, None, None]
-    )  # what is not goes on as it is, and is told of there
+    known = torch.isfinite(products).flatten(1).all(1)[:, None, None]  # the rest stays as it is, and is told of there
     u, _, vh = torch.linalg.svd(torch.where(known, products, torch.eye(3).to(products)))
     signs = torch.ones_like(u[:, 0])
     signs[:, 2] = torch.linalg.det(u @ vh)
