@@ -35,7 +35,7 @@ from benchmarks.torch_memory import TorchMemory
 CORE = "parasolver_core"
 SIZE, STEPS, WINDOW = 32, 50, 16  # of the own time
 BATCHES = (1, 16, 64, 256)
-POLICY_BATCHES, POLICY_WINDOWS, POLICY_STEPS = (1, 16, 64), (8, 16, 32, 100), 100
+POLICY_BATCHES, POLICY_WINDOWS, POLICY_STEPS = (1, 16, 64), (8, 16, 32, 48, 100), 100
 COUNTED_ROUND = 4  # the window has opened by then
 VIEWS = {"view", "slice", "select", "reshape", "expand", "unsqueeze", "permute", "transpose", "detach", "alias", "t"}
 VIEWS |= {"_unsafe_view", "unbind", "lift_fresh", "split", "squeeze", "as_strided", "split_with_sizes"}
