@@ -21,6 +21,7 @@ NEEDS = {
     "epsilon_models": ("torch", "torch"),
     "exchange": ("torch", "torch"),
     "gaussian_diffusion": ("torch", "torch"),
+    "gaussian_steps": ("torch", "torch"),
     "given": ("torch", "torch"),
     "graphs": ("torch", "torch"),
     "guided_diffusion": ("torch", "torch"),

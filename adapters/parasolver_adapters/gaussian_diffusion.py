@@ -21,29 +21,36 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parasolver_adapters.arguments import Kept, StepArguments, by_name, equal, parameters_of
-from parasolver_adapters.draws import Listener, Played, Unheard, streams_left_alone
+from parasolver_adapters.arguments import Kept, by_name, equal, parameters_of
+from parasolver_adapters.draws import Listener, streams_left_alone
 from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
+from parasolver_adapters.gaussian_steps import (
+    PairStep,
+    RowStep,
+    Step,
+    StepDenoiser,
+    UnsupportedDiffusionError,
+    in_halves,
+    in_pairs,
+)
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
-from parasolver_core import DDIM, DDPM, NoiseSchedule, Rows, Solution, StepRule
+from parasolver_core import DDIM, DDPM, CoupledRowsError, NoiseSchedule, Solution, StepRule
+from parasolver_core.errors import note
 
 LOOPS = ("p_sample_loop", "p_sample_loop_progressive", "ddim_sample_loop", "ddim_sample_loop_progressive")
 STEPS = ("p_sample", "ddim_sample")
 
 
-class UnsupportedDiffusionError(ValueError):
-    """The object's loop cannot be sampled in parallel; the message says why."""
-
-
-def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 16, **options: Any) -> Any:
+def parallel_gaussian_diffusion(
+    diffusion: Any, window: int | Literal["auto"] = 16, *, pairs: bool = False, **options: Any
+) -> Any:
     """A copy of a ``GaussianDiffusion`` or ``SpacedDiffusion`` object whose loops find their samples in parallel.
 
     ``p_sample_loop``, ``ddim_sample_loop`` and their ``_progressive`` forms have their own arguments and results:
@@ -55,6 +62,9 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
         window: as in :func:`parasolver_core.solve`; 1 leaves the loops as they are.
 
     Other arguments:
+        pairs: whether the network guides in pairs, as DiT's ``forward_with_cfg`` and GLIDE's ``model_fn`` do: the first
+            half of the batch has conditions and the second has none, and both are given the first half's states. Two
+            such rows are then one sample of two, which counts as one row of ``max_rows``.
         options: further arguments of :func:`parasolver_core.solve`: ``tolerance``, ``method``, ``max_rounds``,
             ``max_rows``, ``buckets``, ``state_device``, ``warmup_steps``, ``check``.
 
@@ -65,6 +75,7 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
     Raises:
         TypeError: it is no such object.
         UnsupportedDiffusionError: when a loop is called that goes back in time, or mixes the samples of a batch.
+        CoupledRowsError: when a loop is called with a network that mixes them, other than in ``pairs``.
     """
     missing = [name for name in ("alphas_cumprod", *STEPS[:1]) if not hasattr(diffusion, name)]
     if missing:
@@ -80,11 +91,11 @@ def parallel_gaussian_diffusion(diffusion: Any, window: int | Literal["auto"] = 
     choices, loops = Choices.checked(window, **options), [name for name in LOOPS if hasattr(diffusion, name)]
     chosen = () if choices.sequential else loops
     return with_methods(
-        "diffusion", diffusion, {name: _loop(getattr(diffusion, name), name, choices) for name in chosen}
+        "diffusion", diffusion, {name: _loop(getattr(diffusion, name), name, choices, pairs) for name in chosen}
     )
 
 
-def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable[..., Any]:
+def _loop(original: Callable[..., Any], name: str, choices: Choices, pairs: bool) -> Callable[..., Any]:
     """One of the loops, over steps of ours."""
 
     def loop(drop_in: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +104,13 @@ def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable
         def done(solution: Solution) -> None:
             drop_in.solution = solution
 
-        return _run(as_it_is_now(drop_in), name, choices, done, args, kwargs)
+        try:
+            live = functools.partial(_Live, choices=choices, pairs=pairs, done=done)
+            return _run(as_it_is_now(drop_in), name, live, args, kwargs)
+        except CoupledRowsError as error:
+            if not pairs:
+                note(error, "a network that guides in pairs, as DiT's forward_with_cfg does, needs pairs=True")
+            raise
 
     def progressive(drop_in: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from loop(drop_in, *args, **kwargs)
@@ -101,7 +118,7 @@ def _loop(original: Callable[..., Any], name: str, choices: Choices) -> Callable
     return progressive if inspect.isgeneratorfunction(original) else loop
 
 
-def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution], None], args: Any, kwargs: Any) -> Any:
+def _run(diffusion: Any, name: str, made: Callable[[Draft], _Live], args: Any, kwargs: Any) -> Any:
     given = by_name(diffusion, name, args, kwargs)
     quiet = given | ({"progress": False} if "progress" in given else {})
     draft = Draft(diffusion)
@@ -112,7 +129,7 @@ def _run(diffusion: Any, name: str, choices: Choices, done: Callable[[Solution],
         if inspect.isgenerator(result):
             for _ in result:
                 pass
-    live = _Live(draft, choices, done)
+    live = made(draft)
     return getattr(live.object, name)(*args, **kwargs)
 
 
@@ -120,29 +137,6 @@ def _device(model: Any) -> torch.device | None:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if parameters is not None else None
     return None if first is None else first.device
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One call of ``p_sample`` or ``ddim_sample``, as the loop made it.
-
-    Args:
-        name: of the method.
-        arguments: all of them but x and t, by name.
-        quiet: the same with functions of zeros in the place of networks.
-        t: (batch,).
-        draws: the normal draws made in it.
-        generators: what each was drawn from; None: the global stream.
-        dtype: of the sample that it gives.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    quiet: dict[str, Any]
-    t: Tensor
-    draws: list[Tensor]
-    generators: list[torch.Generator | None]
-    dtype: torch.dtype
 
 
 class _Stepped:
@@ -173,7 +167,7 @@ class Draft(_Stepped):
     def __init__(self, diffusion: Any) -> None:
         super().__init__(diffusion)
         self.diffusion = diffusion
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._kept = Kept()
         channels = 2 if "LEARNED" in str(getattr(diffusion, "model_var_type", "")) else 1
         self._silenced: dict[str, Callable[..., Tensor]] = {
@@ -197,14 +191,14 @@ class Draft(_Stepped):
             raise UnsupportedDiffusionError(
                 f"diffusion: {name} draws noise of other shapes than its state's, {tuple(x.shape)}: {shapes}"
             )
-        self.steps.append(_Step(name, arguments, quiet, t, listener.draws, listener.generators, out["sample"].dtype))
+        self.steps.append(Step(name, arguments, quiet, t, listener.draws, listener.generators, out["sample"].dtype))
         return out
 
     def check_rows(self, step: Callable[..., Any], x: Tensor) -> None:
         """Rows of different steps in one call have to come out as they do alone; tried without the network."""
         last, batch = len(self.steps) - 1, len(x)
         steps, samples = np.repeat([0, last // 2, last], batch), np.tile(np.arange(batch), 3)
-        rows = _RowStep(step, self.steps, batch, [made.quiet for made in self.steps])
+        rows = RowStep(step, self.steps, batch, [made.quiet for made in self.steps])
         states = torch.cat([x * 0.5, x, x * 2])
         together = rows(states, steps, samples)["sample"]
         for i in range(len(states)):
@@ -244,9 +238,9 @@ class Draft(_Stepped):
 class _Live(_Stepped):
     """The loop, whose steps are the solver's."""
 
-    def __init__(self, draft: Draft, choices: Choices, done: Callable[[Solution], None]) -> None:
+    def __init__(self, draft: Draft, choices: Choices, pairs: bool, done: Callable[[Solution], None]) -> None:
         super().__init__(draft.diffusion)
-        self._draft, self._choices, self._done = draft, choices, done
+        self._draft, self._choices, self._pairs, self._done = draft, choices, pairs, done
         self._rule, self._timesteps = draft.table()
         self._run: Stepwise | None = None
         self._nodes: Any = None
@@ -258,24 +252,33 @@ class _Live(_Stepped):
             raise UnsupportedDiffusionError(f"diffusion: step {i} of the loop is another than when it was tried out")
         if self._run is None:
             self._draft.check_rows(step, x)
-            self._nodes = _StepDenoiser(_RowStep(step, steps, len(x), [made.arguments for made in steps]), len(steps))
+            rows = RowStep(step, steps, len(x), [made.arguments for made in steps])
+            self._nodes = StepDenoiser(PairStep(rows) if self._pairs else rows, len(steps))
             x_T = x.to(steps[-1].dtype)  # the object's own tables may be wider than the noise
+            x_T = in_pairs(x_T) if self._pairs else x_T
             self._run = self._choices.begin(self._nodes, x_T, self._rule, self._timesteps, self._nodes.noise)
         self._check_call(i, x, arguments)
         for draw, generator in zip(steps[i].draws, steps[i].generators, strict=True):
             # leaves the random numbers where the step would have left them
             torch.randn(draw.shape, generator=generator, dtype=draw.dtype, device=draw.device)
         self._count = i + 1
-        sample, clean = self._run.after(i + 1), self._nodes.predicted(i)
+        sample, clean = self._after(i + 1), self._batch(self._nodes.predicted(i))
         out = _Found(sample=sample.to(x.device, steps[i].dtype, copy=True), pred_xstart=clean.to(x.device))
         if self._count == len(steps):
             self._done(self._run.solution)
         return out
 
+    def _after(self, i: int) -> Tensor:
+        """The states after so many steps, as the loop has them."""
+        assert self._run is not None
+        return self._batch(self._run.after(i))
+
+    def _batch(self, values: Tensor) -> Tensor:
+        return in_halves(values) if self._pairs else values
+
     def _check_call(self, i: int, x: Tensor, arguments: dict[str, Any]) -> None:
         """The loop has to go on from the state that it was given, with what the network's outputs do not change."""
-        assert self._run is not None
-        if i and not equal(self._run.after(i).to(x.device, self._draft.steps[i - 1].dtype), x):
+        if i and not equal(self._after(i).to(x.device, self._draft.steps[i - 1].dtype), x):
             raise UnsupportedDiffusionError(
                 f"diffusion: the loop changes the state before step {i}, as inpainting does between steps; sample "
                 "sequentially, or change it inside the step"
@@ -295,89 +298,3 @@ class _Found(dict[str, Any]):
             f"diffusion: the loop reads {key!r} of what a step returns; in parallel there are sample and pred_xstart "
             "only, so sample sequentially"
         )
-
-
-class _RowStep:
-    """``p_sample`` or ``ddim_sample`` for rows of any steps, with the noise that the loop drew for them.
-
-    Args:
-        step: the method.
-        steps: as the loop made them.
-        batch: number of samples.
-        arguments: of each step.
-    """
-
-    def __init__(
-        self, step: Callable[..., Any], steps: list[_Step], batch: int, arguments: list[dict[str, Any]]
-    ) -> None:
-        counts = {len(step.draws) for step in steps}
-        if len(counts) != 1:
-            raise UnsupportedDiffusionError(f"diffusion: expected as many draws of noise in every step, got {counts}")
-        try:
-            self._arguments = StepArguments(arguments, batch, f"arguments of {steps[0].name}")
-        except ValueError as error:
-            raise UnsupportedDiffusionError(f"diffusion: {error}") from None
-        self._step, self._steps, self.batch = step, steps, batch
-        self._t = torch.stack([step.t for step in steps])
-
-    def __call__(self, x: Tensor, steps: np.ndarray, samples: np.ndarray) -> Any:
-        """What the step returns for these rows."""
-        rows = Rows(steps, samples, None, _no_noise, self.batch)  # type: ignore[arg-type]
-        arguments = self._arguments(rows, x.device)
-        draws = [torch.stack(row_draws).to(x) for row_draws in zip(*map(self.draws_of, steps, samples), strict=True)]
-        called = {name: arguments.get(name) for name in ("model", "cond_fn", "denoised_fn")}
-        arguments |= {name: Unheard(value) for name, value in called.items() if callable(value)}
-        t = self._t.to(x.device)[torch.as_tensor(steps, device=x.device), torch.as_tensor(samples, device=x.device)]
-        with Played(draws):
-            return self._step(x=x, t=t, **arguments)
-
-    def draws_of(self, step: int, sample: int) -> list[Tensor]:
-        """The draws of one step of one sample."""
-        return [draw[sample] for draw in self._steps[step].draws]
-
-
-class _StepDenoiser:
-    """``m`` of the module's equation, and the clean samples that were predicted on the way."""
-
-    takes_rows = True
-
-    def __init__(self, rows: _RowStep, steps: int) -> None:
-        self._rows = rows
-        self._predictions: list[dict[int, Tensor]] = [{} for _ in range(steps)]
-
-    def __call__(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
-        table, kind = rows.recurrence, torch.promote_types(x.dtype, torch.float32)
-        columns = np.stack([table.a[rows.steps, 0], table.b[rows.steps, 0], table.c[rows.steps]])
-        a, b, c = torch.as_tensor(columns, dtype=kind, device=x.device).view(3, -1, *[1] * (x.ndim - 1))
-        moved = a * x.to(kind)  # before the step, as the network may write into x
-        out = self._rows(x, rows.steps, rows.samples)
-        for step, sample, predicted in zip(rows.steps, rows.samples, out["pred_xstart"], strict=True):
-            self._predictions[step][sample] = predicted
-        change = out["sample"].to(kind) - moved
-        if table.stochastic:
-            z = torch.stack([rows.noise(*at) for at in zip(rows.steps, rows.samples, strict=True)])
-            change = change - c * z.to(change)
-        return (change / b).to(x.dtype)
-
-    def noise(self, step: int, sample: int) -> Tensor:
-        """The first draw of a step; asked for only where there is one."""
-        return self._rows.draws_of(step, sample)[0]
-
-    def predicted(self, i: int) -> Tensor:
-        """The predicted clean samples of step i, asked for in order; interpolated where it was not evaluated."""
-        rows = [self._predicted(i, sample) for sample in range(self._rows.batch)]
-        if i:
-            self._predictions[i - 1].clear()
-        self._predictions[i] = dict(enumerate(rows))
-        return torch.stack(rows)
-
-    def _predicted(self, i: int, sample: int) -> Tensor:
-        if sample in self._predictions[i]:
-            return self._predictions[i][sample]
-        after = next((j for j in range(i, len(self._predictions)) if sample in self._predictions[j]), None)
-        before = self._predictions[i - 1][sample]
-        return before if after is None else torch.lerp(before, self._predictions[after][sample], 1 / (after - i + 1))
-
-
-def _no_noise(step: int, sample: int) -> Tensor:
-    raise AssertionError("the noise of a step is played to it")

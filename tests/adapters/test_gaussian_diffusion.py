@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.guided_loops import ModelMeanType, ModelVarType, SpacedDiffusion
 from parasolver_adapters.epsilon_models import space_timesteps
 from parasolver_adapters.gaussian_diffusion import UnsupportedDiffusionError, parallel_gaussian_diffusion
-from parasolver_core import NonFiniteError
+from parasolver_core import CoupledRowsError, NonFiniteError
 from tests.adapters.weights import relative
 
 SHAPE = (2, 3, 4, 4)
@@ -287,3 +287,41 @@ def test_bad_arguments_and_networks() -> None:
             clip_denoised=False,
         )
     assert caught.value.solution is not None
+
+
+class Guided(Network):
+    """Guided in pairs, as DiT's ``forward_with_cfg``: the second half's states are not looked at."""
+
+    def forward(self, x: Tensor, t: Tensor, y: dict[str, Any]) -> Tensor:
+        half = x.chunk(2)[0]
+        out = super().forward(torch.cat([half, half]), t, y)
+        given, null = out[:, :3].chunk(2)
+        eps = null + 4 * (given - null)
+        return torch.cat([torch.cat([eps, eps]), out[:, 3:]], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("loop", "eta"), [("p_sample_loop", None), ("ddim_sample_loop", 0.0), ("ddim_sample_loop", 0.6)]
+)
+def test_a_network_that_guides_in_pairs(loop: str, eta: float | None) -> None:
+    network, own, half = Guided(6), diffusion("40"), torch.randn(3, 3, 4, 4)
+    labels = {"label": {"id": torch.tensor([3, 5, 2, 9, 9, 9])}, "scale": 0.7}
+    options: dict[str, Any] = {"noise": torch.cat([half, half]), "model_kwargs": {"y": labels}}
+    options |= {} if eta is None else {"eta": eta}
+    torch.manual_seed(1)
+    want, after = getattr(own, loop)(network, (6, 3, 4, 4), **options), torch.rand(1)
+    paired = parallel_gaussian_diffusion(own, 16, tolerance=0, pairs=True)
+    torch.manual_seed(1)
+    got = getattr(paired, loop)(network, (6, 3, 4, 4), **options)
+    assert torch.equal(torch.rand(1), after)
+    assert relative(got, want) < 1e-5
+    assert relative(got[3:], got[:3]) > 1e-3 or eta == 0  # the other half draws noise of its own
+    assert paired.solution.stats.rounds < 30
+    assert paired.solution.sample.shape == (3, 2, 3, 4, 4)
+    with pytest.raises(UnsupportedDiffusionError, match=r"pairs: expected a batch .* got 3 samples"):
+        paired.p_sample_loop(
+            Network(6), (3, 3, 4, 4), model_kwargs={"y": {"label": {"id": torch.arange(3)}, "scale": 1}}
+        )
+    with pytest.raises(CoupledRowsError) as raised:
+        getattr(parallel_gaussian_diffusion(own, 16), loop)(network, (6, 3, 4, 4), **options)
+    assert any("needs pairs=True" in told for told in raised.value.__notes__)

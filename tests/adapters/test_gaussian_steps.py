@@ -15,9 +15,9 @@ from parasolver_adapters.gaussian_diffusion import (
     Draft,
     UnsupportedDiffusionError,
     _device,
-    _StepDenoiser,
     parallel_gaussian_diffusion,
 )
+from parasolver_adapters.gaussian_steps import StepDenoiser
 from parasolver_core import DDIM, DDPM, NondeterministicDenoiserError
 from tests.adapters.test_gaussian_diffusion import KWARGS, SHAPE, Network, Quiet, SpacedDiffusion, diffusion
 from tests.adapters.weights import relative
@@ -152,7 +152,7 @@ def test_draws_are_played_in_their_order_and_the_networks_own_are_not() -> None:
 def test_clean_samples_that_were_not_predicted_are_interpolated() -> None:
     """Between that of the step before and the next that is known; where none is, it stays."""
     rows: Any = SimpleNamespace(batch=2, draws_of=lambda step, sample: [step + 10 * sample, "another"])
-    denoiser = _StepDenoiser(rows, 4)
+    denoiser = StepDenoiser(rows, 4)
     one = torch.ones(1)
     denoiser._predictions = [{0: 0 * one, 1: 4 * one}, {}, {}, {0: 3 * one}]
     assert [denoiser.predicted(i).tolist() for i in range(4)] == [
