@@ -102,10 +102,14 @@ def _check_levels(sigmas: Any) -> None:
         raise ValueError(f"sigmas: expected finite levels above 0 that fall, the last perhaps to 0, got {sigmas}")
 
 
-def _check_mask(atom_mask: Tensor | None, atoms: int) -> None:
+def _check_mask(atom_mask: Tensor | None) -> None:
     if atom_mask is None:
         return
-    _check_length(atom_mask, atoms)
+    if atom_mask.ndim != 1:
+        raise ValueError(
+            f"atom_mask: expected (atoms,), the same in all samples of a batch, got {tuple(atom_mask.shape)}; "
+            "sample structures of other sizes in runs of their own"
+        )
     weights = atom_mask.double()
     if not bool((weights >= 0).all() and 0 < weights.sum() < torch.inf):
         raise ValueError("atom_mask: expected weights of at least 0, not all of them 0, got others")
@@ -131,7 +135,8 @@ def centred_noise(
         atom_mask: (atoms,); None: all.
         generator: on the CPU; None: the global one.
     """
-    _check_mask(atom_mask, atoms)
+    _check_length(atom_mask, atoms)
+    _check_mask(atom_mask)
     noise = torch.randn(batch, atoms, 3, generator=generator)
     return noise - centre(noise, noise.new_ones(atoms) if atom_mask is None else atom_mask.to(noise))
 
@@ -147,12 +152,7 @@ class RigidFrames:
     def __init__(self, network: Callable[..., Tensor], atom_mask: Tensor | None = None) -> None:
         self._network = network
         self._mask = None if atom_mask is None else atom_mask.float()
-        if self._mask is not None and self._mask.ndim != 1:
-            raise ValueError(
-                f"atom_mask: expected (atoms,), the same in all samples of a batch, got {tuple(self._mask.shape)}; "
-                "sample structures of other sizes in runs of their own"
-            )
-        _check_mask(self._mask, 0 if self._mask is None else len(self._mask))
+        _check_mask(self._mask)
 
     def __call__(
         self, x: Tensor, sigma: Tensor, rotation: Tensor, shift: Tensor, churn: Tensor, **conditions: Any
