@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from parasolver_adapters.arguments import Kept, by_name, equal, parameters_of
-from parasolver_adapters.draws import Listener, streams_left_alone
+from parasolver_adapters.draws import Listener
 from parasolver_adapters.drop_in import as_it_is_now, copied, with_methods
 from parasolver_adapters.gaussian_steps import (
     PairStep,
@@ -39,6 +39,7 @@ from parasolver_adapters.gaussian_steps import (
     in_halves,
     in_pairs,
 )
+from parasolver_adapters.given import streams_left_alone
 from parasolver_adapters.samplers.calls import same_draws
 from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_core import DDIM, DDPM, CoupledRowsError, NoiseSchedule, Solution, StepRule

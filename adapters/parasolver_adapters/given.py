@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,16 @@ class Streams:
             torch.cuda.set_rng_state_all(self._cuda)
         for set_state, state in self._outside:
             set_state(state)
+
+
+@contextmanager
+def streams_left_alone() -> Iterator[None]:
+    """The global streams are afterwards where they were."""
+    streams = Streams({})
+    try:
+        yield
+    finally:
+        streams.restore()
 
 
 def _outside_torch(generator: Any) -> tuple[Callable[[Any], Any], Any] | None:

@@ -27,7 +27,8 @@ from parasolver_adapters.bands import (
     replay,
     tabulated,
 )
-from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise, streams_left_alone
+from parasolver_adapters.draws import Draw, Float64, Recorder, no_noise
+from parasolver_adapters.given import streams_left_alone
 from parasolver_adapters.samplers.calls import DRAWS, SamplerCall, Stub, UnsupportedSamplerError, sources, time_of
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.samplers.sample_form import predicted_sample_coefficients

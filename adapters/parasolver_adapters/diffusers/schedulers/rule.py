@@ -22,7 +22,8 @@ from parasolver_adapters.diffusers.schedulers.stepping import (
     Loop,
     UnsupportedSchedulerError,
 )
-from parasolver_adapters.draws import Listener, streams_left_alone
+from parasolver_adapters.draws import Listener
+from parasolver_adapters.given import streams_left_alone
 from parasolver_adapters.stepwise import FixedRule
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.samplers.schedules import PredictionType
