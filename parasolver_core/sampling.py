@@ -21,7 +21,7 @@ from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solution import Solution
 from parasolver_core.solver.loop import Callback, Solver
 from parasolver_core.solver.parallel import ParallelIntegralSolver
-from parasolver_core.solver.report import untouched
+from parasolver_core.solver.report import left_by
 from parasolver_core.solver.sequential import SequentialSolver
 from parasolver_core.solver.state import Save
 
@@ -141,7 +141,7 @@ def solve(
     except BaseException as error:
         if not has_solution(error):
             reached, reason = solution, error
-            attach(error, lambda: reached or untouched(x_T, timesteps, save, reason))
+            attach(error, lambda: reached or left_by(reason, None, x_T, timesteps, save))
         raise
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parasolver_core.samplers.recurrence import Recurrence, trim
+from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.sample_form import added_noise_share, posterior_slope, signal_share
+from parasolver_core.samplers.tables import trim
 
 Float64Array = NDArray[np.float64]
 Band = tuple[Float64Array, Float64Array, Float64Array]

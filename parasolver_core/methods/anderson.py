@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, finite_rows, matmul, uploaded, vecdot
 from parasolver_core.methods.method import Method
-from parasolver_core.methods.run import Run, SampleRun
-from parasolver_core.rounds.acceptance import Acceptance, StepVariance
+from parasolver_core.methods.run import Run
+from parasolver_core.methods.sample_run import SampleRun
+from parasolver_core.rounds.acceptance import Acceptance
 from parasolver_core.rounds.linearization import Linearization, Secant
 from parasolver_core.rounds.shared import FillName, Shared
+from parasolver_core.rounds.step_variance import StepVariance
 from parasolver_core.solution import SampleRecord, Status
 from parasolver_core.validation import check_count
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.samplers.recurrence import UNDECIDED, Recurrence
+from parasolver_core.samplers.tables import in_held
 
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -39,7 +40,7 @@ class Level:
     def of(cls, recurrence: Recurrence, nodes: NDArray[np.int64]) -> Level:
         """Carry ``x_T`` and the interpolated predictions through the recurrence, in float64."""
         n = len(recurrence)
-        a, b = recurrence.held_form
+        a, b = in_held(recurrence.a, recurrence.b, recurrence.held)
         source = interpolation(np.arange(n), nodes, recurrence.stages)
         states = np.zeros((n + 1, len(nodes) + 1))  # last column: x_T
         states[0, -1] = 1.0

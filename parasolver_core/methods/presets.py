@@ -2,7 +2,7 @@
 
 ``"secant"`` is the default and the best that was found; ``"identity"`` is its sliding window with Picard's slope.
 ``"paradigms"``, ``"parasolver"`` and ``"parataa"`` are the published methods, for comparison, with their stop rules:
-see :class:`~parasolver_core.rounds.acceptance.StepVariance` and :class:`Anderson` for what ``tolerance`` then means.
+see :class:`~parasolver_core.rounds.step_variance.StepVariance` and :class:`Anderson` for what ``tolerance`` then means.
 Preconditioning steps are ``warmup_steps`` plus one, since the first call of ``"parasolver"`` is always alone.
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from parasolver_core.methods.anderson import Anderson
 from parasolver_core.methods.method import Method
-from parasolver_core.rounds.acceptance import Margins, RelativeMove, StepVariance
+from parasolver_core.rounds.acceptance import Margins, RelativeMove
 from parasolver_core.rounds.linearization import Identity
+from parasolver_core.rounds.step_variance import StepVariance
 
 CALIBRATED = "parasolver calibration 1"  # what a calibration file says it is
 

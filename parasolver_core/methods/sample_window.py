@@ -10,13 +10,12 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view
-from parasolver_core.methods.run import SampleRun
+from parasolver_core.methods.sample_run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
-from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, Status
 
@@ -97,8 +96,8 @@ class SampleWindow(SampleRun):
         """
         D, nodes, told = self._shared.taken(D), self.nodes, self._correction.read(sums, self.lo)
         unit = self._eps if self._single else max(self._eps, float(coarse(self._xp, D[0, :])[0]))
-        predicted = _predicted_size(self._recurrence, self.hi - 1, self._window_states[-1, :], D[-1, :])
-        smallness = self._recurrence.smallness(self.hi - 1, predicted, float(told.size[-1]))
+        predicted = _predicted_size(self._shared, self.hi - 1, self._window_states[-1, :], D[-1, :])
+        smallness = self._shared.small_data.smallness(self.hi - 1, predicted, float(told.size[-1]))
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
         if count == 0:
             return self._first_alone(D)
@@ -245,10 +244,10 @@ class SampleWindow(SampleRun):
         return self.record(nodes, 0, nothing, nothing)
 
 
-def _predicted_size(recurrence: Recurrence, node: int, x: Array, m: Array) -> float:
+def _predicted_size(shared: Shared, node: int, x: Array, m: Array) -> float:
     """The mean square of the prediction of the sample, where its size is asked for."""
-    if not recurrence.tells_size(node):
+    if not shared.small_data.is_told(node):
         return math.inf
-    p, q = recurrence.held[node].tolist()
+    p, q = shared.recurrence.held[node].tolist()
     held = combine([(p, x), (q, m)])
     return float(np.dot(held, held)) / len(held)

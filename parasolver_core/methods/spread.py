@@ -162,11 +162,11 @@ class SpreadNodes(Run):
 
     def _note_sizes(self, picks: Indices, real: NDArray[np.bool_], said: Float64, states: Float64) -> None:
         """How small each sample's data are, by mean squares of the prediction and the state at its last node."""
-        recurrence, last = self._shared.recurrence, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
+        small_data, last = self._shared.small_data, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
         for row, (refinement, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
             node = int(self._states.level.nodes[picks[row, k]])
-            if recurrence.tells_size(np.array([node])) and real[row, k]:
-                refinement.smallness = recurrence.smallness(node, float(said[row, k]), float(states[row, k]))
+            if small_data.is_told(np.array([node])) and real[row, k]:
+                refinement.smallness = small_data.smallness(node, float(said[row, k]), float(states[row, k]))
 
     def successors(self) -> list[Run]:
         born, self._born = self._born, []

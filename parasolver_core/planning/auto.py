@@ -16,6 +16,7 @@ from parasolver_core.planning.measurement import cost_key, run_costs
 from parasolver_core.planning.prediction import Choice, Costs, Prediction, choose, explain, seconds
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solver.parallel import ParallelIntegralSolver
+from parasolver_core.solver.report import left_by
 from parasolver_core.solver.sequential import SequentialSolver
 from parasolver_core.validation import check_start, check_timesteps
 
@@ -57,7 +58,7 @@ def choose_window(
                 costs = Costs(given) if given else run_costs(solver, probe, key, method, tolerance)
         except BaseException as error:
             reason = error
-            attach(error, lambda: solver.left(probe, reason, x_T, timesteps, "sample"))
+            attach(error, lambda: left_by(reason, probe, x_T, timesteps, "sample"))
             raise
         limit = solver.max_rows
         return choose(probe.recurrence, method, tolerance, costs, batch=probe.batch, max_rows=limit, **rounds)

@@ -29,7 +29,7 @@ class RoundView:
         bound: (n,), the acceptance's own :meth:`Acceptance.bounds` of these nodes.
         rounding: the relative size of moves that are no more than the arithmetic's own noise.
         smallness: (n,), at most 1: what of a node's size counts where the data are much smaller than the noise, see
-            :meth:`~parasolver_core.samplers.recurrence.Recurrence.smallness`.
+            :class:`~parasolver_core.samplers.small_data.SmallData`.
     """
 
     lo: int | NDArray[np.int64]
@@ -159,37 +159,3 @@ class RelativeMove(Acceptance):
     def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
         caution = math.sqrt(1 + tolerance / self.margins.loosest)
         return view.leading(shares(view.move, view.bound * view.smallness) * caution, tolerance)
-
-
-@dataclass(frozen=True)
-class StepVariance(Acceptance):
-    """Accept the leading nodes whose input moved little beside the noise that a DDPM step adds there: a published rule.
-
-    A move d, RMS over the state's elements, is small if ``d^2 <= tolerance^2 v`` with the variance
-    ``v = (1 - abar') / (1 - abar) (1 - abar / abar')`` of the step from ``abar`` to ``abar'``, also for samplers that
-    add no noise. The tolerance is then not a distance to the sequential sample: 0.1 is usual, up to 0.5 with noise.
-    Made for variance-preserving schedules, whose states have RMS 1.
-
-    Args:
-        end: the noise variance ``1 - abar'`` at which the last step is taken to end, about the first beta of the
-            schedule that the network was trained on. With 0 the last node is final only when its input is.
-
-    Reference: Shih et al., "Parallel Sampling of Diffusion Models", NeurIPS 2023, algorithm 1; ParaSolver, ICLR 2025.
-    """
-
-    end: float = 1e-4
-    many: ClassVar[bool] = True
-
-    def bounds(self, recurrence: Recurrence) -> Float64:
-        if recurrence.signal is None:
-            raise ValueError(
-                "method: its stop rule weighs a move by the variance of a diffusion step, and this step rule has no "
-                "noise levels; use method='identity' or 'secant'"
-            )
-        now = recurrence.signal**2
-        after = np.maximum(np.append(now[1:], 1 - self.end), now)
-        return np.sqrt((1 - after) / np.maximum(1 - now, np.finfo(float).tiny) * (1 - now / after))
-
-    def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
-        still = np.where(view.move <= view.rounding, 0.0, np.inf)  # a step without noise allows no move at all
-        return view.leading(np.divide(view.move * view.size, view.bound, out=still, where=view.bound > 0), tolerance)

@@ -179,7 +179,7 @@ class Windows:
         """
         shared, nodes, tolerance = self._shared, self.nodes, self._shared.tolerance
         at_last = np.arange(len(self.n)), self.n - 1
-        small = shared.recurrence.smallness(self.last, sums.held[at_last] ** 2 / self._size, length[at_last] ** 2)
+        small = shared.small_data.smallness(self.last, sums.held[at_last] ** 2 / self._size, length[at_last] ** 2)
         small = small.take(nodes) if small.ndim == 1 else np.take_along_axis(small, nodes, axis=1)
         move = np.where(inside, move, np.inf)  # never settled
         view = RoundView(self.lo, move, length, shared.bound.take(nodes), ROUNDING * sums.unit, small)

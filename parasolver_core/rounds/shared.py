@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from parasolver_core.arrays import Array, given_back, host_view
@@ -12,6 +13,7 @@ from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
 from parasolver_core.samplers.recurrence import Recurrence, StepNoise
+from parasolver_core.samplers.small_data import SmallData
 
 FillName = Literal["held", "evaluated", "copy"]
 
@@ -48,6 +50,11 @@ class Shared:
     tolerance: float
     keep: bool
     memory: Memory | None
+
+    @cached_property
+    def small_data(self) -> SmallData:
+        """What the states' sizes tell of the sample's."""
+        return SmallData(self.recurrence.signal, self.form)
 
     def taken(self, D: Array) -> Array:
         """The network's outputs as a run's own arithmetic reads them: in the states' dtype, as NumPy's on a CPU."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.samplers.recurrence import Recurrence, trim
+from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.tables import in_held
 
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -29,7 +30,7 @@ class HeldForm:
     """
 
     def __init__(self, recurrence: Recurrence) -> None:
-        self.a, self.b = (trim(table) for table in recurrence.held_form)
+        self.a, self.b = in_held(recurrence.a, recurrence.b, recurrence.held)
         self.c, self.held, self.noisy = recurrence.c, recurrence.held, recurrence.stochastic
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads

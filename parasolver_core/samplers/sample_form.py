@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
-from parasolver_core.samplers.recurrence import Float64, Recurrence, identity_slope, trim
+from parasolver_core.samplers.recurrence import Float64, Recurrence
+from parasolver_core.samplers.tables import identity_slope, trim
 
 
 def from_sample_form(

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from parasolver_core.arrays import Array, no_grad, outside_graphs, own_arithmetic
+from parasolver_core.arrays import Array, no_grad, outside_graphs
 from parasolver_core.denoiser.contract import DenoiserFn, Telling
 from parasolver_core.errors import attach, has_solution
 from parasolver_core.samplers.noise import NoiseFn, Seed
@@ -20,7 +19,7 @@ from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solution import RoundRecord, SampleRecord, Solution, Status
 from parasolver_core.solver.deadline import Deadline, check_seconds
 from parasolver_core.solver.progress import Meter
-from parasolver_core.solver.report import message_of, raise_for, status_after, untouched, within_range
+from parasolver_core.solver.report import left_by, raise_for, solution_of
 from parasolver_core.solver.state import Save, SolverState
 from parasolver_core.validation import check_count, check_counts, own_numbers
 
@@ -121,45 +120,7 @@ class Solver(ABC):
 
     def result(self, state: SolverState) -> Solution:
         """The solution so far; complete once :meth:`done` is true."""
-        return self._result(state, state.estimate)
-
-    def _result(self, state: SolverState, estimate: Callable[[], Array]) -> Solution:
-        end = state.halted or Status.RUNNING
-        with no_grad(state.xp), own_arithmetic():
-            sample = estimate()
-            fits = within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
-            now = {Status.RUNNING: end}, {Status.RUNNING: end, Status.CONVERGED: Status.NONFINITE_SOLVER}
-            statuses = tuple(
-                now[not ok].get(status, status) for status, ok in zip(state.statuses, fits.tolist(), strict=True)
-            )
-            status = next((status for status in statuses if status is not Status.CONVERGED), Status.CONVERGED)
-            return Solution(
-                sample=sample,
-                status=status,
-                message=message_of(status, state),
-                statuses=statuses,
-                steps=state.steps,
-                error_estimate=np.where([one is Status.CONVERGED for one in statuses], state.errors(), np.inf),
-                stats=state.stats,
-                trajectory=state.trajectory(),
-                states=state.states,
-            )
-
-    def _partial(self, state: SolverState) -> Solution:
-        """What an error left: with the best estimate, or the last final states where making that fails too."""
-        try:
-            return self.result(state)
-        except Exception:
-            return self._result(state, lambda: state.states)
-
-    def left(
-        self, state: SolverState | None, error: BaseException, x_T: Array, timesteps: ArrayLike, save: Save
-    ) -> Solution:
-        """The solution of a run that an exception has ended, maybe before it had begun."""
-        if state is None:
-            return untouched(x_T, timesteps, save, error)
-        state.halt(status_after(error))
-        return self._partial(state)
+        return solution_of(state)
 
     @outside_graphs
     def solve(
@@ -201,7 +162,7 @@ class Solver(ABC):
         except BaseException as error:
             if solution is None or not has_solution(error):
                 ended, begun, reason = solution, state, error
-                attach(error, lambda: ended or self.left(begun, reason, x_T, timesteps, save))
+                attach(error, lambda: ended or left_by(reason, begun, x_T, timesteps, save))
             raise
 
 

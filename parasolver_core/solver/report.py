@@ -1,14 +1,15 @@
-"""What is told of a run that has ended: its message, and the error if it is one."""
+"""What is told of a run: its solution with a message, whatever ended it, and the error if it is one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from parasolver_core.arrays import Array, copied, detach, to_host
+from parasolver_core.arrays import Array, copied, detach, no_grad, own_arithmetic, to_host
 from parasolver_core.errors import ConvergenceError, NonFiniteError, SolverError
 from parasolver_core.solution import Solution, Stats, Status
 from parasolver_core.solver.state import Save, SolverState
@@ -17,13 +18,56 @@ from parasolver_core.validation import check_timesteps
 _NONFINITE = (Status.NONFINITE_MODEL, Status.NONFINITE_SOLVER)
 
 
+def solution_of(state: SolverState) -> Solution:
+    """The solution so far, with the best estimate of the samples."""
+    return _solution(state, state.estimate)
+
+
 def status_after(error: BaseException) -> Status:
     return Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
 
 
-def untouched(x_T: Array, timesteps: ArrayLike, save: Save, error: BaseException) -> Solution:
-    """What an exception left that came before a run had begun: ``x_T``."""
-    xp, status = array_api_compat.array_namespace(x_T), status_after(error)
+def left_by(error: BaseException, state: SolverState | None, x_T: Array, timesteps: ArrayLike, save: Save) -> Solution:
+    """The solution of a run that an exception has ended, maybe before it had begun.
+
+    It has the best estimate, or the last final states where making that fails too.
+    """
+    status = status_after(error)
+    if state is None:
+        return _untouched(x_T, timesteps, save, status)
+    state.halt(status)
+    try:
+        return solution_of(state)
+    except Exception:
+        return _solution(state, lambda: state.states)
+
+
+def _solution(state: SolverState, estimate: Callable[[], Array]) -> Solution:
+    end = state.halted or Status.RUNNING
+    with no_grad(state.xp), own_arithmetic():
+        sample = estimate()
+        fits = within_range(state.xp, sample)  # a float32 state need not fit a half-precision sample
+        now = {Status.RUNNING: end}, {Status.RUNNING: end, Status.CONVERGED: Status.NONFINITE_SOLVER}
+        statuses = tuple(
+            now[not ok].get(status, status) for status, ok in zip(state.statuses, fits.tolist(), strict=True)
+        )
+        status = next((status for status in statuses if status is not Status.CONVERGED), Status.CONVERGED)
+        return Solution(
+            sample=sample,
+            status=status,
+            message=message_of(status, state),
+            statuses=statuses,
+            steps=state.steps,
+            error_estimate=np.where([one is Status.CONVERGED for one in statuses], state.errors(), np.inf),
+            stats=state.stats,
+            trajectory=state.trajectory(),
+            states=state.states,
+        )
+
+
+def _untouched(x_T: Array, timesteps: ArrayLike, save: Save, status: Status) -> Solution:
+    """Of a run that had not begun: ``x_T``."""
+    xp = array_api_compat.array_namespace(x_T)
     x, batch, trajectory = copied(xp, detach(x_T)), int(x_T.shape[0]), None
     if save == "trajectory":
         trajectory = xp.stack([x, *[xp.full_like(x, float("nan"))] * len(check_timesteps(timesteps))])

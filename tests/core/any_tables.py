@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 
 from parasolver_core import Recurrence
+from parasolver_core.samplers.held_form import HeldForm
+from parasolver_core.samplers.small_data import SmallData
 
 
 def any_table(
@@ -21,6 +23,11 @@ def any_table(
         "slope": rng.uniform(-0.5, 0.5, n),
     }
     return Recurrence(**(parts | changes))
+
+
+def small_data(recurrence: Recurrence) -> SmallData:
+    """What the states of a sampler tell of the size of its sample."""
+    return SmallData(recurrence.signal, HeldForm(recurrence))
 
 
 def step(table: Recurrence, i: int, x: Any, m: Any, z: Any = 0.0) -> Any:

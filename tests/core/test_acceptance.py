@@ -12,10 +12,10 @@ from parasolver_core.rounds.acceptance import (
     Margins,
     RelativeMove,
     RoundView,
-    StepVariance,
     leading,
     shares,
 )
+from parasolver_core.rounds.step_variance import StepVariance
 from tests.core.any_tables import any_table
 
 SIGNAL = np.array([0.1, 0.5, 0.8])

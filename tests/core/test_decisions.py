@@ -247,7 +247,7 @@ def test_small_data_make_states_count_for_less() -> None:
     X, r = np.ones((1, 4, SIZE)), np.zeros((1, 4, SIZE))
     X[0, 3] = 0.01
     made.decide(sums(r, X, held=[9, 9, 9, 2e-3]), np.array([4]))
-    expected = common.recurrence.smallness(8, 1e-6, 1e-4)[5:]
+    expected = common.small_data.smallness(8, 1e-6, 1e-4)[5:]
     assert np.all(expected < 0.2)
     np.testing.assert_allclose(accept.views[0].smallness[0], expected, rtol=1e-12)
     both = windows(common)

@@ -10,8 +10,9 @@ from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, solve,
 from parasolver_core.errors import NonFiniteError
 from parasolver_core.methods.anderson import Anderson, triangular_weights
 from parasolver_core.methods.presets import METHODS
-from parasolver_core.rounds.acceptance import RelativeMove, StepVariance
+from parasolver_core.rounds.acceptance import RelativeMove
 from parasolver_core.rounds.linearization import Identity
+from parasolver_core.rounds.step_variance import StepVariance
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -8,7 +8,7 @@ import pytest
 
 from parasolver_core import ConvergenceError, NonFiniteError, Status
 from parasolver_core.solution import RoundRecord, SampleRecord, SampleRecords, Solution, Stats
-from parasolver_core.solver.report import message_of, raise_for, status_after, untouched, within_range
+from parasolver_core.solver.report import left_by, message_of, raise_for, status_after, within_range
 
 
 def record(sample: int, nodes: list[int], accepted: int, *residuals: float) -> SampleRecord:
@@ -152,7 +152,7 @@ def test_messages(status: Status, changes: dict[str, Any], message: str) -> None
 
 def test_what_is_left_of_a_run_that_never_began() -> None:
     x_T = np.arange(6.0).reshape(2, 3)
-    left = untouched(x_T, [3, 2, 1], "trajectory", KeyboardInterrupt())
+    left = left_by(KeyboardInterrupt(), None, x_T, [3, 2, 1], "trajectory")
     assert left.status is Status.INTERRUPTED
     assert left.statuses == (Status.INTERRUPTED,) * 2
     assert left.message == "Interrupted before the first round; no step is final."
@@ -163,7 +163,7 @@ def test_what_is_left_of_a_run_that_never_began() -> None:
     assert left.trajectory.shape == (4, 2, 3)
     np.testing.assert_array_equal(left.trajectory[0], x_T)
     assert np.isnan(left.trajectory[1:]).all()
-    failed = untouched(x_T, [3, 2, 1], "sample", ValueError())
+    failed = left_by(ValueError(), None, x_T, [3, 2, 1], "sample")
     assert (failed.status, failed.trajectory) == (Status.FAILED, None)
     assert failed.message == "An error ended the run before the first round; no step is final."
 

@@ -19,7 +19,7 @@ from parasolver_core import (
 )
 from parasolver_core.rounds.squares import at_most, sums_of_squares
 from parasolver_core.samplers.held_form import HeldForm
-from parasolver_core.samplers.recurrence import identity_slope
+from parasolver_core.samplers.tables import identity_slope
 from tests.arrays import to_numpy
 from tests.core.problems import normal, relative
 from tests.core.test_sizes import Points

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from parasolver_core import DDIM, DDPM, Euler, NoiseSchedule, StepRule, solve, solve_sequential
+from tests.core.any_tables import small_data
 from tests.core.problems import normal, prediction, relative
 
 LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.flow_matching(2.0)
@@ -67,14 +68,15 @@ def test_so_few_steps_that_the_last_node_alone_tells_the_size_of_the_data(
 
 def test_what_the_last_step_takes_of_noise_is_part_of_the_sample() -> None:
     recurrence = Euler(NoiseSchedule.flow_matching(3.0, final_sigma=0.1)).recurrence(FEW.timesteps(4))
+    told = small_data(recurrence)
     alpha, sigma = 0.5, 0.5  # at the last node
     a, b = 0.1 / sigma, 0.9 - alpha * 0.1 / sigma
     size = np.sqrt(b**2 * 1e-6 + a**2 * 0.25)
     assert recurrence.signal is not None
     expected = size / np.sqrt(1 - recurrence.signal**2 * (1 - size**2))
-    np.testing.assert_allclose(recurrence.smallness(3, 1e-6, 0.25), expected, rtol=1e-9)
-    np.testing.assert_array_equal(recurrence.smallness(2, 1e-6, 0.25), np.ones(4))
-    np.testing.assert_array_equal(recurrence.smallness(3, 1e-6, 2.0), np.ones(4))
+    np.testing.assert_allclose(told.smallness(3, 1e-6, 0.25), expected, rtol=1e-9)
+    np.testing.assert_array_equal(told.smallness(2, 1e-6, 0.25), np.ones(4))
+    np.testing.assert_array_equal(told.smallness(3, 1e-6, 2.0), np.ones(4))
 
 
 @pytest.mark.parametrize("size", [1.0, 0.001])
@@ -87,10 +89,11 @@ def test_nothing_changes_in_what_zero_means_for_small_data(size: float) -> None:
 
 def test_data_of_the_usual_size_are_not_small() -> None:
     recurrence = DDIM(LINEAR).recurrence(LINEAR.timesteps(50))
-    np.testing.assert_array_equal(recurrence.smallness(49, 0.25**2), np.ones(50))
-    np.testing.assert_array_equal(recurrence.smallness(0, 0.0), np.ones(50))  # with so much noise nothing is known
-    np.testing.assert_array_equal(recurrence.smallness(49, float("nan")), np.ones(50))
-    small = recurrence.smallness(49, 0.01**2)
+    told = small_data(recurrence)
+    np.testing.assert_array_equal(told.smallness(49, 0.25**2), np.ones(50))
+    np.testing.assert_array_equal(told.smallness(0, 0.0), np.ones(50))  # with so much noise nothing is known
+    np.testing.assert_array_equal(told.smallness(49, float("nan")), np.ones(50))
+    small = told.smallness(49, 0.01**2)
     signal, noise = recurrence.signal, np.sqrt(1 - recurrence.signal**2)
     np.testing.assert_allclose(small, 0.01 / np.sqrt((0.01 * signal) ** 2 + noise**2), rtol=1e-12)
     assert small[0] == pytest.approx(0.01, rel=1e-2)

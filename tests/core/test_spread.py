@@ -249,7 +249,7 @@ def test_small_data_are_told_from_the_last_node_of_each_sample(rule: StepRule) -
     D = np.concatenate([np.zeros((3, SIZE)), ((0.01 - p * before[1, 3]) / q)[None]])  # a prediction of 0.01
     round_of(run, D)
     np.testing.assert_array_equal(run.refinements[0].smallness, 1.0)  # nothing was asked at its last node
-    expected = recurrence.smallness(11, 1e-4, float(np.mean(before[1, 3] ** 2)))
+    expected = shared.small_data.smallness(11, 1e-4, float(np.mean(before[1, 3] ** 2)))
     assert expected.min() < 0.1
     np.testing.assert_allclose(run.refinements[1].smallness, expected, rtol=1e-10)
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from parasolver_core import Recurrence
-from parasolver_core.samplers.recurrence import identity_slope, trim
 from parasolver_core.samplers.sample_form import (
     added_noise_share,
     from_sample_form,
@@ -15,8 +14,9 @@ from parasolver_core.samplers.sample_form import (
     predicted_sample_coefficients,
     signal_share,
 )
+from parasolver_core.samplers.tables import identity_slope, in_held, trim
 from parasolver_core.samplers.terms import Terms, combine
-from tests.core.any_tables import any_table, step
+from tests.core.any_tables import any_table, small_data, step
 from tests.core.problems import normal
 
 READS = pytest.mark.parametrize(("states", "outputs"), [(1, 1), (1, 3), (3, 1), (2, 3)])
@@ -107,11 +107,12 @@ def test_implied_outputs_are_those_that_made_the_states(states: int, outputs: in
 @READS
 def test_the_held_form_is_the_same_sampler(states: int, outputs: int) -> None:
     table, (x, m) = any_table(7, states, outputs), normal((2, 7, 5))
-    a, b = table.held_form
-    assert a.shape == b.shape == (7, table.memory)
+    a, b = in_held(table.a, table.b, table.held)
+    assert (a.shape, b.shape) == ((7, table.memory), (7, outputs))
     h = [p * one + q * other for one, other, (p, q) in zip(x, m, table.held, strict=True)]
     for i in range(7):
-        got = sum(a[i, k] * x[i - k] + b[i, k] * h[i - k] for k in range(min(table.memory, i + 1)))
+        got = sum(a[i, k] * x[i - k] for k in range(min(table.memory, i + 1)))
+        got = got + sum(b[i, k] * h[i - k] for k in range(min(outputs, i + 1)))
         np.testing.assert_allclose(got, step(table, i, x, m), rtol=1e-12)
 
 
@@ -139,11 +140,11 @@ def test_influence_is_a_power_of_what_a_state_holds_of_the_sample() -> None:
 
 
 def test_the_size_of_the_sample_is_told_by_late_nodes_and_the_last() -> None:
-    table = any_table(4, signal=np.array([0.1, 0.9, 0.96, 0.5]))
-    assert [table.tells_size(i) for i in range(4)] == [False, False, True, True]
-    assert table.tells_size(np.array([0, 2]))
-    assert not table.tells_size(np.array([0, 1]))
-    assert not any_table(4).tells_size(np.array([0, 3]))
+    told = small_data(any_table(4, signal=np.array([0.1, 0.9, 0.96, 0.5])))
+    assert [told.is_told(i) for i in range(4)] == [False, False, True, True]
+    assert told.is_told(np.array([0, 2]))
+    assert not told.is_told(np.array([0, 1]))
+    assert not small_data(any_table(4)).is_told(np.array([0, 3]))
 
 
 def test_smallness_is_of_each_sample_by_itself() -> None:
@@ -155,7 +156,7 @@ def test_smallness_is_of_each_sample_by_itself() -> None:
         "held": np.tile([0.25, 2.0], (4, 1)),
     }
     table = any_table(4, signal=signal, **parts)
-    b, c = table.b, table.c
+    b, c, told = table.b, table.c, small_data(table)
 
     def expected(s: float) -> np.ndarray:
         return s / np.sqrt(signal**2 * s**2 + 1 - signal**2)
@@ -164,20 +165,20 @@ def test_smallness_is_of_each_sample_by_itself() -> None:
     at_end = (b[-1].sum() / 2) ** 2 * 0.01 + (1.0 - b[-1].sum() * 0.25 / 2) ** 2 * 0.02 + c[-1] ** 2
     assert 0 < at_end < 0.06
     nodes, squares, states = np.array([0, 2, 2, 3]), np.array([0.01, 0.01, 0.09, 0.01]), np.array([0.5, 0.5, 0.5, 0.02])
-    got = table.smallness(nodes, squares, states)
+    got = told.smallness(nodes, squares, states)
     assert got.shape == (4, 4)
     np.testing.assert_array_equal(got[0], np.ones(4))  # node 0 tells nothing
     np.testing.assert_allclose(got[1], expected(0.1), rtol=1e-12)
     np.testing.assert_array_equal(got[2], np.ones(4))  # not small
     np.testing.assert_allclose(got[3], expected(at_end**0.5), rtol=1e-12)
-    np.testing.assert_array_equal(table.smallness(nodes[:1], squares[:1], states[:1]), np.ones(4))
-    np.testing.assert_array_equal(table.smallness(nodes[2:3], squares[2:3], states[2:3]), np.ones(4))
-    np.testing.assert_allclose(table.smallness(2, 0.01), expected(0.1), rtol=1e-12)
-    np.testing.assert_allclose(table.smallness(2, 0.0), expected(1e-12), rtol=1e-9)  # data of size 0
+    np.testing.assert_array_equal(told.smallness(nodes[:1], squares[:1], states[:1]), np.ones(4))
+    np.testing.assert_array_equal(told.smallness(nodes[2:3], squares[2:3], states[2:3]), np.ones(4))
+    np.testing.assert_allclose(told.smallness(2, 0.01), expected(0.1), rtol=1e-12)
+    np.testing.assert_allclose(told.smallness(2, 0.0), expected(1e-12), rtol=1e-9)  # data of size 0
     without = ((b[-1].sum() / 2) ** 2 * 0.01 + c[-1] ** 2) ** 0.5  # of a state of size 0
-    np.testing.assert_allclose(table.smallness(3, 0.01), expected(without), rtol=1e-12)
-    np.testing.assert_array_equal(table.smallness(2, 0.0625), np.ones(4))
-    np.testing.assert_array_equal(any_table(4).smallness(3, 0.0), np.ones(4))
+    np.testing.assert_allclose(told.smallness(3, 0.01), expected(without), rtol=1e-12)
+    np.testing.assert_array_equal(told.smallness(2, 0.0625), np.ones(4))
+    np.testing.assert_array_equal(small_data(any_table(4)).smallness(3, 0.0), np.ones(4))
 
 
 @pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction", "flow"])

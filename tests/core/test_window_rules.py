@@ -19,6 +19,7 @@ from parasolver_core import (
     solve_sequential,
 )
 from parasolver_core.rounds.acceptance import Acceptance, RoundView
+from tests.core.any_tables import small_data
 from tests.core.problems import Rational, TanhNetwork, normal
 
 SCHEDULE = NoiseSchedule.linear()
@@ -68,7 +69,7 @@ def test_an_acceptance_is_shown_sizes_bounds_and_how_small_the_data_are(batch: i
             assert view.lo == number
             np.testing.assert_allclose(view.size, np.sqrt(np.mean(x**2, axis=1)), rtol=1e-12)
             np.testing.assert_array_equal(view.bound, nodes + 1)
-            small = recurrence.smallness(nodes[-1], np.mean(m[-1] ** 2), np.mean(x[-1] ** 2))[nodes]
+            small = small_data(recurrence).smallness(nodes[-1], np.mean(m[-1] ** 2), np.mean(x[-1] ** 2))[nodes]
             np.testing.assert_allclose(view.smallness, small, rtol=1e-10)
             assert (small.min() < 0.1) == (number > 0)  # in the first round no prediction tells of the sample
             assert view.move[0] == 0
