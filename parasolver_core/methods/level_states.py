@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, matmul, plus_product, take_rows, uploaded, vecdot
 from parasolver_core.methods.levels import Level, interpolation
-from parasolver_core.rounds.matrix import rectangular, where_known
+from parasolver_core.rounds.nodes import rectangular
+from parasolver_core.rounds.salvage import where_known
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.squares import at_most
 from parasolver_core.samplers.free_states import states_of_noise

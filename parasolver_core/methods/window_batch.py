@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, copied, finite_rows, host_view, lengths, take_rows, to_host
+from parasolver_core.arrays import Array, host_view, lengths, take_rows, to_host
 from parasolver_core.methods.run import Outcome, Run
-from parasolver_core.rounds.acceptance import leading
-from parasolver_core.rounds.decisions import Decision, Sums, Windows
+from parasolver_core.rounds.decisions import Decision, Windows
 from parasolver_core.rounds.fill import Fill
-from parasolver_core.rounds.matrix import Buffers
+from parasolver_core.rounds.matrix import compare, moved, moved_states, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
+from parasolver_core.rounds.nodes import Nodes
+from parasolver_core.rounds.remade import made_again
+from parasolver_core.rounds.salvage import Failures, overflowed, salvage
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.squares import at_least
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, SampleRecords, Status
-
-Failures = dict[int, tuple[Status, int, Array]]  # by row: status, node and last good state
 
 
 class WindowBatch(Run):
@@ -60,7 +60,7 @@ class WindowBatch(Run):
                 int(sample): [self._shared.given(start[row, :])] for row, sample in enumerate(samples.tolist())
             }
         self._windows = windows = Windows(shared, count, start.shape[1], float(finite.eps), slope)
-        self._buffers = Buffers(shared.form, start, fill.first(start, windows.slope_held))
+        self._rows = Nodes(shared.form, start, fill.first(start, windows.slope_held))
         opening = min(fill.opening(shared.recurrence), shared.width)
         if shared.warmup_steps == 0 and opening > 1:  # nodes that are filled in with nothing evaluated yet
             self._slide(windows.nothing(), opening)
@@ -75,18 +75,20 @@ class WindowBatch(Run):
 
     @property
     def inputs(self) -> Array:
-        return self._shared.given(self._buffers.inputs(self._windows))
+        return self._shared.given(self._rows.inputs(self._windows))
 
     @property
     def lends(self) -> bool:
-        return self._buffers.inputs_are_a_view(self._windows)
+        return self._rows.inputs_are_a_view(self._windows)
 
     def compare(self, D: Array) -> Array:
-        return self._buffers.compare(self._shared.taken(D), self._windows)
+        return compare(self._rows, self._shared.taken(D), self._windows)
 
     def correct(self, D: Array, sums: Float64) -> Sequence[SampleRecord]:
-        windows, found = self._windows, self._buffers.unpack(sums, self._windows)
-        found, usable, failed = (found, windows.n, {}) if found.finite else self._salvage(D, found)
+        windows, rows, failed = self._windows, self._rows, {}
+        found, usable = unpack(rows, sums, windows), windows.n
+        if not found.finite:
+            found, usable, failed = salvage(rows, windows, self._shared.taken(D), found)
         usable = np.minimum(usable, self._fill.usable(self._places, windows.lo, found.defects, windows.n))
         decision = windows.decide(found, usable)
         self._pace = int(decision.accepted.max())
@@ -96,15 +98,12 @@ class WindowBatch(Run):
         lo, after = windows.lo, windows.lo + decision.accepted
         # where a state may run out of range, the last one that is good is still wanted
         risky = bool((after == self._form.steps).any()) or not found.length.max() <= self._large
-        before = self._buffers.first_copy() if risky else None
+        before = self._rows.first_copy() if risky else None
         passed = self._slide(decision, np.where(after > self._shared.warmup_steps, self._shared.width, 1), risky)
         if before is not None and passed is not None:
-            for row in np.flatnonzero(~finite_rows(self._xp, self._buffers.first)).tolist():
-                fine = finite_rows(self._xp, passed[row, ...])
-                good = int(leading(fine[: max(int(decision.accepted[row]) - 1, 0)]))
-                state = passed[row, good - 1, :] if good else before[row, :]
-                failed.setdefault(row, (Status.NONFINITE_SOLVER, int(lo[row]) + good, state))
-                records.accepted[row] = good
+            for row, failure in overflowed(rows, lo, before, passed, decision.accepted).items():
+                failed.setdefault(row, failure)
+                records.accepted[row] = failure[1] - lo[row]
         self._leave(failed)
         return records
 
@@ -124,7 +123,7 @@ class WindowBatch(Run):
         return self._windows.error
 
     def states(self) -> Array:
-        return self._shared.given(self._buffers.first_copy())
+        return self._shared.given(self._rows.first_copy())
 
     def kept(self, sample: int) -> Sequence[Array]:
         return () if self._kept is None else self._kept[sample]
@@ -132,9 +131,9 @@ class WindowBatch(Run):
     def estimate(self, sample: int) -> Array:
         row, form = int(np.flatnonzero(self.samples == sample)[0]), self._form
         if not self._windows.begun:
-            return self._shared.given(self._buffers.first[row, :])
+            return self._shared.given(self._rows.first[row, :])
         last = int(self._windows.last[row])
-        xs, hs = self._buffers.history(row, last - int(self._windows.lo[row]))
+        xs, hs = self._rows.history(row, last - int(self._windows.lo[row]))
         for i in range(last, form.steps):  # with the last prediction held
             terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)]
             terms += [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
@@ -153,24 +152,24 @@ class WindowBatch(Run):
         Returns:
             The states that windows pass by, (B, most, size); None where nobody wants them.
         """
-        form, windows, buffers = self._form, self._windows, self._buffers
+        form, windows, rows = self._form, self._windows, self._rows
         first, lo, last = windows.lo, windows.lo + decision.accepted, windows.lo + decision.sound - 1
         hi = np.maximum(np.minimum(lo + width, form.steps), lo + 1)
         count = max(int((hi - 1 - last).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, lambda: windows.slope_held)
-        again = buffers.made_again(decision, first, self._draw)
+        again = made_again(rows, decision, first, self._draw)
         passed = self._passed(decision, again) if risky or self._kept is not None else None
-        rows = self._fill.rows(self._places, last, count, lambda: buffers.moved(decision, last - first))
-        further = [] if rows is None else [rows]
+        further = self._fill.rows(self._places, last, count, lambda: moved(rows, decision, last - first))
+        further = [] if further is None else [further]
         if entering.noise:
             further.append(self._draw(last, hi, entering.noise))
         place = (lo - first - form.past)[:, None] + np.arange(form.past + (hi - lo).max())
         place = np.minimum(place, (hi - 1 - first)[:, None])
-        made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, buffers.dtype)
+        made_of = NextRows.of(form, decision, place, self._fill.uncorrected, entering, rows.dtype)
         windows.slide(lo, hi, last)
-        buffers.write(made_of, windows.held, further, again)
+        write(rows, made_of, windows.held, further, again)
         if self._kept is not None and passed is not None:
-            start = buffers.first_copy()
+            start = rows.first_copy()
             for row in np.flatnonzero(decision.accepted).tolist():
                 states = [passed[row, j, :] for j in range(int(decision.accepted[row]) - 1)]
                 self._kept[int(self.samples[row])] += map(self._shared.given, [*states, start[row, :]])
@@ -179,7 +178,7 @@ class WindowBatch(Run):
     def _passed(self, decision: Decision, again: Array | None) -> Array:
         """The states that windows pass by, (B, most, size), as they will be when the round has moved them."""
         most = max(int(decision.accepted.max()) - 1, 0)
-        return self._buffers.moved_states(decision, most) if again is None else again[:, :most, :]
+        return moved_states(self._rows, decision, most) if again is None else again[:, :most, :]
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
         """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""
@@ -188,29 +187,9 @@ class WindowBatch(Run):
             wanted += [(i, sample) if i < stop and c[i] != 0 else None for i in range(start, start + count)]
         return self._xp.reshape(self._shared.noise.block(wanted), (len(first), count, -1))
 
-    def _salvage(self, D: Array, found: Sums) -> tuple[Sums, Indices, Failures]:
-        """Some sums are not finite: nodes from there on are dropped, to be filled in anew.
-
-        They were asked at states that are guesses. A sample fails where its first node, whose input is final, does.
-
-        Returns:
-            Finite sums, how many leading nodes of each sample are usable, and the samples that fail.
-        """
-        windows = self._windows
-        usable = np.minimum(np.maximum(leading(found.fine), 1), windows.n)
-        inside = np.arange(windows.longest) < usable[:, None]
-        states_ok, outputs_ok = self._buffers.well(self._shared.taken(D), windows)
-        failed: Failures = {}
-        for row in np.flatnonzero(~(states_ok & outputs_ok)).tolist():
-            status = Status.NONFINITE_MODEL if states_ok[row] else Status.NONFINITE_SOLVER
-            failed[row] = status, int(windows.lo[row]), copied(self._xp, self._buffers.first[row, :])
-            inside[row] = False
-        self._buffers.drop(inside)
-        return found.within(inside), usable, failed
-
     def _leave(self, failed: Failures) -> None:
         """Samples that are final, and those that failed, leave."""
-        windows, first = self._windows, self._buffers.first
+        windows, first = self._windows, self._rows.first
         done = np.flatnonzero(windows.lo == self._form.steps)
         if not (len(done) or failed):
             return
@@ -230,4 +209,4 @@ class WindowBatch(Run):
         stay = np.flatnonzero(goes_on)
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
-        self._buffers.stay(stay)
+        self._rows.stay(stay)

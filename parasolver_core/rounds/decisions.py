@@ -76,13 +76,6 @@ class Sums:
         """(B, n), ``<r_i, r_i>``."""
         return self.gram.diagonal(axis1=1, axis2=2)
 
-    def within(self, inside: NDArray[np.bool_]) -> Sums:
-        """With 0 for nodes that are not inside, (B, n), and where something has run out of range."""
-        pairs = inside[:, :, None] & inside[:, None, :] & np.isfinite(self.gram)
-        cross = np.where(inside & np.isfinite(self.cross), self.cross, 0.0)
-        length = np.where(inside & np.isfinite(self.length), self.length, 1.0)
-        return Sums(np.where(pairs, self.gram, 0.0), cross, length, self.held, self.unit, finite=False)
-
 
 class Windows:
     """Where the windows of B samples stand, and what is known of their nodes.

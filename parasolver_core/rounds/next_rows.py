@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from parasolver_core.rounds.decisions import Decision
 from parasolver_core.rounds.fill import Entering
+from parasolver_core.rounds.remade import places_of
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 
@@ -56,7 +57,7 @@ class NextRows:
         base_T *= np.where(believed, base_g, 1.0)[..., None]
         again = None
         if decision.grown:
-            again = _made_again(decision, place, base, believed)
+            again = places_of(decision, place, base, believed)
             if uncorrected:
                 again[1][:, -1] = -1
             base_T[again[1] >= 0] = 0.0
@@ -89,21 +90,3 @@ def _moves(decision: Decision, place: Indices) -> tuple[Float64, Float64]:
     count, n, _ = decision.T.shape
     at = np.maximum(place, 0) + np.arange(0, count * n, n)[:, None]
     return decision.T.reshape(-1, n).take(at, axis=0), decision.slope.take(at)
-
-
-def _made_again(
-    decision: Decision, place: Indices, base: Indices, believed: NDArray[np.bool_]
-) -> tuple[Indices, Indices]:
-    """Which row of :meth:`~parasolver_core.rounds.matrix.Buffers.made_again` is that of a row, and of one of the base.
-
-    Those are the states behind the first node, and then the beliefs of the nodes that are kept.
-    """
-    passed, last = decision.passed[:, None], decision.sound[:, None] - 1
-    states = decision.passed.max()
-
-    def row(at: Indices, belief: bool | NDArray[np.bool_]) -> Indices:
-        known = (at > 0) & (at <= np.where(belief, last, passed))
-        return np.where(known, at - 1 + np.where(belief, states, 0), -1)
-
-    of_rows = [row(place, belief=False), row(place, belief=True), np.full_like(place[:, :1], -1)]
-    return np.concatenate(of_rows, axis=1), row(base, believed)

@@ -9,6 +9,7 @@ import pytest
 from parasolver_core import Identity, Recurrence, Secant
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
 from parasolver_core.rounds.decisions import Decision, Sums, Windows, new_slopes
+from parasolver_core.rounds.salvage import within
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
 from tests.core.any_tables import any_table
@@ -333,7 +334,7 @@ def test_what_is_out_of_range_is_left_out() -> None:
     assert found.finite
     np.testing.assert_array_equal(found.defects, [[4, 9], [1, np.nan]])
     assert found.fine.tolist() == [[True, False], [False, False]]
-    rest = found.within(np.array([[True, True], [True, False]]))
+    rest = within(found, np.array([[True, True], [True, False]]))
     assert rest.gram.tolist() == [[[4, 0], [0, 9]], [[1, 0], [0, 0]]]
     assert rest.cross.tolist() == [[1, 0], [3, 0]]
     assert rest.length.tolist() == [[1, 2], [1, 1]]

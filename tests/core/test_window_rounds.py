@@ -13,6 +13,7 @@ from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.rounds import shared as shared_module
 from parasolver_core.rounds.acceptance import Acceptance, RoundView
 from parasolver_core.rounds.fill import Held
+from parasolver_core.rounds.matrix import unpack
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers import noise as noise_module
 from parasolver_core.samplers.held_form import HeldForm
@@ -127,7 +128,7 @@ def begun(run: WindowBatch, plain: list[Sample]) -> None:
     """What is known at the first node of each window, and before it."""
     for row, sample in enumerate(run.samples.tolist()):
         one = plain[sample]
-        xs, hs = run._buffers.history(row, 0)
+        xs, hs = run._rows.history(row, 0)
         for k, x in enumerate(xs):
             if one.lo - k >= 0:
                 np.testing.assert_allclose(to_numpy(x), one.X[one.lo - k], rtol=1e-8, atol=1e-10)
@@ -174,7 +175,7 @@ def test_rounds_of_many_windows(
         parts = np.split(D, np.cumsum([one.hi - one.lo for one in active])[:-1])
         defects = [one.defects(part) for one, part in zip(active, parts, strict=True)]
         sums = np.array(to_numpy(run.compare(from_numpy(D, library))), dtype=np.float64)
-        found = run._buffers.unpack(sums, run._windows)
+        found = unpack(run._rows, sums, run._windows)
         compared(found, table, active, defects, grown)
         run.correct(from_numpy(D, library), sums)
         decision = decisions[-1]

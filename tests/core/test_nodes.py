@@ -11,8 +11,11 @@ from array_api_compat import torch as torch_xp
 
 from parasolver_core.rounds.decisions import Decision, Windows
 from parasolver_core.rounds.fill import Entering
-from parasolver_core.rounds.matrix import Buffers, rectangular, where_known
+from parasolver_core.rounds.matrix import compare, moved, moved_states, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
+from parasolver_core.rounds.nodes import Nodes, rectangular
+from parasolver_core.rounds.remade import made_again
+from parasolver_core.rounds.salvage import drop, well, where_known
 from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.samplers.noise import NoiseSource, draw
 from tests.arrays import from_numpy, to_numpy
@@ -24,34 +27,34 @@ SIZE, N = 4, 9
 FORM = HeldForm(any_table(N, 2, 2, noisy=False))
 
 
-def buffers(xp: ModuleType, states: np.ndarray, beliefs: np.ndarray, form: HeldForm = FORM) -> Buffers:
+def nodes(xp: ModuleType, states: np.ndarray, beliefs: np.ndarray, form: HeldForm = FORM) -> Nodes:
     """Windows of these states and beliefs, (B, R, size), the first row of which is before the window."""
-    own = Buffers(form, from_numpy(states[:, 0], xp), from_numpy(beliefs[:, 0], xp))
+    own = Nodes(form, from_numpy(states[:, 0], xp), from_numpy(beliefs[:, 0], xp))
     zero = np.zeros_like(states[:, :1])
-    own._S = from_numpy(np.concatenate([states, beliefs, zero], axis=1), xp)
-    own._dX = from_numpy(np.arange(states.size).reshape(states.shape).astype(states.dtype), xp)
+    own.S = from_numpy(np.concatenate([states, beliefs, zero], axis=1), xp)
+    own.dX = from_numpy(np.arange(states.size).reshape(states.shape).astype(states.dtype), xp)
     return own
 
 
 def test_where_a_run_begins(xp: ModuleType) -> None:
     x, h = normal((3, SIZE), seed=1), normal((3, SIZE), seed=2)
-    own = Buffers(FORM, from_numpy(x, xp), from_numpy(h, xp))
+    own = Nodes(FORM, from_numpy(x, xp), from_numpy(h, xp))
     assert (FORM.past, own.size, own.dtype) == (1, SIZE, np.float64)
     np.testing.assert_array_equal(to_numpy(own.first), x)
     xs, hs = own.history(1, 0)
     for rows, expected in ((xs, x), (hs, h)):
         np.testing.assert_array_equal([to_numpy(row) for row in rows], [expected[1], np.zeros(SIZE)])
     copy = own.first_copy()
-    own._S = from_numpy(np.zeros((3, 5, SIZE)), xp)
+    own.S = from_numpy(np.zeros((3, 5, SIZE)), xp)
     np.testing.assert_array_equal(to_numpy(copy), x)
-    single = Buffers(HeldForm(any_table(N, 1, 1)), from_numpy(x.astype(np.float32), xp), from_numpy(h, xp))
-    assert (single.dtype, tuple(single._S.shape)) == (np.float32, (3, 3, SIZE))
+    single = Nodes(HeldForm(any_table(N, 1, 1)), from_numpy(x.astype(np.float32), xp), from_numpy(h, xp))
+    assert (single.dtype, tuple(single.S.shape)) == (np.float32, (3, 3, SIZE))
 
 
 def test_the_inputs_are_those_of_nodes(xp: ModuleType) -> None:
     """Windows of 4 and 3 nodes: of the second the last row of the buffer is none."""
     states, beliefs = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2)
-    own, both = buffers(xp, states, beliefs), windows(shared(Said(1)))
+    own, both = nodes(xp, states, beliefs), windows(shared(Said(1)))
     expected = np.concatenate([states[0, 1:], states[1, 1:4]])
     np.testing.assert_array_equal(to_numpy(own.inputs(both)), expected)
     assert not own.inputs_are_a_view(both)
@@ -68,12 +71,12 @@ def test_the_inputs_are_those_of_nodes(xp: ModuleType) -> None:
 def test_sums_of_a_round(xp: ModuleType, dtype: Any) -> None:
     """The unit is that of the states, or of outputs that are coarser."""
     states, beliefs = (normal((2, 5, SIZE), seed=seed).astype(dtype) for seed in (1, 2))
-    own, both = buffers(xp, states, beliefs), windows(shared(Said(1)), eps=2.0**-30)
+    own, both = nodes(xp, states, beliefs), windows(shared(Said(1)), eps=2.0**-30)
     D = normal((7, SIZE), seed=3).astype(np.float32).astype(dtype)
-    sums = np.array(to_numpy(own.compare(from_numpy(D, xp), both)), dtype=np.float64)
-    assert own._dX is None
-    assert not own.unpack(np.where(np.arange(len(sums)) == 5, np.nan, sums), both).finite
-    found = own.unpack(sums, both)
+    sums = np.array(to_numpy(compare(own, from_numpy(D, xp), both)), dtype=np.float64)
+    assert own.dX is None
+    assert not unpack(own, np.where(np.arange(len(sums)) == 5, np.nan, sums), both).finite
+    found = unpack(own, sums, both)
     assert found.unit == (2.0**-23 if dtype == np.float64 else 2.0**-30)
     assert found.finite
     moves = np.arange(40.0).reshape(2, 5, SIZE)
@@ -95,9 +98,9 @@ def test_sums_of_a_round(xp: ModuleType, dtype: Any) -> None:
 
 def test_sums_that_lose_something_are_not_too_small(xp: ModuleType) -> None:
     states, beliefs = (1e-30 * normal((2, 5, SIZE), seed=seed).astype(np.float32) for seed in (1, 2))
-    own, both = buffers(xp, states, beliefs), windows(shared(Said(1)))
-    sums = np.asarray(to_numpy(own.compare(from_numpy(np.zeros((7, SIZE), dtype=np.float32), xp), both)))
-    found = own.unpack(sums.astype(np.float64), both)
+    own, both = nodes(xp, states, beliefs), windows(shared(Said(1)))
+    sums = np.asarray(to_numpy(compare(own, from_numpy(np.zeros((7, SIZE), dtype=np.float32), xp), both)))
+    found = unpack(own, sums.astype(np.float64), both)
     assert np.all(found.defects > 0)
     assert np.all(found.length > 1e-32)
     assert np.all(found.length < 1e-29)
@@ -107,32 +110,32 @@ def test_whose_fault_numbers_are_that_are_not_finite(xp: ModuleType) -> None:
     """Of the first node of each window: its state and its defect, and what the network said."""
     states, beliefs = normal((4, 5, SIZE), seed=1), normal((4, 5, SIZE), seed=2)
     states[1, 1, 2], states[2, 2, 0] = np.inf, np.nan  # the first node of one sample, the second of another
-    own = buffers(xp, states, beliefs)
+    own = nodes(xp, states, beliefs)
     r = np.zeros((4, 4, SIZE))
     r[1, 0], r[3, 0, 1], r[2, 1] = np.nan, np.nan, np.nan
-    own._r = from_numpy(r, xp)
+    own.r = from_numpy(r, xp)
     D = np.zeros((14, SIZE))
     four, first = Windows(shared(Said(1)), 4, SIZE, 2.0**-52, None), np.zeros(4, dtype=np.int64)
     four.slide(first, np.array([4, 3, 4, 3]), first)
     D[12, 3], D[8, 0] = np.inf, np.nan  # the second node of the last sample, and of the third
-    ok, said = own.well(from_numpy(D, xp), four)
+    ok, said = well(own, from_numpy(D, xp), four)
     assert (ok.tolist(), said.tolist()) == ([True, False, True, False], [True, True, True, True])
     D[11, 3] = np.inf  # now the defect comes from what the network said
-    ok, said = own.well(from_numpy(D, xp), four)
+    ok, said = well(own, from_numpy(D, xp), four)
     assert (ok.tolist(), said.tolist()) == ([True, False, True, True], [True, True, True, False])
 
 
 def test_nothing_is_known_of_nodes_that_are_dropped(xp: ModuleType) -> None:
     states, beliefs = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2)
     beliefs[1, 3], states[1, 4] = np.nan, np.inf
-    own = buffers(xp, states, beliefs)
+    own = nodes(xp, states, beliefs)
     r = normal((2, 4, SIZE), seed=3)
     r[1, 2:] = np.inf
-    own._r = from_numpy(r, xp)
+    own.r = from_numpy(r, xp)
     inside = np.array([[True] * 4, [True, True, False, False]])
-    own.drop(inside)
-    np.testing.assert_array_equal(to_numpy(own._r), np.where(inside[..., None], r, 0.0))
-    left = to_numpy(own._S)
+    drop(own, inside)
+    np.testing.assert_array_equal(to_numpy(own.r), np.where(inside[..., None], r, 0.0))
+    left = to_numpy(own.S)
     np.testing.assert_array_equal(left[:, [0, 5]], np.stack([states[:, 0], beliefs[:, 0]], axis=1))
     np.testing.assert_array_equal(left[:, 1:5], np.where(inside[..., None], states[:, 1:], 0.0))
     np.testing.assert_array_equal(left[:, 6:10], np.where(inside[..., None], beliefs[:, 1:], 0.0))
@@ -155,15 +158,15 @@ def decision(T: np.ndarray, slope: np.ndarray, accepted: Any, sound: Any, grown:
 
 def test_single_nodes_as_the_round_moves_them(xp: ModuleType) -> None:
     states, beliefs = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2)
-    own, T, slope = buffers(xp, states, beliefs), normal((2, 4, 4), seed=3), normal((2, 4), seed=4)
+    own, T, slope = nodes(xp, states, beliefs), normal((2, 4, 4), seed=3), normal((2, 4), seed=4)
     r = normal((2, 4, SIZE), seed=5)
-    own._r = from_numpy(r, xp)
-    x, h = own.moved(decision(T, slope, [1, 1], [4, 4]), np.array([3, 1]))
+    own.r = from_numpy(r, xp)
+    x, h = moved(own, decision(T, slope, [1, 1], [4, 4]), np.array([3, 1]))
     for row, at in enumerate((3, 1)):
         move = T[row, at] @ r[row]
         np.testing.assert_allclose(to_numpy(x)[row], states[row, 1 + at] + move, rtol=1e-12)
         np.testing.assert_allclose(to_numpy(h)[row], beliefs[row, 1 + at] + slope[row, at] * move, rtol=1e-12)
-    found = to_numpy(own.moved_states(decision(T, slope, [3, 2], [4, 4]), 2))
+    found = to_numpy(moved_states(own, decision(T, slope, [3, 2], [4, 4]), 2))
     assert found.shape == (2, 2, SIZE)
     for row, last in enumerate((2, 1)):  # of the second sample no state behind its last accepted node is wanted
         for k in range(2):
@@ -176,17 +179,17 @@ def test_states_are_made_again_as_the_sampler_makes_them(noisy: bool, xp: Module
     """Node by node, and what is believed follows: ``h_i = h_i(said) + g_i (x_i - x_i(asked))``."""
     form = HeldForm(any_table(N, 2, 2, noisy=noisy))
     states, beliefs, T = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2), np.zeros((2, 4, 4))
-    own, slope, z = buffers(xp, states, beliefs, form), normal((2, 4), seed=3), normal((2, 4, SIZE), seed=4)
+    own, slope, z = nodes(xp, states, beliefs, form), normal((2, 4), seed=3), normal((2, 4, SIZE), seed=4)
     lo, drawn = np.array([2, 3]), []
 
     def noise(first: np.ndarray, end: np.ndarray, count: int) -> Any:
         drawn.append((first.tolist(), end.tolist(), count))
         return from_numpy(z[:, :count], xp)
 
-    assert own.made_again(decision(T, slope, [1, 1], [4, 4]), lo, noise) is None  # none was much larger
-    assert own.made_again(decision(T, slope, [0, 0], [1, 1], grown=True), lo, noise) is None
+    assert made_again(own, decision(T, slope, [1, 1], [4, 4]), lo, noise) is None  # none was much larger
+    assert made_again(own, decision(T, slope, [0, 0], [1, 1], grown=True), lo, noise) is None
     for accepted, sound, most in (([1, 1], [3, 2], 2), ([4, 1], [4, 4], 4)):
-        again = own.made_again(decision(T, slope, accepted, sound, grown=True), lo, noise)
+        again = made_again(own, decision(T, slope, accepted, sound, grown=True), lo, noise)
         found, inner = to_numpy(again), min(most, 3)
         assert found.shape == (2, most + inner, SIZE)
         for row in range(2):
@@ -231,37 +234,38 @@ def test_the_tables_of_a_sample_are_those_that_it_has_alone(grown: bool, monkeyp
     assert both.again[1].tolist() == [[2, 1, 5, 4], [2, 1, 5, 4], [-1, -1, -1, -1]]
 
 
-@pytest.mark.parametrize("made_again", [False, True])
-def test_the_rows_of_the_next_windows(xp: ModuleType, made_again: bool) -> None:
+@pytest.mark.parametrize("some_again", [False, True])
+def test_the_rows_of_the_next_windows(xp: ModuleType, some_again: bool) -> None:
     """``S[source] + C [r; S[base]; further rows]``; some states, and what new nodes are made of, are made again."""
     states, beliefs, r = (normal((2, 5, SIZE), seed=seed) for seed in (1, 2, 3))
-    own, again, further = buffers(xp, states, beliefs), normal((2, 3, SIZE), seed=4), normal((2, 2, SIZE), seed=5)
-    own._r = from_numpy(r[:, :4], xp)
-    S = to_numpy(own._S).copy()
+    own, again, further = nodes(xp, states, beliefs), normal((2, 3, SIZE), seed=4), normal((2, 2, SIZE), seed=5)
+    own.r = from_numpy(r[:, :4], xp)
+    S = to_numpy(own.S).copy()
     source, base = np.array([[1, 4, 10, 7, 8, 9, 10], [2, 3, 4, 6, 7, 10, 10]]), np.array([[4, 9, 10], [3, 8, 0]])
     C = normal((2, 7, 4 + 3 + 2), seed=6)
     of_rows = np.array([[-1, 0, 2, -1, 1, -1, -1], [1, -1, -1, 0, -1, 2, -1]])
     places = of_rows, np.array([[2, -1, -1], [-1, -1, 0]])
     held = normal((2, 2, 4), seed=7)
-    own.write(
-        NextRows(source, C, base, places if made_again else None),
+    write(
+        own,
+        NextRows(source, C, base, places if some_again else None),
         held,
         [from_numpy(further, xp)],
-        from_numpy(again, xp) if made_again else None,
+        from_numpy(again, xp) if some_again else None,
     )
     for row in range(2):
         bases = S[row, base[row]]
-        if made_again:
+        if some_again:
             bases = np.where(places[1][row][:, None] >= 0, again[row, places[1][row]], bases)
         moves = C[row] @ np.concatenate([r[row, :4], bases, further[row]])
         expected = S[row, source[row]] + moves
-        if made_again:
+        if some_again:
             expected = np.where(of_rows[row][:, None] >= 0, again[row, of_rows[row]], expected)
-        np.testing.assert_allclose(to_numpy(own._S)[row], expected, rtol=1e-11, atol=1e-13)
-        np.testing.assert_allclose(to_numpy(own._dX)[row], moves[:3], rtol=1e-11, atol=1e-13)
-    np.testing.assert_array_equal(to_numpy(own._held), held[..., None])
+        np.testing.assert_allclose(to_numpy(own.S)[row], expected, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(to_numpy(own.dX)[row], moves[:3], rtol=1e-11, atol=1e-13)
+    np.testing.assert_array_equal(to_numpy(own.held), held[..., None])
     own.stay(np.array([1]))
-    assert own._held is None
+    assert own.held is None
 
 
 def test_what_samples_share() -> None:
@@ -288,8 +292,8 @@ def test_what_samples_share() -> None:
 
 def test_samples_that_go_on_keep_their_rows(xp: ModuleType) -> None:
     states, beliefs = normal((3, 5, SIZE), seed=1), normal((3, 5, SIZE), seed=2)
-    own = buffers(xp, states, beliefs)
-    moves = to_numpy(own._dX).copy()
+    own = nodes(xp, states, beliefs)
+    moves = to_numpy(own.dX).copy()
     own.stay(np.array([2, 0]))
     np.testing.assert_array_equal(to_numpy(own.first), states[[2, 0], 1])
-    np.testing.assert_array_equal(to_numpy(own._dX), moves[[2, 0]])
+    np.testing.assert_array_equal(to_numpy(own.dX), moves[[2, 0]])

@@ -1,0 +1,79 @@
+"""States that are made again by the recurrence itself, for the rounding that they have of what was much larger.
+
+A state that is moved keeps the rounding of the largest that it ever was. Where a round decides that this is too much
+(:class:`~parasolver_core.rounds.sizes.Sizes`), the states that it keeps take the place of moved ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
+
+from parasolver_core.arrays import Array, matmul, plus_product, take_rows, uploaded
+from parasolver_core.rounds.decisions import Decision
+from parasolver_core.rounds.nodes import Nodes
+from parasolver_core.samplers.held_form import Indices
+
+Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
+
+
+def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
+    """The states behind the first nodes by the recurrence itself, if they are to be made again; and their beliefs.
+
+    Beliefs follow the states as they are made, so that rounding grows no faster than the sampler itself lets it.
+
+    Returns:
+        (B, most + k, size), the ``most`` states behind the first nodes, and what is held at the first k of them.
+    """
+    form, most = nodes.form, int(decision.passed.max())
+    if not decision.grown or most == 0:
+        return None
+    xp, past, half = nodes.xp, form.past, nodes.half
+    slope = decision.slope.copy()
+    slope[:, 0] = 0.0  # the first state stays what it is
+    g = nodes.put(slope[..., None])
+    d = nodes.S[:, half + past : 2 * half, :] - g * nodes.S[:, past:half, :]
+    before = np.append(past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1))
+    parts = [nodes.rows(np.broadcast_to(before, (len(lo), len(before)))), d[:, :most, :]]
+    if form.noisy:
+        parts.append(draw(lo, lo + decision.passed, most))
+    x = matmul(xp, nodes.put(form.onwards(lo, most, slope[:, :most])), xp.concat(parts, axis=1))
+    inner = slice(1, min(most + 1, slope.shape[1]))
+    h = plus_product(d[:, inner, :], g[:, inner, :], x[:, : inner.stop - 1, :])
+    return xp.concat([x, h], axis=1)
+
+
+def places_of(
+    decision: Decision, place: Indices, base: Indices, believed: NDArray[np.bool_]
+) -> tuple[Indices, Indices]:
+    """Which row of :func:`made_again` is that of a row of the next windows, and of one of the base; -1: none.
+
+    Those are the states behind the first node, and then the beliefs of the nodes that are kept.
+
+    Args:
+        place: (B, R), of the next windows' rows in the present ones.
+        base: (B, base), the nodes that new ones are made of.
+        believed: (base,), whether it is what is held there, not the state.
+    """
+    passed, last = decision.passed[:, None], decision.sound[:, None] - 1
+    states = decision.passed.max()
+
+    def row(at: Indices, belief: bool | NDArray[np.bool_]) -> Indices:
+        known = (at > 0) & (at <= np.where(belief, last, passed))
+        return np.where(known, at - 1 + np.where(belief, states, 0), -1)
+
+    of_rows = [row(place, belief=False), row(place, belief=True), np.full_like(place[:, :1], -1)]
+    return np.concatenate(of_rows, axis=1), row(base, believed)
+
+
+def replaced(rows: Array, by: Array, place: Indices) -> Array:
+    """Rows (B, k, size); where a place is not -1, those at that place of ``by``, (B, most, size)."""
+    xp: Any = array_namespace(rows)
+    (batch, count), (_, most, size) = place.shape, by.shape
+    index = np.arange(batch)[:, None] * most + np.maximum(place, 0)
+    other = xp.reshape(take_rows(xp.reshape(by, (-1, size)), index.reshape(-1)), (batch, count, size))
+    return xp.where(uploaded(xp, (place >= 0)[..., None], device(rows)), other, rows)
