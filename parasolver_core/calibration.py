@@ -21,7 +21,8 @@ from parasolver_core.arrays import Array, to_host
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import CALIBRATED
-from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.rounds.acceptance import RelativeMove
+from parasolver_core.rounds.margins import Margins
 from parasolver_core.samplers.noise import NoiseFn, Seed
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.sampling import solve

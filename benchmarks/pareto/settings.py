@@ -13,7 +13,8 @@ from benchmarks.problems import PROBLEMS, Problem
 from parasolver_adapters.diffusers import step_rule_from_scheduler
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule
 from parasolver_core.methods.presets import METHODS
-from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.rounds.acceptance import RelativeMove
+from parasolver_core.rounds.margins import Margins
 
 SCHEDULERS = {"UniPC": UniPCMultistepScheduler, "Heun": HeunDiscreteScheduler}
 OURS, IDENTITY, PUBLISHED = "secant", "identity", ("paradigms", "parasolver", "parataa", "parareal")

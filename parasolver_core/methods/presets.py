@@ -14,8 +14,9 @@ from pathlib import Path
 
 from parasolver_core.methods.anderson import Anderson
 from parasolver_core.methods.method import Method
-from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.rounds.acceptance import RelativeMove
 from parasolver_core.rounds.linearization import Identity
+from parasolver_core.rounds.margins import Margins
 from parasolver_core.rounds.step_variance import StepVariance
 
 CALIBRATED = "parasolver calibration 1"  # what a calibration file says it is

@@ -16,6 +16,7 @@ from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, init
 from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
+from parasolver_core.samplers.implied import implied_output
 from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, Status
 
@@ -224,7 +225,7 @@ class SampleWindow(SampleRun):
 
     def _stay(self, i: int, x: Array, xs: list[Array], ms: list[Array]) -> Array:
         """The output that makes step i end where it begins."""
-        return self._recurrence.implied_output(self._xp, i, x, xs, ms, self._noise(i))
+        return implied_output(self._recurrence, self._xp, i, x, xs, ms, self._noise(i))
 
     def _first_alone(self, D: Array) -> list[SampleRecord]:
         """The first node's sums are not finite: whose fault is it, or were only the squares too large?"""

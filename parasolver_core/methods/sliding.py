@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 
-from parasolver_core.arrays import Array, given_back, host_view, lengths, take_rows, to_host
+from parasolver_core.arrays import Array, given_back, host_view
 from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
+from parasolver_core.methods.warm_start import near_trajectory
 from parasolver_core.methods.window_batch import WindowBatch
-from parasolver_core.rounds.fill import Along, Copies, Fill, Held, Interpolated
+from parasolver_core.rounds.fill import Copies, Fill, Held, Interpolated
 from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
 from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.rounds.sizes import room
-from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
+from parasolver_core.samplers.held_form import Float64, Indices
 
-_WILD_START = 1e6  # values of a warm start beyond this: nodes are filled in as without one
 _LARGE = 2**15  # elements of a window from which on, on a CPU, a sweep that keeps to the cache is faster
 
 
@@ -72,11 +69,8 @@ class Sliding:
     def _fill(self, samples: Indices, outlook: Outlook | None, recall: Recall | None) -> Fill:
         if outlook is not None:
             return Interpolated(self._shared.form, outlook.weights, outlook.predictions)
-        if self._trajectory is not None:
-            states, predictions = self._near(samples)
-            eps = float(array_namespace(states).finfo(states.dtype).eps)
-            if _is_sane(self._shared.form, states, predictions, room(self._shared.tolerance, eps)):
-                return Along(self._shared.form, states, predictions)
+        if self._trajectory is not None and (along := near_trajectory(self._shared, self._trajectory, samples)):
+            return along
         if recall is not None:
             return Recalled(self._shared.form, recall, self._shared.recurrence.blind)
         return self._cold
@@ -91,22 +85,6 @@ class Sliding:
             else Held(form, self._shared.width, fill == "evaluated")
         )
 
-    def _near(self, samples: Indices) -> tuple[Array, Array]:
-        """The warm start and its predictions of the held quantity, (B, N + 1, size) and (B, N, size)."""
-        recurrence, trajectory = self._shared.recurrence, self._trajectory
-        states = [host_view(take_rows(trajectory[i, :, :], samples)) for i in range(len(recurrence) + 1)]
-        xp: Any = array_namespace(states[0])
-
-        def noise(step: int) -> Array | None:
-            draws = [self._shared.noise_of(sample)(step) for sample in samples.tolist()]
-            return None if recurrence.c[step] == 0 else xp.stack(draws)
-
-        outputs = recurrence.implied_outputs(xp, states, noise)
-        predictions = [
-            x * float(p) + m * float(q) for x, m, (p, q) in zip(states, outputs, recurrence.held, strict=False)
-        ]
-        return xp.stack(states, axis=1), xp.stack(predictions, axis=1)
-
     def _sweep(
         self, sample: int, row: int, start: Array, outlook: Outlook | None, recall: Recall | None
     ) -> SampleWindow:
@@ -120,19 +98,3 @@ class Sliding:
         elif recall is not None:
             forecast = RecalledAlone(shared.form.held, recall, row, shared.recurrence.blind)
         return SampleWindow(shared, sample, start, forecast, slope)
-
-
-def _is_sane(form: HeldForm, states: Array, predictions: Array, room: float) -> bool:
-    """Whether rounding allows for a warm start, and for the predictions that it implies: else it is worse than nothing.
-
-    Predictions may grow from step to step where a sampler gives the latest one less weight than those before. They
-    cancel in the states then, which do not follow from them but for the rounding of what is so much larger.
-    """
-    xp: Any = array_namespace(states)
-    if not (bool(xp.max(xp.abs(states)) <= _WILD_START) and bool(xp.all(xp.isfinite(predictions)))):
-        return False
-    sizes, held = (to_host(lengths(xp, rows)).astype(np.float64) for rows in (states, predictions))
-    parts = np.zeros_like(held)
-    for k, weights in enumerate(np.abs(form.b).T):
-        parts[:, k:] += weights[k:] * held[:, : held.shape[1] - k]
-    return bool((parts <= room * sizes[:, 1:]).all())

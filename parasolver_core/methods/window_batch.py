@@ -13,18 +13,19 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, host_view, lengths, take_rows, to_host
+from parasolver_core.methods.kept import Kept
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.decisions import Decision, Windows
 from parasolver_core.rounds.fill import Fill
-from parasolver_core.rounds.matrix import compare, moved, moved_states, unpack, write
+from parasolver_core.rounds.matrix import compare, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.nodes import Nodes
+from parasolver_core.rounds.passed import moved, passed_by
 from parasolver_core.rounds.remade import made_again
 from parasolver_core.rounds.salvage import Failures, overflowed, salvage
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.squares import at_least
 from parasolver_core.samplers.held_form import Float64, Indices
-from parasolver_core.samplers.terms import combine
 from parasolver_core.solution import SampleRecord, SampleRecords, Status
 
 
@@ -40,12 +41,7 @@ class WindowBatch(Run):
     """
 
     def __init__(
-        self,
-        shared: Shared,
-        fill: Fill,
-        samples: Indices,
-        start: Array,
-        slope: Float64 | None = None,
+        self, shared: Shared, fill: Fill, samples: Indices, start: Array, slope: Float64 | None = None
     ) -> None:
         start = host_view(start)
         self._shared, self._form, self._fill, self._xp = shared, shared.form, fill, array_namespace(start)
@@ -53,12 +49,8 @@ class WindowBatch(Run):
         # a state's length from which on its sum of squares, or the state that a step makes of it, may run out of range
         self._large = float(finite.max) ** 0.375 / self._form.gain
         self.samples, self._places, self.ended = samples, np.arange(count), {}
-        self._kept: dict[int, list[Array]] | None = None
         self._pace = shared.width  # about how many nodes enter a round
-        if shared.keep:
-            self._kept = {
-                int(sample): [self._shared.given(start[row, :])] for row, sample in enumerate(samples.tolist())
-            }
+        self._kept = Kept(samples, shared.given(start)) if shared.keep else None
         self._windows = windows = Windows(shared, count, start.shape[1], float(finite.eps), slope)
         self._rows = Nodes(shared.form, start, fill.first(start, windows.slope_held))
         opening = min(fill.opening(shared.recurrence), shared.width)
@@ -94,7 +86,8 @@ class WindowBatch(Run):
         self._pace = int(decision.accepted.max())
         for row in failed:
             decision.accepted[row], decision.move[row], decision.defect[row] = 0, np.nan, np.nan
-        records = self._records(decision)
+        told = decision.accepted, decision.move, decision.defect, windows.error
+        records = SampleRecords(self.samples, windows.n, windows.nodes, *told)
         lo, after = windows.lo, windows.lo + decision.accepted
         # where a state may run out of range, the last one that is good is still wanted
         risky = bool((after == self._form.steps).any()) or not found.length.max() <= self._large
@@ -126,7 +119,7 @@ class WindowBatch(Run):
         return self._shared.given(self._rows.first_copy())
 
     def kept(self, sample: int) -> Sequence[Array]:
-        return () if self._kept is None else self._kept[sample]
+        return () if self._kept is None else self._kept.of(sample)
 
     def estimate(self, sample: int) -> Array:
         row, form = int(np.flatnonzero(self.samples == sample)[0]), self._form
@@ -134,17 +127,7 @@ class WindowBatch(Run):
             return self._shared.given(self._rows.first[row, :])
         last = int(self._windows.last[row])
         xs, hs = self._rows.history(row, last - int(self._windows.lo[row]))
-        for i in range(last, form.steps):  # with the last prediction held
-            terms = [(float(form.a[i, k]), x) for k, x in enumerate(xs)]
-            terms += [(float(form.b[i, k]), h) for k, h in enumerate(hs)]
-            terms += [(float(form.c[i]), self._shared.noise.flat(i, sample))] if form.c[i] != 0 else []
-            xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
-        return self._shared.given(xs[0])
-
-    def _records(self, decision: Decision) -> SampleRecords:
-        windows = self._windows
-        told = decision.accepted, decision.move, decision.defect, windows.error
-        return SampleRecords(self.samples, windows.n, windows.nodes, *told)
+        return self._shared.given(form.carried(last, xs, hs, self._shared.noise_of(sample)))
 
     def _slide(self, decision: Decision, width: int | Indices, risky: bool = False) -> Array | None:
         """Move all states; drop final nodes, keep those that are sound, and fill in up to so many nodes.
@@ -158,7 +141,7 @@ class WindowBatch(Run):
         count = max(int((hi - 1 - last).max()), 1)  # of nodes behind the last kept
         entering = self._fill.entering(last, count, lambda: windows.slope_held)
         again = made_again(rows, decision, first, self._draw)
-        passed = self._passed(decision, again) if risky or self._kept is not None else None
+        passed = passed_by(rows, decision, again) if risky or self._kept is not None else None
         further = self._fill.rows(self._places, last, count, lambda: moved(rows, decision, last - first))
         further = [] if further is None else [further]
         if entering.noise:
@@ -169,16 +152,9 @@ class WindowBatch(Run):
         windows.slide(lo, hi, last)
         write(rows, made_of, windows.held, further, again)
         if self._kept is not None and passed is not None:
-            start = rows.first_copy()
-            for row in np.flatnonzero(decision.accepted).tolist():
-                states = [passed[row, j, :] for j in range(int(decision.accepted[row]) - 1)]
-                self._kept[int(self.samples[row])] += map(self._shared.given, [*states, start[row, :]])
+            given = self._shared.given
+            self._kept.add(self.samples, decision.accepted, given(passed), given(rows.first_copy()))
         return passed
-
-    def _passed(self, decision: Decision, again: Array | None) -> Array:
-        """The states that windows pass by, (B, most, size), as they will be when the round has moved them."""
-        most = max(int(decision.accepted.max()) - 1, 0)
-        return moved_states(self._rows, decision, most) if again is None else again[:, :most, :]
 
     def _draw(self, first: Indices, end: Indices, count: int) -> Array:
         """z of the ``count`` steps from ``first``, (B,), zero from ``end`` on: (B, count, size)."""
@@ -204,9 +180,7 @@ class WindowBatch(Run):
             sample, given = int(self.samples[row]), self._shared.given(state)
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(windows.error[row]), given, self.kept(sample), node)
-        goes_on = np.ones(len(self.samples), dtype=np.bool_)
-        goes_on[[*leaving, *failed]] = False
-        stay = np.flatnonzero(goes_on)
+        stay = np.setdiff1d(np.arange(len(self.samples)), [*leaving, *failed])
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._rows.stay(stay)

@@ -40,11 +40,6 @@ class Decision:
     sound: Indices
     grown: bool = False
 
-    @property
-    def passed(self) -> Indices:
-        """(B,), how many states behind the first are known: those of nodes that are kept, or behind final ones."""
-        return np.maximum(self.accepted, self.sound - 1)
-
 
 @dataclass(frozen=True)
 class Sums:
@@ -65,11 +60,6 @@ class Sums:
     held: Float64
     unit: float
     finite: bool = True
-
-    @property
-    def fine(self) -> NDArray[np.bool_]:
-        """(B, n), where nothing has run out of range."""
-        return np.isfinite(self.defects) & np.isfinite(self.cross) & np.isfinite(self.length)
 
     @property
     def defects(self) -> Float64:

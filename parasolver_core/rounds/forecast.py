@@ -10,6 +10,7 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array
+from parasolver_core.samplers.implied import implied_outputs
 from parasolver_core.samplers.recurrence import Recurrence, StepNoise
 
 Float64 = NDArray[np.float64]
@@ -56,7 +57,7 @@ class AlongTrajectory(Forecast):
 
     def __init__(self, recurrence: Recurrence, trajectory: Array, noise: StepNoise) -> None:
         self._states = [trajectory[i, :] for i in range(len(recurrence) + 1)]
-        self._outputs = recurrence.implied_outputs(array_namespace(trajectory), self._states, noise)
+        self._outputs = implied_outputs(recurrence, array_namespace(trajectory), self._states, noise)
 
     def __call__(self, i: int, x: Array, slope: float) -> Array:
         return self._outputs[i] + (x - self._states[i]) * slope

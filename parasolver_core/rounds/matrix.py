@@ -25,12 +25,12 @@ from parasolver_core.arrays import (
     uploaded_together,
     vecdot,
 )
-from parasolver_core.rounds.decisions import Decision, Sums, Windows
+from parasolver_core.rounds.decisions import Sums, Windows
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.nodes import Nodes, rectangular
 from parasolver_core.rounds.remade import replaced
 from parasolver_core.rounds.squares import at_least, at_most
-from parasolver_core.samplers.held_form import Float64, Indices
+from parasolver_core.samplers.held_form import Float64
 
 
 def compare(nodes: Nodes, D: Array, windows: Windows) -> Array:
@@ -69,24 +69,6 @@ def unpack(nodes: Nodes, sums: Float64, windows: Windows) -> Sums:
     diagonal[...] = at_most(diagonal, nodes.xp, nodes.r)
     length = at_least(sizes[:, 0], nodes.xp, nodes.S[:, past : nodes.half, :])
     return Sums(pairs, cross, length, sizes[:, 1], unit, finite)
-
-
-def moved_states(nodes: Nodes, decision: Decision, most: int) -> Array:
-    """The states behind the first ``most`` nodes as the round moves them, (B, most, size)."""
-    behind = np.minimum(np.arange(1, most + 1), np.maximum(decision.accepted - 1, 0)[:, None])
-    states = nodes.rows(nodes.form.past + behind)
-    states += matmul(nodes.xp, nodes.put(decision.T[np.arange(len(behind))[:, None], behind]), nodes.r)
-    return states
-
-
-def moved(nodes: Nodes, decision: Decision, at: Indices) -> tuple[Array, Array]:
-    """The states and held quantities of the windows' nodes number ``at``, (B,), as the round moves them."""
-    every = np.arange(len(at))
-    T = decision.T[every, at]
-    moves = np.stack([T, T * decision.slope[every, at, None]], axis=1)
-    rows = nodes.rows(np.stack([at, at + nodes.half], axis=1) + nodes.form.past)
-    rows = rows + matmul(nodes.xp, nodes.put(moves), nodes.r)
-    return rows[:, 0, :], rows[:, 1, :]
 
 
 def write(nodes: Nodes, next_rows: NextRows, held: Float64, further: list[Array], again: Array | None = None) -> None:

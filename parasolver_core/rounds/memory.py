@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from parasolver_core.arrays import to_host
 from parasolver_core.samplers.held_form import Float64
+from parasolver_core.samplers.implied import implied_outputs
 from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.step_rules import StepRule, table
 from parasolver_core.solution import Solution
@@ -86,7 +87,7 @@ class Memory:
         X = np.concatenate(parts, axis=1)
         if X.shape[1] < _FEWEST:
             raise ValueError(f"solutions: expected at least {_FEWEST} samples that converged, got {X.shape[1]}")
-        outputs = recurrence.implied_outputs(np, list(X), lambda step: None)
+        outputs = implied_outputs(recurrence, np, list(X), lambda step: None)
         H = np.stack([p * x + q * m for x, m, (p, q) in zip(X, outputs, recurrence.held, strict=False)])
         return cls(_numbers(recurrence), recurrence.held, *_statistics(X[:-1], H))
 

@@ -29,7 +29,7 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     Returns:
         (B, most + k, size), the ``most`` states behind the first nodes, and what is held at the first k of them.
     """
-    form, most = nodes.form, int(decision.passed.max())
+    form, most = nodes.form, int(passed(decision).max())
     if not decision.grown or most == 0:
         return None
     xp, past, half = nodes.xp, form.past, nodes.half
@@ -40,11 +40,16 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     before = np.append(past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1))
     parts = [nodes.rows(np.broadcast_to(before, (len(lo), len(before)))), d[:, :most, :]]
     if form.noisy:
-        parts.append(draw(lo, lo + decision.passed, most))
+        parts.append(draw(lo, lo + passed(decision), most))
     x = matmul(xp, nodes.put(form.onwards(lo, most, slope[:, :most])), xp.concat(parts, axis=1))
     inner = slice(1, min(most + 1, slope.shape[1]))
     h = plus_product(d[:, inner, :], g[:, inner, :], x[:, : inner.stop - 1, :])
     return xp.concat([x, h], axis=1)
+
+
+def passed(decision: Decision) -> Indices:
+    """(B,), how many states behind the first are known: those of nodes that are kept, or behind final ones."""
+    return np.maximum(decision.accepted, decision.sound - 1)
 
 
 def places_of(
@@ -59,12 +64,12 @@ def places_of(
         base: (B, base), the nodes that new ones are made of.
         believed: (base,), whether it is what is held there, not the state.
     """
-    passed, last = decision.passed[:, None], decision.sound[:, None] - 1
-    states = decision.passed.max()
+    known, last = passed(decision), decision.sound[:, None] - 1
+    states = known.max()
 
     def row(at: Indices, belief: bool | NDArray[np.bool_]) -> Indices:
-        known = (at > 0) & (at <= np.where(belief, last, passed))
-        return np.where(known, at - 1 + np.where(belief, states, 0), -1)
+        there = (at > 0) & (at <= np.where(belief, last, known[:, None]))
+        return np.where(there, at - 1 + np.where(belief, states, 0), -1)
 
     of_rows = [row(place, belief=False), row(place, belief=True), np.full_like(place[:, :1], -1)]
     return np.concatenate(of_rows, axis=1), row(base, believed)

@@ -27,7 +27,7 @@ def salvage(nodes: Nodes, windows: Windows, D: Array, found: Sums) -> tuple[Sums
     Returns:
         Finite sums, how many leading nodes of each sample are usable, and the samples that fail.
     """
-    usable = np.minimum(np.maximum(leading(found.fine), 1), windows.n)
+    usable = np.minimum(np.maximum(leading(fine(found)), 1), windows.n)
     inside = np.arange(windows.longest) < usable[:, None]
     states_ok, outputs_ok = well(nodes, D, windows)
     failed: Failures = {}
@@ -37,6 +37,11 @@ def salvage(nodes: Nodes, windows: Windows, D: Array, found: Sums) -> tuple[Sums
         inside[row] = False
     drop(nodes, inside)
     return within(found, inside), usable, failed
+
+
+def fine(found: Sums) -> NDArray[np.bool_]:
+    """(B, n), where nothing has run out of range."""
+    return np.isfinite(found.defects) & np.isfinite(found.cross) & np.isfinite(found.length)
 
 
 def well(nodes: Nodes, D: Array, windows: Windows) -> tuple[Any, Any]:

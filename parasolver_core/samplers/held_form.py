@@ -9,11 +9,14 @@ a new node's belief is a copy of the belief before it, and its state has no term
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.samplers.recurrence import Recurrence
+from parasolver_core.samplers.recurrence import Recurrence, StepNoise
 from parasolver_core.samplers.tables import in_held
+from parasolver_core.samplers.terms import combine
 
 Float64 = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -106,6 +109,20 @@ class HeldForm:
                 states[:, ahead, first + count + ahead] += self.c[i]
             xs = [states[:, ahead], *xs]
         return states
+
+    def carried(self, last: int, xs: list[Any], hs: list[Any], noise: StepNoise) -> Any:
+        """The sample of one trajectory, if what is held at node ``last`` stays what it is.
+
+        Args:
+            xs, hs: ``x_last, x_{last-1}, ..`` and ``h_last, h_{last-1}, ..``, arrays of any library.
+            noise: of each step.
+        """
+        for i in range(last, self.steps):
+            terms = [(float(self.a[i, k]), x) for k, x in enumerate(xs)]
+            terms += [(float(self.b[i, k]), h) for k, h in enumerate(hs)]
+            terms += [(float(self.c[i]), noise(i))] if self.c[i] != 0 else []
+            xs, hs = [combine(terms), *xs[:-1]], [hs[0], *hs[:-1]]
+        return xs[0]
 
     def after(self, i: Indices, xs: list[Float64], hs: list[Float64]) -> Float64:
         """``x_{i+1}`` without its noise, one step for each of B samples.

@@ -141,28 +141,6 @@ class Recurrence:
             yield state, output
             x, m = [state, *x][: self.memory], [output, *m][: self.memory]
 
-    def implied_outputs(self, xp: Any, states: Sequence[Any], noise: StepNoise) -> list[Any]:
-        """The outputs that would have made the steps from ``x_0`` to ``x_N``: N of them; zero where a step reads none.
-
-        Args:
-            xp: array namespace.
-            states: ``x_0 .. x_N``.
-            noise: of each step.
-        """
-        outputs: list[Any] = []
-        for i in range(len(self)):
-            back = [i - k for k in range(min(self.memory, i + 1))]
-            xs, ms = [states[j] for j in back], [outputs[j] for j in back[1:]]
-            outputs.append(self.implied_output(xp, i, states[i + 1], xs, ms, noise(i)))
-        return outputs
-
-    def implied_output(self, xp: Any, i: int, after: Any, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
-        """``m_i`` that makes step i end at ``after``, given ``x = (x_i, ...)`` and ``m = (m_{i-1}, ...)``."""
-        nothing = xp.zeros_like(after)
-        if self.b[i, 0] == 0:
-            return nothing
-        return (after - self.advance(i, x, [nothing, *m], z)) * float(1 / self.b[i, 0])
-
     def advance(self, i: int, x: Sequence[Any], m: Sequence[Any], z: Any = None) -> Any:
         """``x_{i+1}`` from ``x = (x_i, x_{i-1}, ...)``, ``m = (m_i, m_{i-1}, ...)`` and the noise ``z_i``.
 

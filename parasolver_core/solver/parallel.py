@@ -87,16 +87,11 @@ class ParallelIntegralSolver(Solver):
             del options["start"]
             return SequentialState(denoiser, x_T, timesteps, self.step_rule, **self.evaluation, **options)
         options |= {"width": self.window, "warmup_steps": self.warmup_steps, "tolerance": self.tolerance}
-        problem, options = (denoiser, x_T, timesteps, self.step_rule), options | self.evaluation
-        options |= {"memory": self.memory}
-        if self.subintervals is None or self.subintervals == np.size(timesteps):
-            state = ParallelState(*problem, method=method, **options)
-        elif self.memory is not None:
-            raise ValueError("memory: it is of single steps; leave it out, or leave out subintervals")
-        elif options["start"] is None:
-            state = SubintervalState(*problem, method=method.sliding(), count=self.subintervals, **options)
-        else:
-            raise ValueError("start: a warm start is of single steps; leave it out, or leave out subintervals")
+        options |= {"memory": self.memory, "method": method} | self.evaluation
+        kind = ParallelState
+        if self.subintervals not in (None, np.size(timesteps)):
+            kind, options["count"] = SubintervalState, self.subintervals
+        state = kind(denoiser, x_T, timesteps, self.step_rule, **options)
         if self.check:
             state.check_rows(denoiser)
         return state

@@ -11,6 +11,8 @@ from parasolver_core.arrays import Array
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.denoiser.subintervals import SubintervalEvaluator
+from parasolver_core.methods.method import Method
+from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.subintervals import SubintervalNoise, Subintervals
 from parasolver_core.solution import Stats
 from parasolver_core.solver.parallel_state import ParallelState
@@ -22,9 +24,15 @@ class SubintervalState(ParallelState):
 
     evaluator: SubintervalEvaluator
 
-    def __init__(self, *args: Any, count: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, count: int, method: Method, start: Array | None, memory: Memory | None, **options: Any
+    ) -> None:
+        if memory is not None:
+            raise ValueError("memory: it is of single steps; leave it out, or leave out subintervals")
+        if start is not None:
+            raise ValueError("start: a warm start is of single steps; leave it out, or leave out subintervals")
         self._count = count
-        super().__init__(*args, **options)
+        super().__init__(*args, method=method.sliding(), start=start, memory=memory, **options)
 
     def _set_up(self, denoiser: DenoiserFn, x_T: Array, options: tuple[Any, ...]) -> Evaluator:
         self._tables = tables = Subintervals(self.recurrence, self._count)

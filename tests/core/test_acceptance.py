@@ -9,12 +9,12 @@ import pytest
 from parasolver_core import DDIM, NoiseSchedule
 from parasolver_core.rounds.acceptance import (
     Acceptance,
-    Margins,
     RelativeMove,
     RoundView,
     leading,
     shares,
 )
+from parasolver_core.rounds.margins import Margins
 from parasolver_core.rounds.step_variance import StepVariance
 from tests.core.any_tables import any_table
 

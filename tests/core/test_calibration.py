@@ -11,7 +11,8 @@ import pytest
 from parasolver_core import DDIM, DDPM, Calibration, NoiseSchedule, calibrate, solve, solve_sequential
 from parasolver_core.calibration import Trial, _trial, _widest
 from parasolver_core.methods.presets import get_method
-from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.rounds.acceptance import RelativeMove
+from parasolver_core.rounds.margins import Margins
 from tests.core.problems import Mixture, TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -18,8 +18,9 @@ from parasolver_core import (
 from parasolver_core.methods.presets import METHODS
 from parasolver_core.planning.costs import CostTable
 from parasolver_core.planning.prediction import Costs, choose
-from parasolver_core.rounds.acceptance import Margins, RelativeMove, RoundView
+from parasolver_core.rounds.acceptance import RelativeMove, RoundView
 from parasolver_core.rounds.linearization import Secant
+from parasolver_core.rounds.margins import Margins
 from tests.core.problems import normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

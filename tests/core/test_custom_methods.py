@@ -7,7 +7,8 @@ import pytest
 
 from parasolver_core import DDIM, Identity, Linearization, Method, Recurrence, Secant, solve
 from parasolver_core import solve_sequential as sequential
-from parasolver_core.rounds.acceptance import Acceptance, Margins, RelativeMove, RoundView
+from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
+from parasolver_core.rounds.margins import Margins
 from parasolver_core.rounds.step_variance import StepVariance
 from tests.core.forward_rules import TABLE, ExplicitEuler, loop
 from tests.core.problems import TanhNetwork, normal, relative

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, NoiseSchedule, StepRule, solve, solve_sequential
-from parasolver_core.rounds.acceptance import Margins, RelativeMove, RoundView
+from parasolver_core.rounds.acceptance import RelativeMove, RoundView
+from parasolver_core.rounds.margins import Margins
 from tests.core.problems import TanhNetwork, normal, relative
 
 SCHEDULE = NoiseSchedule.linear()

@@ -11,9 +11,10 @@ from array_api_compat import torch as torch_xp
 
 from parasolver_core.rounds.decisions import Decision, Windows
 from parasolver_core.rounds.fill import Entering
-from parasolver_core.rounds.matrix import compare, moved, moved_states, unpack, write
+from parasolver_core.rounds.matrix import compare, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.nodes import Nodes, rectangular
+from parasolver_core.rounds.passed import moved, passed_by
 from parasolver_core.rounds.remade import made_again
 from parasolver_core.rounds.salvage import drop, well, where_known
 from parasolver_core.samplers.held_form import HeldForm
@@ -166,7 +167,7 @@ def test_single_nodes_as_the_round_moves_them(xp: ModuleType) -> None:
         move = T[row, at] @ r[row]
         np.testing.assert_allclose(to_numpy(x)[row], states[row, 1 + at] + move, rtol=1e-12)
         np.testing.assert_allclose(to_numpy(h)[row], beliefs[row, 1 + at] + slope[row, at] * move, rtol=1e-12)
-    found = to_numpy(moved_states(own, decision(T, slope, [3, 2], [4, 4]), 2))
+    found = to_numpy(passed_by(own, decision(T, slope, [3, 2], [4, 4]), None))
     assert found.shape == (2, 2, SIZE)
     for row, last in enumerate((2, 1)):  # of the second sample no state behind its last accepted node is wanted
         for k in range(2):

@@ -11,6 +11,7 @@ from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, Parall
 from parasolver_core.methods.levels import interpolation
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.sliding import Outlook, Sliding
+from parasolver_core.methods.warm_start import near_trajectory
 from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.planning import auto
 from parasolver_core.planning.costs import CostTable
@@ -110,7 +111,9 @@ def test_predictions_of_a_warm_start_are_those_that_made_its_steps(rule: Any) ->
     arguments = (TanhNetwork(5), normal((3, 5)), SCHEDULE.timesteps(8), rule)
     trajectory = solve_sequential(*arguments, seed=1, save="trajectory").trajectory
     shared = state_of((3, 5), rule)._shared
-    states, predictions = Sliding(shared, trajectory)._near(np.array([2, 0]))
+    along = near_trajectory(shared, trajectory, np.array([2, 0]))
+    assert along is not None
+    states, predictions = along._states, along._predictions
     assert states.shape == (2, 9, 5)
     assert predictions.shape == (2, 8, 5)
     for row, sample in enumerate((2, 0)):

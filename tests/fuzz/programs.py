@@ -14,7 +14,8 @@ import numpy as np
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Euler, Identity, Method, NoiseSchedule, Recurrence, Secant, StepRule
 from parasolver_core.methods.anderson import Anderson
-from parasolver_core.rounds.acceptance import Margins, RelativeMove
+from parasolver_core.rounds.acceptance import RelativeMove
+from parasolver_core.rounds.margins import Margins
 from parasolver_core.samplers.tables import identity_slope
 from tests.arrays import load
 from tests.core.problems import Mixture

@@ -21,6 +21,7 @@ from parasolver_adapters.stepwise import Choices, Stepwise
 from parasolver_adapters.wrapping import prediction_of
 from parasolver_core import Rows, Solution
 from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.samplers.implied import implied_output
 from parasolver_core.samplers.schedules import NoiseSchedule, PredictionType
 
 _OFF = 1e-4  # of a state in float32 or float64 that a sampler works out; k-diffusion's are off by 1e-5 at most
@@ -147,7 +148,7 @@ class _Live:
         memory = table.memory
         self._xs = [x.to(after.dtype, copy=True), *self._xs[: memory - 1]]
         z = None if self._noise is None else self._noise[i].to(after.dtype)
-        m = table.implied_output(torch, i, after.to(x.device), self._xs, self._ms, z)
+        m = implied_output(table, torch, i, after.to(x.device), self._xs, self._ms, z)
         self._ms = [m, *self._ms[: memory - 1]]
         return m.to(self._dtype, copy=True)  # states and outputs are the sampler's, which may write into them
 
