@@ -1,6 +1,7 @@
 """The array libraries that tests run on, and the way from NumPy into each of them and back."""
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
@@ -8,11 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-
-from parasolver_core import arrays
-from parasolver_core.methods import sliding, spread, window_batch
-from parasolver_core.rounds import shared
-from parasolver_core.samplers import noise
 
 # Namespaces as the core sees them; array_api_strict refuses whatever the array API standard does not promise.
 LIBRARIES = {
@@ -56,6 +52,7 @@ def to_numpy(array: Any) -> np.ndarray:
 def on_a_device() -> Iterator[None]:
     """Tensors of a CPU take the path of an accelerator's: they are not worked on as arrays of NumPy."""
     with ExitStack() as patches:
-        for module in (window_batch, sliding, spread, noise, shared, arrays):
+        core = [module for name, module in sys.modules.items() if name.startswith("parasolver_core.")]
+        for module in [module for module in core if hasattr(module, "host_view")]:
             patches.enter_context(patch.object(module, "host_view", lambda array: array))
         yield

@@ -13,10 +13,11 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from parasolver_core.arrays import Array, matmul, plus_product, take_rows, uploaded
+from parasolver_core.arrays import Array, take_rows, uploaded
 from parasolver_core.rounds.decisions import Decision
 from parasolver_core.rounds.nodes import Nodes
 from parasolver_core.samplers.held_form import Indices
+from parasolver_core.samplers.terms import combine
 
 Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the steps, zero from the end on
 
@@ -24,7 +25,9 @@ Draw = Callable[[Indices, Indices, int], Array]  # (first, end, count): z of the
 def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Array | None:
     """The states behind the first nodes by the recurrence itself, if they are to be made again; and their beliefs.
 
-    Beliefs follow the states as they are made, so that rounding grows no faster than the sampler itself lets it.
+    Node by node, as the plain loop makes them, so that each follows from what is stored of those before it. In one
+    product of all, parts cancel where a slope is far off, and no later round notices what their rounding leaves.
+    Beliefs follow their states, so that rounding grows no faster than the sampler itself lets it.
 
     Returns:
         (B, most + k, size), the ``most`` states behind the first nodes, and what is held at the first k of them.
@@ -32,19 +35,25 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     form, most = nodes.form, int(passed(decision).max())
     if not decision.grown or most == 0:
         return None
-    xp, past, half = nodes.xp, form.past, nodes.half
+    n, place = decision.slope.shape[1], form.past
     slope = decision.slope.copy()
     slope[:, 0] = 0.0  # the first state stays what it is
     g = nodes.put(slope[..., None])
-    d = nodes.S[:, half + past : 2 * half, :] - g * nodes.S[:, past:half, :]
-    before = np.append(past - np.arange(form.reads[0]), half + past - 1 - np.arange(form.reads[1] - 1))
-    parts = [nodes.rows(np.broadcast_to(before, (len(lo), len(before)))), d[:, :most, :]]
-    if form.noisy:
-        parts.append(draw(lo, lo + passed(decision), most))
-    x = matmul(xp, nodes.put(form.onwards(lo, most, slope[:, :most])), xp.concat(parts, axis=1))
-    inner = slice(1, min(most + 1, slope.shape[1]))
-    h = plus_product(d[:, inner, :], g[:, inner, :], x[:, : inner.stop - 1, :])
-    return xp.concat([x, h], axis=1)
+    d = nodes.S[:, nodes.half + place : 2 * nodes.half, :] - g * nodes.S[:, place : nodes.half, :]
+    i = np.minimum(lo[:, None] + np.arange(most), form.steps - 1)
+    a, b, c = (nodes.put(table[i][..., None]) for table in (form.a, form.b, form.c[:, None]))
+    z = draw(lo, lo + passed(decision), most) if form.noisy else None
+    xs = [nodes.S[:, place - k, :] for k in range(form.reads[0])]
+    hs = [nodes.S[:, nodes.half + place - k, :] for k in range(1, form.reads[1])]
+    states, held = [], []
+    for ahead in range(most):
+        hs = [d[:, ahead, :] + g[:, ahead, :] * xs[0], *hs][: form.reads[1]]
+        terms = [(a[:, ahead, k, :], x) for k, x in enumerate(xs)] + [(b[:, ahead, k, :], h) for k, h in enumerate(hs)]
+        xs = [combine(terms if z is None else [*terms, (c[:, ahead, 0, :], z[:, ahead, :])]), *xs][: form.reads[0]]
+        states, held = [*states, xs[0]], [*held, hs[0]]
+    if most < n:
+        held.append(d[:, most, :] + g[:, most, :] * xs[0])
+    return nodes.xp.stack([*states, *held[1:]], axis=1)
 
 
 def passed(decision: Decision) -> Indices:

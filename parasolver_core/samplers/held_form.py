@@ -85,16 +85,15 @@ class HeldForm:
         with_gram = rows[:, :, n:].swapaxes(0, 1) if beside else T @ gram
         return T, np.maximum(np.vecdot(T, with_gram), 0.0)
 
-    def onwards(self, lo: Indices, count: int, slope: Float64 | None = None) -> Float64:
+    def onwards(self, lo: Indices, count: int) -> Float64:
         """The states ``x_{lo+1} .. x_{lo+count}`` in terms of ``x_lo``, those before it and the held quantities.
 
         Args:
             lo: (B,).
             count: how many.
-            slope: (B, count), g where a held quantity follows its state, ``h = d + g x``; None: 0.
 
         Returns:
-            (B, count, columns), of ``x_lo, x_{lo-1}, ..``, ``h_{lo-1}, h_{lo-2}, ..``, ``d_lo .. d_{lo+count-1}`` and,
+            (B, count, columns), of ``x_lo, x_{lo-1}, ..``, ``h_{lo-1}, h_{lo-2}, ..``, ``h_lo .. h_{lo+count-1}`` and,
             where the sampler adds noise, ``z_lo .. z_{lo+count-1}``. Entries of states beyond N have no meaning.
         """
         first = self.base - 1  # the first column of the new held quantities
@@ -102,8 +101,8 @@ class HeldForm:
         xs, hs = list(unit[: self.reads[0]]), list(unit[self.reads[0] : first])
         states = np.zeros((len(lo), count, len(unit)))
         for ahead in range(count):
-            i, h = np.minimum(lo + ahead, self.steps - 1), unit[first + ahead]
-            hs = [h if slope is None else h + slope[:, ahead, None] * xs[0], *hs]
+            i = np.minimum(lo + ahead, self.steps - 1)
+            hs = [unit[first + ahead], *hs]
             states[:, ahead] = self.after(i, xs, hs)
             if self.noisy:
                 states[:, ahead, first + count + ahead] += self.c[i]

@@ -20,6 +20,7 @@ from parasolver_core import (
     solve_sequential,
 )
 from parasolver_core.rounds import sizes
+from parasolver_core.rounds.acceptance import Acceptance, RoundView
 from parasolver_core.samplers.held_form import HeldForm
 from tests.arrays import on_a_device
 from tests.core.problems import Rational, normal, relative
@@ -30,6 +31,16 @@ by_name = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).
 VIEWS = {"view", "slice", "select", "reshape", "expand", "unsqueeze", "permute", "transpose", "detach", "alias", "t"}
 VIEWS |= {"_unsafe_view", "unbind", "lift_fresh", "split", "squeeze", "as_strided", "split_with_sizes"}
 WINDOW = Method(spread=False)
+
+
+class First(Acceptance):
+    """Only the first node, whose input is final."""
+
+    def accept(self, view: RoundView, tolerance: float) -> tuple[int, float]:
+        return 1, 0.0
+
+
+ONE_BY_ONE = Method(spread=False, acceptance=First())
 
 
 class Operations(TorchDispatchMode):
@@ -108,22 +119,29 @@ def test_a_sample_that_fails_leaves_the_others_alone(rule: Any) -> None:
 @pytest.mark.usefixtures("as_on_a_device")
 @by_name
 def test_states_that_once_were_much_larger_are_made_again(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a state is moved it keeps the rounding of the largest that it ever was; made again, its own."""
+    """Where a state is moved it keeps the rounding of the largest that it ever was; made again, its own.
+
+    One node a round is taken, so that all that is left is rounding. Slopes are far off while nodes wait, the network
+    being flat where it once was steep.
+    """
     tiny = NoiseSchedule.karras(sigma_min=1e-4, sigma_max=80.0)
     kind = type(rule)(tiny, order=rule.order) if isinstance(rule, DPMSolver) else type(rule)(tiny)
-    x_T, timesteps = torch.from_numpy(80 * normal((2, 6))).float(), tiny.timesteps(18)
+    made, moved = [], []
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return 1e-3 * torch.tanh(x / 1e-3)
 
-    want = solve_sequential(network, x_T, timesteps, kind, seed=0).sample
-    options: dict[str, Any] = {"tolerance": 0.0, "seed": 0, "check": False, "method": WINDOW}
-    with monkeypatch.context() as changed:
-        changed.setattr(sizes, "_ROOM", np.inf)
-        moved = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
-    made = relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want)
-    assert made < 4e-7  # a few units in the last place, whatever the states were
-    assert moved < 4e-7 or made < moved
+    for seed in range(12):
+        x_T, timesteps = torch.from_numpy(80 * normal((2, 6), seed=seed)).float(), tiny.timesteps(18)
+        want = solve_sequential(network, x_T, timesteps, kind, seed=seed).sample
+        options: dict[str, Any] = {"tolerance": 0.0, "seed": seed, "check": False, "method": ONE_BY_ONE}
+        made.append(relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want))
+        with monkeypatch.context() as changed:
+            changed.setattr(sizes, "_ROOM", np.inf)
+            moved.append(relative(solve(network, x_T, timesteps, kind, 18, **options).sample, want))
+    assert max(made) < 4e-7  # a few units in the last place, whatever the states were
+    if isinstance(rule, DDPM):
+        assert max(moved) > 6e-7  # the largest states are those of the first guesses
 
 
 def test_states_onwards_are_those_of_the_recurrence() -> None:
@@ -143,11 +161,6 @@ def test_states_onwards_are_those_of_the_recurrence() -> None:
         given = [*states[lo - np.arange(reads)], *held[lo - 1 - np.arange(past)], *held[lo : lo + count]]
         given += list(z[lo : lo + count]) if form.noisy else []
         got = form.onwards(np.array([lo]), count)[0] @ np.array(given)
-        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
-        # the same beliefs, said in terms of the states that they follow
-        slope, first = rng.standard_normal((1, count)), reads + past
-        given[first : first + count] = held[lo : lo + count] - slope[0, :, None] * np.array(xs[lo : lo + count])
-        got = form.onwards(np.array([lo]), count, slope)[0] @ np.array(given)
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 

@@ -179,8 +179,10 @@ def test_single_nodes_as_the_round_moves_them(xp: ModuleType) -> None:
 def test_states_are_made_again_as_the_sampler_makes_them(noisy: bool, xp: ModuleType) -> None:
     """Node by node, and what is believed follows: ``h_i = h_i(said) + g_i (x_i - x_i(asked))``."""
     form = HeldForm(any_table(N, 2, 2, noisy=noisy))
-    states, beliefs, T = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2), np.zeros((2, 4, 4))
+    states, beliefs, T = normal((2, 5, SIZE), seed=1), normal((2, 5, SIZE), seed=2), normal((2, 4, 4), seed=5)
+    T[:, 0] = 0.0  # the first state is final
     own, slope, z = nodes(xp, states, beliefs, form), normal((2, 4), seed=3), normal((2, 4, SIZE), seed=4)
+    own.r = from_numpy(normal((2, 4, SIZE), seed=6), xp)
     lo, drawn = np.array([2, 3]), []
 
     def noise(first: np.ndarray, end: np.ndarray, count: int) -> Any:
