@@ -176,11 +176,12 @@ class WindowBatch(Run):
             if self._form.cancels:
                 length = to_host(lengths(self._xp, final)).astype(np.float64)
                 windows.end(done, at_least(length, self._xp, final))
-        for row, (status, step, state) in (leaving | failed).items():
+        gone = leaving | failed
+        for row, (status, step, state) in gone.items():
             sample, given = int(self.samples[row]), self._shared.given(state)
             node = -1 if status is Status.CONVERGED else step
             self.ended[sample] = Outcome(status, step, float(windows.error[row]), given, self.kept(sample), node)
-        stay = np.setdiff1d(np.arange(len(self.samples)), [*leaving, *failed])
+        stay = np.array([row for row in range(len(self.samples)) if row not in gone], dtype=np.int64)
         self.samples, self._places = self.samples[stay], self._places[stay]
         windows.stay(stay)
         self._rows.stay(stay)

@@ -26,7 +26,7 @@ class Decision:
 
     Args:
         T: (B, n, n), moves of the states for unit defects.
-        slope: (B, n), dh/dx.
+        slope: (B, n), dh/dx; that of the first node, which does not move, has no meaning.
         move, defect: (B, n), relative moves of the states, and RMS of the defects.
         accepted, sound: (B,), how many leading nodes are final, and are worth keeping.
         grown: whether a state that is kept once was much larger: what it has of its rounding is of that size.
@@ -127,17 +127,18 @@ class Windows:
         T, norms = self._form.propagation(self.nodes, slope, sums.gram)
         length, move, defects = sums.length, np.sqrt(norms), np.sqrt(sums.defects)
         relative = shares(move, length)
-        worthless = ~self._measured.take(self._at) | (np.abs(slope - p) * length > _STEEP * sums.held)
-        still = (relative <= ROUNDING * sums.unit) & worthless
-        slope = np.where(still, p, slope)  # the network's own output stands
+        still = relative <= ROUNDING * sums.unit
+        if still[:, 1:].any():
+            worthless = ~self._measured.take(self._at) | (np.abs(slope - p) * length > _STEEP * sums.held)
+            slope = np.where(still & worthless, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
         kept = columns < sound[:, None]
         write(self._moved, self._at[inside], norms[inside])
-        final = columns < accepted[:, None]
         added = (np.abs(T) @ defects[..., None])[..., 0]  # the move's parts, which may cancel
         grown, left = self.sizes.note((self.nodes, self._at), inside, kept, length, move, added)
-        self.error = np.maximum(self.error, np.where(final, left, 0.0).max(axis=1))
+        if left is not None:
+            self.error = np.maximum(self.error, np.where(columns < accepted[:, None], left, 0.0).max(axis=1))
         self.begun = True
         defects /= np.abs(q) * np.sqrt(self._size)
         return Decision(T, slope, relative, defects, accepted, sound, grown)
@@ -161,9 +162,11 @@ class Windows:
         additions than the plain loop does, so that no more is known of a node whose move was 0.
         """
         shared, nodes, tolerance = self._shared, self.nodes, self._shared.tolerance
-        at_last = np.arange(len(self.n)), self.n - 1
-        small = shared.small_data.smallness(self.last, sums.held[at_last] ** 2 / self._size, length[at_last] ** 2)
-        small = small.take(nodes) if small.ndim == 1 else np.take_along_axis(small, nodes, axis=1)
+        small = np.ones_like(move)
+        if shared.small_data.is_told(self.last):
+            at_last = np.arange(len(self.n)), self.n - 1
+            told = shared.small_data.smallness(self.last, sums.held[at_last] ** 2 / self._size, length[at_last] ** 2)
+            small = np.take_along_axis(np.broadcast_to(told, (len(nodes), told.shape[-1])), nodes, axis=1)
         move = np.where(inside, move, np.inf)  # never settled
         view = RoundView(self.lo, move, length, shared.bound.take(nodes), ROUNDING * sums.unit, small)
         if shared.acceptance.many:

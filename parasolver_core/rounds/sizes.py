@@ -43,7 +43,7 @@ class Sizes:
         length: Float64,
         move: Float64,
         added: Float64,
-    ) -> tuple[bool, Float64]:
+    ) -> tuple[bool, Float64 | None]:
         """Keep account of a round, (B, n) each.
 
         Args:
@@ -54,7 +54,7 @@ class Sizes:
 
         Returns:
             Whether states that are kept are to be made again for their rounding. And, relative to the states, the
-            rounding that is left in those that are not.
+            rounding that is left in those that are not; None if there is none, as a rule.
         """
         (node, at), most = nodes, length + move
         least = np.where(inside, np.maximum(length - move, 0.0), self.least.take(at))
@@ -70,16 +70,17 @@ class Sizes:
             largest = np.maximum(largest, self._parts(self._asked, node, at))
         return grown, self._left(largest, most)
 
-    def end(self, rows: Indices, length: Float64) -> Float64:
+    def end(self, rows: Indices, length: Float64) -> Float64 | float:
         """What the last step leaves in the samples of these rows, of those lengths, (rows,): as :meth:`note` says."""
         assert self._asked is not None
         node = np.full(len(rows), self._form.steps)
-        return self._left(self._parts(self._asked, node, node + rows * self._asked.shape[1]), length)
+        left = self._left(self._parts(self._asked, node, node + rows * self._asked.shape[1]), length)
+        return 0.0 if left is None else left
 
-    def _left(self, largest: Float64, size: Float64) -> Float64:
+    def _left(self, largest: Float64, size: Float64) -> Float64 | None:
         """The rounding of states, relative to their size, if the largest that was added to them is much more."""
-        if not (largest > _ROOM * size).any():  # as a rule, and sooner found
-            return np.zeros_like(largest)
+        if not (largest > _ROOM * size).any():
+            return None
         once = shares(largest, size)
         return np.where((once > _ROOM) & (size > 0), self._eps * once, 0.0)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parasolver_core.samplers.tables import check_table, identity_slope, own_table
+from parasolver_core.samplers.tables import check_table, identity_slope_or, own_table
 from parasolver_core.samplers.terms import Terms, combine
 from parasolver_core.validation import check_count
 
@@ -74,17 +74,13 @@ class Recurrence:
         self._default("held", lambda: np.tile([0.0, 1.0], (len(self), 1)))
         self._default("slope", lambda: np.zeros(len(self)))
         self._check(*_TABLES[:-1])
-        self._default("identity_slope", self._identity_slope)
+        self._default("identity_slope", lambda: identity_slope_or(self.slope, self.a, self.b, self.held))
         self._check("identity_slope")
 
     def _default(self, name: str, table: Callable[[], Float64]) -> None:
         """Fill in a table that was left out."""
         if getattr(self, name) is _LEFT_OUT:
             object.__setattr__(self, name, table())
-
-    def _identity_slope(self) -> Float64:
-        found = identity_slope(self.a, self.b, self.held[:, 0], self.held[:, 1])
-        return np.where(np.isfinite(found), found, self.slope)
 
     def _check(self, *names: str) -> None:
         for name in names:

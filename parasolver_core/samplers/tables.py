@@ -58,6 +58,12 @@ def identity_slope(a: Float64, b: Float64, p: Float64, q: Float64) -> Float64:
     return (np.where(cancels, np.nan, g) - p) / q
 
 
+def identity_slope_or(slope: Float64, a: Float64, b: Float64, held: Float64) -> Float64:
+    """:func:`identity_slope` of the steps that have one, and of the others ``slope``."""
+    found = identity_slope(a, b, held[:, 0], held[:, 1])
+    return np.where(np.isfinite(found), found, slope)
+
+
 def in_held(a: Float64, b: Float64, held: Float64) -> tuple[Float64, Float64]:
     """``(a, b)`` with the held quantity ``h = p x + q m`` in the place of m, without columns that are 0 everywhere."""
     n, width = len(a), max(a.shape[1], b.shape[1])

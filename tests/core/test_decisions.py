@@ -128,9 +128,8 @@ def test_what_a_round_finds_and_the_next_one_makes_of_it() -> None:
             relative = np.linalg.norm(moved, axis=1) / length
             np.testing.assert_allclose(got.move[row, :n], relative, rtol=1e-10)
             np.testing.assert_allclose(got.T[row, :n, :n] @ r[row, :n], moved, rtol=1e-9, atol=1e-12)
-            # the slope of the first node, which does not move, is the network's own until it is measured
+            # that of the first node, which does not move, tells nothing
             np.testing.assert_allclose(got.slope[row, 1:n], held_slope[1:], rtol=1e-10)
-            assert got.slope[row, 0] == p[lo]
             rms = np.sqrt((r[row, :n] ** 2).mean(axis=1))
             np.testing.assert_allclose(got.defect[row, :n], rms / np.abs(q[nodes]), rtol=1e-12)
             np.testing.assert_allclose(accept.views[turn].size[row, :n], length / SIZE**0.5, rtol=1e-12)
