@@ -124,7 +124,7 @@ class SampleWindow(SampleRun):
         relative = shares(move, size)
         sound = min(sound, int(leading(relative <= WILD)))
         view = RoundView(self.lo, relative, size, self._shared.bound[at], ROUNDING * unit, smallness[at])
-        accepted, error = self._shared.acceptance.accept(view, self._shared.tolerance)
+        accepted, error = self._shared.accept(view)
         accepted, self.error = min(max(int(accepted), 1), sound), max(self.error, float(error), unit)
         self._pace = accepted
         self._slide(accepted, sound)

@@ -161,7 +161,7 @@ class Windows:
         It is never less than the rounding unit: a round makes states, and the network its outputs, in another order of
         additions than the plain loop does, so that no more is known of a node whose move was 0.
         """
-        shared, nodes, tolerance = self._shared, self.nodes, self._shared.tolerance
+        shared, nodes = self._shared, self.nodes
         small = np.ones_like(move)
         if shared.small_data.is_told(self.last):
             at_last = np.arange(len(self.n)), self.n - 1
@@ -170,11 +170,9 @@ class Windows:
         move = np.where(inside, move, np.inf)  # never settled
         view = RoundView(self.lo, move, length, shared.bound.take(nodes), ROUNDING * sums.unit, small)
         if shared.acceptance.many:
-            count, error = shared.acceptance.accept(view, tolerance)
+            count, error = shared.accept(view)
         else:
-            told = [
-                shared.acceptance.accept(view.of(row, n), tolerance) for row, n in enumerate(inside.sum(1).tolist())
-            ]
+            told = [shared.accept(view.of(row, n)) for row, n in enumerate(inside.sum(1).tolist())]
             count, error = (np.array(part) for part in zip(*told, strict=True))
         self.error = np.maximum(np.fmax(self.error, error), sums.unit)
         return np.maximum(count, 1)

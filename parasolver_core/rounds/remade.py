@@ -32,7 +32,7 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     Returns:
         (B, most + k, size), the ``most`` states behind the first nodes, and what is held at the first k of them.
     """
-    form, most = nodes.form, int(passed(decision).max())
+    form, most = nodes.form, int(known_behind(decision).max())
     if not decision.grown or most == 0:
         return None
     n, place = decision.slope.shape[1], form.past
@@ -42,7 +42,7 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     d = nodes.S[:, nodes.half + place : 2 * nodes.half, :] - g * nodes.S[:, place : nodes.half, :]
     i = np.minimum(lo[:, None] + np.arange(most), form.steps - 1)
     a, b, c = (nodes.put(table[i][..., None]) for table in (form.a, form.b, form.c[:, None]))
-    z = draw(lo, lo + passed(decision), most) if form.noisy else None
+    z = draw(lo, lo + known_behind(decision), most) if form.noisy else None
     xs = [nodes.S[:, place - k, :] for k in range(form.reads[0])]
     hs = [nodes.S[:, nodes.half + place - k, :] for k in range(1, form.reads[1])]
     states, held = [], []
@@ -56,7 +56,7 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     return nodes.xp.stack([*states, *held[1:]], axis=1)
 
 
-def passed(decision: Decision) -> Indices:
+def known_behind(decision: Decision) -> Indices:
     """(B,), how many states behind the first are known: those of nodes that are kept, or behind final ones."""
     return np.maximum(decision.accepted, decision.sound - 1)
 
@@ -73,7 +73,7 @@ def places_of(
         base: (B, base), the nodes that new ones are made of.
         believed: (base,), whether it is what is held there, not the state.
     """
-    known, last = passed(decision), decision.sound[:, None] - 1
+    known, last = known_behind(decision), decision.sound[:, None] - 1
     states = known.max()
 
     def row(at: Indices, belief: bool | NDArray[np.bool_]) -> Indices:

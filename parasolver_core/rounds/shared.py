@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from parasolver_core.arrays import Array, given_back, host_view
-from parasolver_core.rounds.acceptance import Acceptance
+from parasolver_core.rounds.acceptance import Acceptance, RoundView
 from parasolver_core.rounds.linearization import Linearization
 from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
@@ -55,6 +55,14 @@ class Shared:
     def small_data(self) -> SmallData:
         """What the states' sizes tell of the sample's."""
         return SmallData(self.recurrence.signal, self.form)
+
+    def accept(self, view: RoundView) -> tuple[Any, Any]:
+        """What the acceptance says of a round."""
+        told = self.acceptance.accept(view, self.tolerance)
+        if not isinstance(told, (tuple, list)) or len(told) != 2:
+            name = type(self.acceptance).__name__
+            raise TypeError(f"acceptance: {name}.accept must return a pair (count, error), got {told!r}")
+        return told[0], told[1]
 
     def taken(self, D: Array) -> Array:
         """The network's outputs as a run's own arithmetic reads them: in the states' dtype, as NumPy's on a CPU."""

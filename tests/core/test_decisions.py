@@ -9,7 +9,7 @@ import pytest
 from parasolver_core import Identity, Recurrence, Secant
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
 from parasolver_core.rounds.decisions import Decision, Sums, Windows, new_slopes
-from parasolver_core.rounds.remade import passed
+from parasolver_core.rounds.remade import known_behind
 from parasolver_core.rounds.salvage import fine, within
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
@@ -197,7 +197,7 @@ def test_moves_out_of_all_reach_are_not_kept() -> None:
     r[0, 0], r[0, 1], r[0, 2] = 1.0, 998.0, 2.0  # moves of 1, 999 and 1001
     got = made.decide(sums(r, X), np.array([4]))
     np.testing.assert_allclose(got.move, [[0.0, 1.0, 999.0, 1001.0]])
-    assert (got.sound.tolist(), got.accepted.tolist(), passed(got).tolist()) == ([3], [3], [3])
+    assert (got.sound.tolist(), got.accepted.tolist(), known_behind(got).tolist()) == ([3], [3], [3])
     np.testing.assert_allclose(made._moved[0, :4], [0.0, 4.0, 4 * 999.0**2, 4 * 1001.0**2])
     r[0, 2] = 1.0
     assert made.decide(sums(r, X), np.array([4])).sound.tolist() == [4]
@@ -210,7 +210,7 @@ def test_moves_out_of_all_reach_are_not_kept() -> None:
 def test_how_many_states_behind_the_first_are_known() -> None:
     nothing = np.zeros((3, 2, 2))
     found = Decision(nothing, nothing[0], nothing[0], nothing[0], np.array([2, 1, 0]), np.array([2, 4, 1]))
-    assert passed(found).tolist() == [2, 3, 0]
+    assert known_behind(found).tolist() == [2, 3, 0]
     assert not found.grown
 
 

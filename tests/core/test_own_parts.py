@@ -137,3 +137,34 @@ def test_bounds_may_be_a_list() -> None:
 def test_bounds_that_are_none(told: Any) -> None:
     with pytest.raises(ValueError, match=r"^acceptance: its bounds\(recurrence\) must return a number for each of 12"):
         run(DDIM(SCHEDULE), method=Method(acceptance=Bounded(told)))
+
+
+class Saying(Acceptance):
+    """An acceptance that returns what it was given."""
+
+    def __init__(self, told: Any) -> None:
+        self.told = told
+
+    def accept(self, view: Any, tolerance: float) -> Any:
+        return self.told
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("told", [None, 1, (1,), (1, 0.0, 0.0)], ids=repr)
+def test_acceptances_that_return_no_pair(told: Any, batch: int) -> None:
+    method, x_T = Method(spread=False, acceptance=Saying(told)), normal((batch, 3))
+    with pytest.raises(TypeError, match=r"^acceptance: Saying\.accept must return a pair \(count, error\), got "):
+        solve(network, x_T, GRID, DDIM(SCHEDULE), 5, tolerance=1e-6, method=method)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_acceptances_may_return_a_list(batch: int) -> None:
+    got = [
+        solve(
+            network, normal((batch, 3)), GRID, DDIM(SCHEDULE), 5, method=Method(spread=False, acceptance=Saying(told))
+        )
+        for told in ([1, 0.25], (1, 0.25))
+    ]
+    assert same_bits(got[0].sample, got[1].sample)
+    assert got[0].error_estimate.tolist() == [0.25] * batch
+    assert got[0].stats.rounds == N
