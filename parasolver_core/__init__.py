@@ -15,11 +15,11 @@ from parasolver_core.errors import (
     NonFiniteError,
     SolverError,
 )
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.methods.method import Method
 from parasolver_core.planning.costs import CostTable
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
 from parasolver_core.rounds.linearization import Identity, Linearization, Secant
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.recurrence import Recurrence
 from parasolver_core.samplers.schedules import NoiseSchedule
 from parasolver_core.samplers.step_rules import DDIM, DDPM, DiffusionRule, DPMSolver, Euler, StepRule

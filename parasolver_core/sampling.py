@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 from parasolver_core.arrays import Array, outside_graphs
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.errors import attach, has_solution
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.methods.method import Method
 from parasolver_core.planning.auto import Problem, choose_window
 from parasolver_core.planning.costs import CostTable
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.noise import NoiseFn, Seed
 from parasolver_core.samplers.step_rules import StepRule
 from parasolver_core.solution import Solution

@@ -10,10 +10,10 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view
+from parasolver_core.guesses.forecast import Blank, Forecast
 from parasolver_core.methods.sample_run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
-from parasolver_core.rounds.forecast import Blank, Forecast
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
 from parasolver_core.samplers.implied import implied_output

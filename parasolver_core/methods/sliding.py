@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from parasolver_core.arrays import Array, given_back, host_view
+from parasolver_core.guesses.fill import Copies, Fill, Held, Interpolated
+from parasolver_core.guesses.forecast import AlongTrajectory, BetweenNodes, Forecast
+from parasolver_core.guesses.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.methods.run import Run
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.warm_start import near_trajectory
 from parasolver_core.methods.window_batch import WindowBatch
-from parasolver_core.rounds.fill import Copies, Fill, Held, Interpolated
-from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Forecast
-from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64, Indices
 

@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, host_view, lengths, take_rows, to_host
-from parasolver_core.rounds.fill import Along
+from parasolver_core.guesses.fill import Along
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sizes import room
 from parasolver_core.samplers.held_form import HeldForm, Indices

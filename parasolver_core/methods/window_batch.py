@@ -13,10 +13,10 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from parasolver_core.arrays import Array, host_view, lengths, take_rows, to_host
+from parasolver_core.guesses.fill import Fill
 from parasolver_core.methods.kept import Kept
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.decisions import Decision, Windows
-from parasolver_core.rounds.fill import Fill
 from parasolver_core.rounds.matrix import compare, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.nodes import Nodes

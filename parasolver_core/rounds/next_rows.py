@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parasolver_core.guesses.fill import Entering
 from parasolver_core.rounds.decisions import Decision
-from parasolver_core.rounds.fill import Entering
 from parasolver_core.rounds.remade import places_of
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from parasolver_core.arrays import Array, given_back, host_view
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.rounds.acceptance import Acceptance, RoundView
 from parasolver_core.rounds.linearization import Linearization
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm
 from parasolver_core.samplers.noise import NoiseSource
 from parasolver_core.samplers.recurrence import Recurrence, StepNoise

@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike
 
 from parasolver_core.arrays import Array, fetch, own_arithmetic
 from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.presets import get_method
 from parasolver_core.methods.run import Run
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.solution import SampleRecord
 from parasolver_core.solver.loop import Solver
 from parasolver_core.solver.parallel_state import ParallelState

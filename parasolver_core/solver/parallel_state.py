@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from parasolver_core.arrays import Array, detach, finite_rows, given_back, is_array, own_arithmetic, to_host, uploaded
 from parasolver_core.denoiser.checking import RowCheck, remembered
 from parasolver_core.denoiser.contract import DenoiserFn
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.methods.method import Method
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.rounds.acceptance import Acceptance
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import HeldForm
 from parasolver_core.samplers.recurrence import Recurrence

@@ -11,8 +11,8 @@ from parasolver_core.arrays import Array
 from parasolver_core.denoiser.contract import DenoiserFn
 from parasolver_core.denoiser.evaluator import Evaluator
 from parasolver_core.denoiser.subintervals import SubintervalEvaluator
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.methods.method import Method
-from parasolver_core.rounds.memory import Memory
 from parasolver_core.samplers.subintervals import SubintervalNoise, Subintervals
 from parasolver_core.solution import Stats
 from parasolver_core.solver.parallel_state import ParallelState

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_core.rounds import fill
-from parasolver_core.rounds.fill import Along, Copies, Entering, Fill, Held, Interpolated
-from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes, Blank, Forecast
+from parasolver_core.guesses import fill
+from parasolver_core.guesses.fill import Along, Copies, Entering, Fill, Held, Interpolated
+from parasolver_core.guesses.forecast import AlongTrajectory, BetweenNodes, Blank, Forecast
 from parasolver_core.samplers.held_form import HeldForm
 from tests.arrays import from_numpy, to_numpy
 from tests.core.any_tables import any_table, output, step

@@ -19,9 +19,9 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
+from parasolver_core.guesses.forecast import BetweenNodes
 from parasolver_core.methods.expected import sliding_rounds
 from parasolver_core.methods.levels import Level, Levels, interpolation, placement
-from parasolver_core.rounds.forecast import BetweenNodes
 from tests.core.problems import TanhNetwork, normal
 
 SCHEDULE = NoiseSchedule.linear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parasolver_core import DDIM, Euler, Memory, NoiseSchedule, Recurrence, StepRule, solve_sequential
-from parasolver_core.rounds.memory import KIND, _directions, _fit
+from parasolver_core.guesses.memory import KIND, _directions, _fit
 from tests.core.any_tables import any_table, step
 from tests.core.problems import TanhNetwork, normal
 

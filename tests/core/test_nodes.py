@@ -9,8 +9,8 @@ import pytest
 import torch
 from array_api_compat import torch as torch_xp
 
+from parasolver_core.guesses.fill import Entering
 from parasolver_core.rounds.decisions import Decision, Windows
-from parasolver_core.rounds.fill import Entering
 from parasolver_core.rounds.matrix import compare, unpack, write
 from parasolver_core.rounds.next_rows import NextRows
 from parasolver_core.rounds.nodes import Nodes, rectangular

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parasolver_core.rounds.memory import Memory
-from parasolver_core.rounds.recall import Recall, Recalled, RecalledAlone
+from parasolver_core.guesses.memory import Memory
+from parasolver_core.guesses.recall import Recall, Recalled, RecalledAlone
 from parasolver_core.samplers.held_form import HeldForm
 from tests.arrays import from_numpy, to_numpy
 from tests.core.any_tables import any_table, output

@@ -22,8 +22,8 @@ from parasolver_core import (
     solve,
     solve_sequential,
 )
-from parasolver_core.rounds.memory import _fit
-from parasolver_core.rounds.recall import Recall
+from parasolver_core.guesses.memory import _fit
+from parasolver_core.guesses.recall import Recall
 from tests.arrays import from_numpy
 from tests.core.problems import Gaussian, Mixture, TanhNetwork, normal, relative
 

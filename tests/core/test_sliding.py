@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from parasolver_core import DDIM, DDPM, DPMSolver, Method, NoiseSchedule, ParallelIntegralSolver, solve_sequential
+from parasolver_core.guesses.fill import Along, Copies, Held, Interpolated
+from parasolver_core.guesses.forecast import AlongTrajectory, BetweenNodes
 from parasolver_core.methods.levels import interpolation
 from parasolver_core.methods.sample_window import SampleWindow
 from parasolver_core.methods.sliding import Outlook, Sliding
@@ -16,8 +18,6 @@ from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.planning import auto
 from parasolver_core.planning.costs import CostTable
 from parasolver_core.planning.prediction import Prediction
-from parasolver_core.rounds.fill import Along, Copies, Held, Interpolated
-from parasolver_core.rounds.forecast import AlongTrajectory, BetweenNodes
 from tests.arrays import on_a_device
 from tests.core.any_tables import any_table
 from tests.core.problems import TanhNetwork, normal

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from parasolver_core import Recurrence, Secant
+from parasolver_core.guesses.fill import Held
 from parasolver_core.methods import window_batch
 from parasolver_core.methods.window_batch import WindowBatch
 from parasolver_core.rounds import shared as shared_module
 from parasolver_core.rounds.acceptance import Acceptance, RoundView
-from parasolver_core.rounds.fill import Held
 from parasolver_core.rounds.matrix import unpack
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers import noise as noise_module

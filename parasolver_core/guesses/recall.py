@@ -10,9 +10,9 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from parasolver_core.arrays import Array, matmul, take_rows
-from parasolver_core.rounds.fill import Behind, Entering, Fill, Slopes
-from parasolver_core.rounds.forecast import Forecast
-from parasolver_core.rounds.memory import Memory
+from parasolver_core.guesses.fill import Behind, Entering, Fill, Slopes
+from parasolver_core.guesses.forecast import Forecast
+from parasolver_core.guesses.memory import Memory
 from parasolver_core.samplers.held_form import Float64, HeldForm, Indices
 
 _UNEXPLAINED = 0.5  # of the squares of predictions: with a larger share the memory is of another network

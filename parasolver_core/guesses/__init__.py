@@ -1,0 +1,1 @@
+"""What new nodes begin with."""
