@@ -13,8 +13,9 @@ from parasolver_core.arrays import Array, coarse, copied, finite_rows, host_view
 from parasolver_core.guesses.forecast import Blank, Forecast
 from parasolver_core.methods.sample_run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
-from parasolver_core.rounds.decisions import ROUNDING, WILD, finite_slopes, initial_slopes, new_slopes
+from parasolver_core.rounds.decisions import WILD
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, initial_slopes, new_slopes
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
 from parasolver_core.samplers.implied import implied_output
 from parasolver_core.samplers.terms import combine
@@ -110,7 +111,7 @@ class SampleWindow(SampleRun):
         at = slice(self.lo, self.hi)
         known = self._evaluated[at] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
         old = self._slope[at].copy()
-        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, unit)
+        slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, told.size, unit)
         self._measured[at] |= slope != old
         jumped = told.moved > WILD**2 * told.size  # its slope says nothing of where it ended
         still = np.where(self._measured[at] & ~jumped, 0.0, ROUNDING * unit)

@@ -24,8 +24,8 @@ from parasolver_core.methods.refinement import Aims, Refinement, Verdict
 from parasolver_core.methods.run import Outcome, Run
 from parasolver_core.methods.sliding import Outlook, Sliding
 from parasolver_core.rounds.acceptance import shares
-from parasolver_core.rounds.decisions import new_slopes
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.slopes import new_slopes
 from parasolver_core.samplers.held_form import Float64, Indices
 from parasolver_core.solution import SampleRecord, Status
 
@@ -153,7 +153,7 @@ class SpreadNodes(Run):
         new = never[every, picks] & real
         old = self._slope[every, nodes]
         at = np.nonzero(real)
-        told = old[real], np.where(new, 0.0, moved)[real], cross[real]
+        told = old[real], np.where(new, 0.0, moved)[real], cross[real], squares[real]
         self._slope[at[0], nodes[at]] = new_slopes(self._shared, *told, self.refinements[0].aims.rounding)
         scale = np.sqrt(squares / self._states.size)
         for row, refinement in enumerate(self.refinements):

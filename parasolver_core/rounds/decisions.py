@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sizes import Sizes, write
+from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, initial_slopes, new_slopes
 from parasolver_core.samplers.held_form import Float64, Indices
 
-ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
 _STEEP = 1e2  # a slope that makes more of a rounding of the state than so many of the output: left by a jump
 WILD = 1e3  # a correction so many times the state has left the surrogate's reach: fill the node in again
 
@@ -146,10 +146,12 @@ class Windows:
     def _new_slopes(self, sums: Sums, q: Float64, inside: NDArray[np.bool_]) -> Float64:
         """dm/dx at the nodes, (B, n), by the linearization."""
         old, moved = self._slope.take(self._at), self._moved.take(self._at)
-        moved = np.where(moved > (ROUNDING * sums.unit * sums.length) ** 2, moved, 0.0)
+        size = sums.length**2
+        moved = np.where(moved > (ROUNDING * sums.unit) ** 2 * size, moved, 0.0)
         # <dX, r> of the held quantity is q times that of the output
         before, at = old[inside], self._at[inside]
-        new = new_slopes(self._shared, before, moved[inside], (sums.cross / q)[inside], sums.unit)
+        told = moved[inside], (sums.cross / q)[inside], size[inside]
+        new = new_slopes(self._shared, before, *told, sums.unit)
         old[inside] = new
         write(self._slope, at, new)
         write(self._measured, at[new != before], True)
@@ -194,23 +196,3 @@ class Windows:
         for name in ("_slope", "_moved", "_measured", "error"):
             setattr(self, name, getattr(self, name)[rows])
         self._place(self.lo[rows], self.n[rows], self.longest)
-
-
-def initial_slopes(shared: Shared) -> Float64:
-    """Slopes dm/dx, (N,), before anything is known of the network."""
-    return finite_slopes(shared, shared.linearization.initial(shared.recurrence))
-
-
-def finite_slopes(shared: Shared, slope: Float64) -> Float64:
-    """The slopes (.., N), or the sampler's first guess where they are not finite."""
-    return np.where(np.isfinite(slope), slope, shared.recurrence.slope)
-
-
-def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64, unit: float) -> Float64:
-    """Slopes of the nodes of a round by the linearization, as in its ``update``; the old ones where it finds none.
-
-    What rounding leaves of a slope that cancels is none: a network that says 0 whatever its input is then believed to.
-    """
-    new = shared.linearization.update(old, moved, cross)
-    new = np.where(np.abs(new) <= ROUNDING * unit * np.abs(old), 0.0, new)
-    return np.where(np.isfinite(new), new, old)

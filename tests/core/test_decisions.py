@@ -8,10 +8,11 @@ import pytest
 
 from parasolver_core import Identity, Recurrence, Secant
 from parasolver_core.rounds.acceptance import Acceptance, RelativeMove, RoundView
-from parasolver_core.rounds.decisions import Decision, Sums, Windows, new_slopes
+from parasolver_core.rounds.decisions import Decision, Sums, Windows
 from parasolver_core.rounds.remade import known_behind
 from parasolver_core.rounds.salvage import fine, within
 from parasolver_core.rounds.shared import Shared
+from parasolver_core.rounds.slopes import new_slopes
 from parasolver_core.samplers.held_form import HeldForm
 from tests.core.any_tables import any_table
 from tests.core.problems import normal
@@ -341,12 +342,14 @@ def test_what_is_out_of_range_is_left_out() -> None:
     assert (rest.held.tolist(), rest.unit, rest.finite) == ([[5.0, 6.0], [7.0, 8.0]], UNIT, False)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.01])
 @pytest.mark.parametrize(("left", "slope"), [(7.0, 0.0), (9.0, None)])
-def test_what_rounding_leaves_of_a_slope_that_cancels_is_none(left: float, slope: float | None) -> None:
-    common = shared(Said(1))
+def test_what_rounding_leaves_of_a_slope_that_cancels_is_none(left: float, slope: float | None, share: float) -> None:
+    """The inputs' own rounding is the more of a move, the less of an input that is."""
+    common, left = shared(Said(1)), left / share
     old, moved = np.array([-4.0, 2.0, 3.0]), np.array([2.0, 0.0, 1.0])
     cross = np.array([2 * (4.0 - 4 * left * UNIT), 5.0, np.inf])
-    new = new_slopes(common, old, moved, cross, UNIT)
+    new = new_slopes(common, old, moved, cross, np.array([2.0, 2.0, 1.0]) / share**2, UNIT)
     assert new[0] == pytest.approx(-4 * left * UNIT if slope is None else slope, rel=0.1, abs=0.0)
     assert new[1:].tolist() == [2.0, 3.0]  # none is found there
 
