@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +14,7 @@ from parasolver_core.methods.sample_run import SampleRun
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import WILD
 from parasolver_core.rounds.shared import Shared
-from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, initial_slopes, new_slopes
+from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, followed, initial_slopes, new_slopes
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
 from parasolver_core.samplers.implied import implied_output
 from parasolver_core.samplers.terms import combine
@@ -98,9 +97,8 @@ class SampleWindow(SampleRun):
         """
         D, nodes, told = self._shared.taken(D), self.nodes, self._correction.read(sums, self.lo)
         unit = self._eps if self._single else max(self._eps, float(coarse(self._xp, D[0, :])[0]))
-        predicted = _predicted_size(self._shared, self.hi - 1, self._window_states[-1, :], D[-1, :])
-        smallness = self._shared.small_data.smallness(self.hi - 1, predicted, float(told.size[-1]))
-        defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size) & np.isfinite(told.defect)))
+        smallness = _smallness(self._shared, self.hi - 1, self._window_states[-1, :], D[-1, :], told.size[-1])
+        defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size + told.defect)))
         if count == 0:
             return self._first_alone(D)
         if self._forecast is not None:
@@ -113,8 +111,8 @@ class SampleWindow(SampleRun):
         old = self._slope[at].copy()
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, told.size, unit)
         self._measured[at] |= slope != old
-        jumped = told.moved > WILD**2 * told.size  # its slope says nothing of where it ended
-        still = np.where(self._measured[at] & ~jumped, 0.0, ROUNDING * unit)
+        near = told.moved <= WILD**2 * told.size  # else its slope says nothing of where it ended
+        still = np.where(self._measured[at] & near, 0.0, ROUNDING * unit)
         move = self._correction.move(D, slope, self.lo, still)
         sound = count if np.isfinite(move).all() else int(leading(finite_rows(self._xp, D)))
         if sound == 0:
@@ -127,6 +125,7 @@ class SampleWindow(SampleRun):
         view = RoundView(self.lo, relative, size, self._shared.bound[at], ROUNDING * unit, smallness[at])
         accepted, error = self._shared.accept(view)
         accepted, self.error = min(max(int(accepted), 1), sound), max(self.error, float(error), unit)
+        accepted = _followed(self._shared, self.lo, accepted, slope, relative, unit, self._window_states, D)
         self._pace = accepted
         self._slide(accepted, sound)
         if count < len(nodes):
@@ -246,10 +245,26 @@ class SampleWindow(SampleRun):
         return self.record(nodes, 0, nothing, nothing)
 
 
-def _predicted_size(shared: Shared, node: int, x: Array, m: Array) -> float:
-    """The mean square of the prediction of the sample, where its size is asked for."""
-    if not shared.small_data.is_told(node):
-        return math.inf
+def _smallness(shared: Shared, node: int, x: Array, m: Array, square: float) -> Float64:
+    """What of the states' sizes counts, by the prediction at this node, of which ``square`` is the state's."""
+    if not shared.small_data.told[node]:
+        return shared.small_data.usual
     p, q = shared.recurrence.held[node].tolist()
     held = combine([(p, x), (q, m)])
-    return float(np.dot(held, held)) / len(held)
+    return shared.small_data.smallness(node, float(np.dot(held, held)) / len(held), float(square))
+
+
+def _followed(
+    shared: Shared, lo: int, count: int, slope: Float64, move: Float64, unit: float, X: Array, D: Array
+) -> int:
+    """How many of those accepted may be final; what is held is only looked at where the states alone do not tell."""
+    if count == 1:
+        return count
+    nodes = slice(lo, lo + count)
+    p, q = shared.form.held_parts[:, nodes]
+    told = shared, shared.form.latest[:, nodes], p + q * slope[:count], move[:count]
+    if followed(*told, 0.0, unit).all():
+        return count
+    held = X[:count, :] * p[:, None] + D[:count, :] * q[:, None]
+    share = shares(*(np.sqrt(np.vecdot(rows, rows, dtype=np.float64)) for rows in (held, X[:count, :])))
+    return max(int(leading(followed(*told, share, unit))), 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.sizes import Sizes, write
-from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, initial_slopes, new_slopes
+from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, followed, initial_slopes, new_slopes
 from parasolver_core.samplers.held_form import Float64, Indices
 
 _STEEP = 1e2  # a slope that makes more of a rounding of the state than so many of the output: left by a jump
@@ -91,7 +91,6 @@ class Windows:
         self.sizes = Sizes(shared.form, count, columns, shared.tolerance, eps)
         self.error = np.zeros(count)
         self.begun = False  # whether the network has been asked
-        self._held = np.ascontiguousarray(shared.form.held.T)
         self._place(np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.int64), 1)
 
     def _place(self, lo: Indices, n: Indices, longest: int) -> None:
@@ -101,7 +100,7 @@ class Windows:
         nodes = lo[:, None] + columns
         self.inside = columns < n[:, None]  # (B, longest), which columns are nodes of the windows
         self.nodes = np.minimum(nodes, self._form.steps - 1)  # (B, longest); beyond N the last node
-        self.held = self._held.take(self.nodes, axis=1)  # (2, B, longest), the weights of what is held at the nodes
+        self.held = self._form.held_parts.take(self.nodes, axis=1)  # (2, B, longest), of what is held
         self._at = nodes + np.arange(0, self._slope.size, self._slope.shape[1])[:, None]  # their places in the tables
 
     @property
@@ -133,6 +132,10 @@ class Windows:
             slope = np.where(still & worthless, p, slope)  # the network's own output stands
         sound = np.maximum(leading(inside & (relative <= WILD)), 1)
         accepted = np.minimum(self._accept(relative, length / np.sqrt(self._size), sums, inside), sound)
+        told = self._shared, self._form.latest.take(self.nodes, axis=1), slope, relative
+        if not (followed(*told, 0.0, sums.unit) | (columns >= accepted[:, None])).all():
+            follows = followed(*told, shares(sums.held, length), sums.unit)
+            accepted = np.minimum(accepted, np.maximum(leading(follows), 1))
         kept = columns < sound[:, None]
         write(self._moved, self._at[inside], norms[inside])
         added = (np.abs(T) @ defects[..., None])[..., 0]  # the move's parts, which may cancel

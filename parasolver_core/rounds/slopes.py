@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64
 
 ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
+_FOLLOWED = 10.0  # tolerances, by which a node that is final may make the state behind it move
+_RESTING = 100 * ROUNDING  # the same in units in the last place, where the tolerance is less
 
 
 def initial_slopes(shared: Shared) -> Float64:
@@ -27,6 +30,26 @@ def new_slopes(shared: Shared, old: Float64, moved: Float64, cross: Float64, siz
     The less one has moved beside its size, sums of squares both, the more of the old slope it is.
     """
     new = shared.linearization.update(old, moved, cross)
-    noise = ROUNDING * unit * np.abs(old) * np.sqrt(size)
-    new = np.where((moved > 0) & (np.abs(new) * np.sqrt(moved) <= noise), 0.0, new)
+    noise = (ROUNDING * unit) ** 2 * size * old * old
+    new = np.where((moved > 0) & (new * new * moved <= noise), 0.0, new)
     return np.where(np.isfinite(new), new, old)
+
+
+def followed(
+    shared: Shared, latest: Float64, slope: Float64, move: Float64, held: Float64 | float, unit: float
+) -> NDArray[np.bool_]:
+    """Whether nodes may be final, as far as what is believed of their outputs follows the moves of their inputs.
+
+    A slope that was measured across a jump of the network may make more of a small move than the whole state that comes
+    of it. That state would be final with the node, and nothing would tell.
+
+    Args:
+        shared: what all samples share.
+        latest: (2, ..), of the sampler at each node, see :class:`~parasolver_core.samplers.held_form.HeldForm`.
+        slope: (..), like all that follows, dh/dx.
+        move, held: of the states, and what is held, both relative to the states. Of 0 it is the stricter.
+        unit: rounding unit.
+    """
+    of_state, of_held = latest
+    limit = max(_FOLLOWED * shared.tolerance, _RESTING * unit)
+    return of_held * np.abs(slope) * move <= limit * (of_state + of_held * held)

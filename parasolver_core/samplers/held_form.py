@@ -38,6 +38,8 @@ class HeldForm:
         self.steps = len(recurrence)
         self.reads = self.a.shape[1], self.b.shape[1]  # states and held quantities that a step reads
         self.past, self.base = max(self.reads) - 1, sum(self.reads)
+        self.held_parts = np.ascontiguousarray(self.held.T)  # (2, N), p and q
+        self.latest = np.abs(np.stack([self.a[:, 0], self.b[:, 0]]))  # of the last state, and of what is held there
         # how far behind the last node each state and held quantity is that its step reads
         self.behind = np.array([*range(self.reads[0]), *range(self.reads[1])])
         self.cancels = bool((np.abs(self.a).sum(axis=1) > _CANCELS * np.abs(recurrence.a).sum(axis=1)).any())

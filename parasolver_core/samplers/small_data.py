@@ -27,6 +27,9 @@ class SmallData:
     Args:
         signal: (N,), the share of the clean sample in a state of unit size; None: there is no such sample.
         form: the sampler.
+
+    ``told`` is at which nodes the prediction tells how large the sample is, and ``usual`` what :meth:`smallness` says
+    of data that are not small.
     """
 
     def __init__(self, signal: Float64 | None, form: HeldForm) -> None:
@@ -37,7 +40,8 @@ class SmallData:
             self._telling[last] = True
         # what the last step takes of the state, of the held quantity and of noise, as if all it reads were alike
         self._last_step = float(form.a[-1].sum()), float(form.b[-1].sum()), float(form.c[-1])
-        self._all = np.ones(form.steps)
+        self.told: list[bool] = self._telling.tolist()
+        self.usual = np.ones(form.steps)
 
     def is_told(self, nodes: Any) -> bool:
         """Whether the prediction at any of these nodes tells how large the sample is."""
@@ -54,13 +58,13 @@ class SmallData:
         """
         telling = self._telling[node]
         if self._signal is None or not telling.any():
-            return self._all
+            return self.usual
         at_end = np.asarray(node) == len(self._signal) - 1
         if at_end.any():
             a, b, c = self._last_step
             square = np.where(at_end, b**2 * square + a**2 * state + c**2, square)
         small = telling & (square < _USUAL**2)
         if not small.any():
-            return self._all
+            return self.usual
         square = np.maximum(np.where(small, square, 1.0), _TINY)[..., None]
         return np.sqrt(square / (1 - self._signal**2 * (1 - square)))
