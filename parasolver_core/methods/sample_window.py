@@ -97,7 +97,9 @@ class SampleWindow(SampleRun):
         """
         D, nodes, told = self._shared.taken(D), self.nodes, self._correction.read(sums, self.lo)
         unit = self._eps if self._single else max(self._eps, float(coarse(self._xp, D[0, :])[0]))
-        smallness = _smallness(self._shared, self.hi - 1, self._window_states[-1, :], D[-1, :], told.size[-1])
+        smallness = self._shared.small_data.usual
+        if self._shared.small_data.told[self.hi - 1]:
+            smallness = _smallness(self._shared, self.hi - 1, self._window_states[-1, :], D[-1, :], told.size[-1])
         defects, count = np.sqrt(told.defect), int(leading(np.isfinite(told.size + told.defect)))
         if count == 0:
             return self._first_alone(D)
@@ -108,7 +110,7 @@ class SampleWindow(SampleRun):
             told = self._correction.read(leading_sums(sums, count), self.lo)
         at = slice(self.lo, self.hi)
         known = self._evaluated[at] & (told.moved > (ROUNDING * unit) ** 2 * told.size)
-        old = self._slope[at].copy()
+        old = self._slope[at]
         slope = new_slopes(self._shared, old, np.where(known, told.moved, 0.0), told.cross, told.size, unit)
         self._measured[at] |= slope != old
         near = told.moved <= WILD**2 * told.size  # else its slope says nothing of where it ended
@@ -119,8 +121,7 @@ class SampleWindow(SampleRun):
             return self._first_alone(D)
         move[0] = 0.0  # not a number where the sum of squares of the last output overflows
         self._slope[at], self._evaluated[at] = slope, True
-        size = np.sqrt(told.size)
-        relative = shares(move, size)
+        relative = shares(move, size := np.sqrt(told.size))
         sound = min(sound, int(leading(relative <= WILD)))
         view = RoundView(self.lo, relative, size, self._shared.bound[at], ROUNDING * unit, smallness[at])
         accepted, error = self._shared.accept(view)
@@ -215,8 +216,7 @@ class SampleWindow(SampleRun):
 
     def _copies(self, last: int) -> Iterator[tuple[Array, Array]]:
         """The state after node ``last`` again and again, with the outputs that would make it so."""
-        (xs, ms), memory = self._correction.history(last), self._recurrence.memory
-        x = self._correction.behind(last)
+        (xs, ms), memory, x = self._correction.history(last), self._recurrence.memory, self._correction.behind(last)
         for j in range(last + 1, len(self._recurrence)):
             xs, ms = [x, *xs[: memory - 1]], ms[: memory - 1]
             m = self._stay(j, x, xs, ms)
@@ -247,8 +247,6 @@ class SampleWindow(SampleRun):
 
 def _smallness(shared: Shared, node: int, x: Array, m: Array, square: float) -> Float64:
     """What of the states' sizes counts, by the prediction at this node, of which ``square`` is the state's."""
-    if not shared.small_data.told[node]:
-        return shared.small_data.usual
     p, q = shared.recurrence.held[node].tolist()
     held = combine([(p, x), (q, m)])
     return shared.small_data.smallness(node, float(np.dot(held, held)) / len(held), float(square))

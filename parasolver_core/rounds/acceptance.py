@@ -75,9 +75,12 @@ class Acceptance(ABC):
 
     ``many``: whether :meth:`accept` takes a view of many samples, too, and then returns a pair of (B,). Said by the
     class that defines it; one that does not say so is asked sample by sample.
+    ``reach``: by how many tolerances the next state may follow a node's slope for the node to be final, see
+    :func:`~parasolver_core.rounds.slopes.followed`; unless overridden, any number.
     """
 
     many: ClassVar[bool] = False
+    reach: ClassVar[float] = math.inf
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -116,6 +119,7 @@ class RelativeMove(Acceptance):
 
     margins: Margins = field(default_factory=Margins)
     many: ClassVar[bool] = True
+    reach: ClassVar[float] = 10.0  # with 1 and 3, smooth networks took as many rounds; a jump leaves any number
 
     def bounds(self, recurrence: Recurrence) -> Float64:
         factor = self.margins.noisy_factor if recurrence.stochastic else self.margins.factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +11,7 @@ from parasolver_core.rounds.shared import Shared
 from parasolver_core.samplers.held_form import Float64
 
 ROUNDING = 8  # moves of so many units in the last place are the arithmetic's own noise: they tell nothing
-_FOLLOWED = 10.0  # tolerances, by which a node that is final may make the state behind it move
-_RESTING = 100 * ROUNDING  # the same in units in the last place, where the tolerance is less
+_RESTING = 100 * ROUNDING  # units in the last place, by which the next state may follow a node whatever the tolerance
 
 
 def initial_slopes(shared: Shared) -> Float64:
@@ -50,6 +51,8 @@ def followed(
         move, held: of the states, and what is held, both relative to the states. Of 0 it is the stricter.
         unit: rounding unit.
     """
+    if math.isinf(shared.acceptance.reach):
+        return np.ones(move.shape, dtype=np.bool_)
     of_state, of_held = latest
-    limit = max(_FOLLOWED * shared.tolerance, _RESTING * unit)
+    limit = max(shared.acceptance.reach * shared.tolerance, _RESTING * unit)
     return of_held * np.abs(slope) * move <= limit * (of_state + of_held * held)

@@ -26,10 +26,16 @@ def test_what_is_known_of_a_sampler_at_its_last_node() -> None:
     np.testing.assert_array_equal(form.held_parts, form.held.T)
 
 
+class Reaching(Said):
+    """An acceptance that says how far slopes are followed."""
+
+    reach = 10.0
+
+
 @pytest.mark.parametrize(("tolerance", "most"), [(0.02, 0.2), (1e-20, 800 * 2.0**-52)])
 def test_a_node_is_final_if_the_next_state_moves_little(tolerance: float, most: float) -> None:
     """Ten tolerances, or a hundred times what is rounding, of what the next state is made of."""
-    common = shared(Said(1), tolerance=tolerance)
+    common = shared(Reaching(1), tolerance=tolerance)
     latest = np.array([[0.5, 0.5, 0.0, 0.0, 0.5], [2.0, 2.0, 1.0, 1.0, 0.25]])
     held = np.array([1.0, 0.0, 3.0, 0.0, 0.0])  # beside the state
     slope = np.array([-4.0, 4.0, 5.0, 5.0, 2.0])
@@ -40,6 +46,7 @@ def test_a_node_is_final_if_the_next_state_moves_little(tolerance: float, most: 
         told = followed(common, latest, slope, move, held, 2.0**-52)
         assert told.tolist() == [expected, expected, expected, False, expected]
     assert followed(common, latest, slope, np.zeros(5), held, 2.0**-52).all()
+    assert followed(shared(Said(1), tolerance=0.0), latest, slope, np.ones(5), held, 2.0**-52).all()
 
 
 def cubic(g: float) -> Any:
