@@ -15,6 +15,7 @@ from parasolver_core.rounds.acceptance import RoundView, leading, shares
 from parasolver_core.rounds.decisions import WILD
 from parasolver_core.rounds.shared import Shared
 from parasolver_core.rounds.slopes import ROUNDING, finite_slopes, followed, initial_slopes, new_slopes
+from parasolver_core.rounds.squares import sums_of_squares
 from parasolver_core.rounds.sweep import SweepCorrection, leading_sums
 from parasolver_core.samplers.implied import implied_output
 from parasolver_core.samplers.terms import combine
@@ -264,5 +265,5 @@ def _followed(
     if followed(*told, 0.0, unit).all():
         return count
     held = X[:count, :] * p[:, None] + D[:count, :] * q[:, None]
-    share = shares(*(np.sqrt(np.vecdot(rows, rows, dtype=np.float64)) for rows in (held, X[:count, :])))
+    share = shares(*(np.sqrt(sums_of_squares(rows)) for rows in (held, X[:count, :])))
     return max(int(leading(followed(*told, share, unit))), 1)

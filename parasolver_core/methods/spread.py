@@ -165,7 +165,7 @@ class SpreadNodes(Run):
         small_data, last = self._shared.small_data, real.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
         for row, (refinement, k) in enumerate(zip(self.refinements, last.tolist(), strict=True)):
             node = int(self._states.level.nodes[picks[row, k]])
-            if small_data.is_told(np.array([node])) and real[row, k]:
+            if small_data.told[node] and real[row, k]:
                 refinement.smallness = small_data.smallness(node, float(said[row, k]), float(states[row, k]))
 
     def successors(self) -> list[Run]:

@@ -62,8 +62,8 @@ class Nodes:
         """Whether :meth:`inputs` may be rows of the buffer itself: where they are equally far apart."""
         return 1 in (len(windows.n), windows.longest)
 
-    def history(self, row: int, at: int) -> tuple[list[Array], list[Array]]:
-        """Of one sample, the states and held quantities at a node of its window and before it, as a step reads them."""
+    def history(self, row: int | slice, at: int) -> tuple[list[Array], list[Array]]:
+        """Of one sample, or several, states and held quantities at a node of the window and before, as a step reads."""
         place, (states, beliefs) = self.form.past + at, self.form.reads
         held = [self.S[row, self.half + place - k, :] for k in range(beliefs)]
         return [self.S[row, place - k, :] for k in range(states)], held

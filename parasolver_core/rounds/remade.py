@@ -43,8 +43,7 @@ def made_again(nodes: Nodes, decision: Decision, lo: Indices, draw: Draw) -> Arr
     i = np.minimum(lo[:, None] + np.arange(most), form.steps - 1)
     a, b, c = (nodes.put(table[i][..., None]) for table in (form.a, form.b, form.c[:, None]))
     z = draw(lo, lo + known_behind(decision), most) if form.noisy else None
-    xs = [nodes.S[:, place - k, :] for k in range(form.reads[0])]
-    hs = [nodes.S[:, nodes.half + place - k, :] for k in range(1, form.reads[1])]
+    xs, (_, *hs) = nodes.history(slice(None), 0)
     states, held = [], []
     for ahead in range(most):
         hs = [d[:, ahead, :] + g[:, ahead, :] * xs[0], *hs][: form.reads[1]]
